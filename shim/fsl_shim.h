@@ -1,0 +1,105 @@
+/*
+ * fsl_shim.h: raw system calls for TypeScript, and nothing else.
+ *
+ * The library is free-standing (no libc, no NEEDED entries): one file serves glibc and musl hosts. No
+ * function keeps state, allocates, logs, retries or calls back.
+ *
+ * Calling convention, chosen for bun:ffi:
+ *   fd_t   int32_t            file descriptors, pids, flags, small counts
+ *   num_t  double             addresses, lengths, file offsets (exact below 2^53), 64-bit results
+ *   ptr    void *             memory owned by TypeScript (a typed array, kept referenced by the caller)
+ * Every function returns >= 0, or -errno. EINTR is returned, never looped on (but see fsl_remote_syscall).
+ */
+#ifndef FSL_SHIM_H
+#define FSL_SHIM_H
+
+#include <stdint.h>
+
+typedef int32_t fd_t;
+typedef double num_t;
+
+#define FSL_EXPORT __attribute__((visibility("default")))
+
+/* Sizes, offsets and constants as the compiler saw them, for comparison with src/sys/abi.ts.
+ * Writes at most `capacity` u64 values, returns how many there are. */
+FSL_EXPORT int32_t fsl_abi(uint64_t *out, int32_t capacity);
+
+/* ---- userfaultfd(2), ioctl_userfaultfd(2) ---- */
+FSL_EXPORT int32_t fsl_userfaultfd(int32_t flags);                    /* EPERM ENOSYS EMFILE */
+FSL_EXPORT int32_t fsl_userfaultfd_dev(fd_t dev, int32_t flags);      /* USERFAULTFD_IOC_NEW on /dev/userfaultfd */
+/* UFFDIO_API. out[0] = features granted, out[1] = ioctls. EINVAL: unknown feature, or handshake done before. */
+FSL_EXPORT int32_t fsl_uffd_api(fd_t uffd, num_t features, uint64_t *out);
+/* mode: 1 MISSING, 2 WP, 4 MINOR. out[0] = ioctls that the range accepts. */
+FSL_EXPORT int32_t fsl_uffd_register(fd_t uffd, num_t addr, num_t length, int32_t mode, uint64_t *out);
+FSL_EXPORT int32_t fsl_uffd_unregister(fd_t uffd, num_t addr, num_t length);
+/* COPY, ZEROPAGE, CONTINUE, POISON: returns the kernel's *signed* result field: bytes done (> 0, maybe fewer than
+ * length), or -errno when nothing was done (EEXIST EAGAIN ENOENT ESRCH EFAULT ENOMEM). Decided by that field. */
+FSL_EXPORT num_t fsl_uffd_copy(fd_t uffd, num_t dst, num_t src, num_t length, int32_t mode);
+FSL_EXPORT num_t fsl_uffd_zeropage(fd_t uffd, num_t addr, num_t length, int32_t mode);
+FSL_EXPORT num_t fsl_uffd_continue(fd_t uffd, num_t addr, num_t length, int32_t mode);
+FSL_EXPORT num_t fsl_uffd_poison(fd_t uffd, num_t addr, num_t length, int32_t mode);
+FSL_EXPORT int32_t fsl_uffd_writeprotect(fd_t uffd, num_t addr, num_t length, int32_t mode);
+FSL_EXPORT int32_t fsl_uffd_wake(fd_t uffd, num_t addr, num_t length);
+
+/* ---- descriptors ---- */
+FSL_EXPORT int32_t fsl_open(const char *path, int32_t flags, int32_t mode);      /* O_CLOEXEC is the caller's */
+FSL_EXPORT int32_t fsl_close(fd_t fd);
+FSL_EXPORT int32_t fsl_dup(fd_t fd, int32_t minimum);                            /* F_DUPFD_CLOEXEC */
+FSL_EXPORT int32_t fsl_fcntl(fd_t fd, int32_t command, num_t argument);          /* leases, flags */
+FSL_EXPORT int32_t fsl_eventfd(int32_t initial, int32_t flags);
+FSL_EXPORT int32_t fsl_memfd_create(const char *name, int32_t flags);
+FSL_EXPORT int32_t fsl_ftruncate(fd_t fd, num_t length);
+FSL_EXPORT num_t fsl_lseek(fd_t fd, num_t offset, int32_t whence);               /* SEEK_DATA 3, SEEK_HOLE 4 */
+FSL_EXPORT num_t fsl_read(fd_t fd, void *buffer, num_t length);
+FSL_EXPORT num_t fsl_write(fd_t fd, const void *buffer, num_t length);
+FSL_EXPORT num_t fsl_pread(fd_t fd, num_t buffer_addr, num_t length, num_t offset);   /* into memory by address */
+FSL_EXPORT num_t fsl_pwrite(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
+FSL_EXPORT num_t fsl_copy_file_range(fd_t in, num_t in_offset, fd_t out, num_t out_offset, num_t length);
+/* poll(2) on up to 8 descriptors. fds[i] in, revents[i] out; events is the same for all (POLLIN 1). */
+FSL_EXPORT int32_t fsl_poll(const int32_t *fds, int32_t *revents, int32_t count, int32_t events, int32_t timeout_ms);
+
+/* ---- unix sockets ---- */
+FSL_EXPORT int32_t fsl_socketpair(int32_t type, int32_t *out);                   /* AF_UNIX, SOCK_CLOEXEC */
+FSL_EXPORT int32_t fsl_unix_listen(const char *path, int32_t backlog);           /* socket + bind + listen */
+FSL_EXPORT int32_t fsl_unix_connect(const char *path);
+FSL_EXPORT int32_t fsl_unix_accept(fd_t listener);
+FSL_EXPORT int32_t fsl_shutdown(fd_t socket, int32_t how);
+/* sendmsg(2) of one buffer and up to 8 descriptors (fd_count may be 0). Returns bytes sent. */
+FSL_EXPORT num_t fsl_send(fd_t socket, const void *buffer, num_t length, const int32_t *fds, int32_t fd_count, int32_t flags);
+/* recvmsg(2); received descriptors (CLOEXEC) go to fds[0..*]; out[0] = their number, out[1] = msg_flags. */
+FSL_EXPORT num_t fsl_recv(fd_t socket, void *buffer, num_t length, int32_t *fds, int32_t fd_capacity, int32_t *out, int32_t flags);
+/* SO_PEERCRED: out[0] pid, out[1] uid, out[2] gid. */
+FSL_EXPORT int32_t fsl_peer_credentials(fd_t socket, int32_t *out);
+FSL_EXPORT int32_t fsl_peer_pidfd(fd_t socket);                                  /* SO_PEERPIDFD (77), Linux 6.5 */
+
+/* ---- processes ---- */
+FSL_EXPORT int32_t fsl_pidfd_open(int32_t pid, int32_t flags);
+FSL_EXPORT int32_t fsl_pidfd_getfd(fd_t pidfd, int32_t target_fd);
+FSL_EXPORT int32_t fsl_pidfd_send_signal(fd_t pidfd, int32_t signal);
+/* kcmp(2) KCMP_FILE: 0 same open file, 1/2/3 different. */
+FSL_EXPORT int32_t fsl_kcmp_file(int32_t pid1, int32_t pid2, int32_t fd1, int32_t fd2);
+FSL_EXPORT num_t fsl_process_vm_readv(int32_t pid, num_t remote_addr, num_t local_addr, num_t length);
+FSL_EXPORT num_t fsl_process_vm_writev(int32_t pid, num_t remote_addr, num_t local_addr, num_t length);
+FSL_EXPORT num_t fsl_process_madvise(fd_t pidfd, num_t addr, num_t length, int32_t advice);
+FSL_EXPORT int32_t fsl_gettid(void);
+FSL_EXPORT int32_t fsl_setpriority(int32_t tid, int32_t nice);                   /* PRIO_PROCESS of one thread */
+FSL_EXPORT int32_t fsl_sched_setaffinity(int32_t tid, const void *mask, num_t mask_bytes);
+FSL_EXPORT int32_t fsl_prctl(int32_t option, num_t a, num_t b, num_t c, num_t d);
+FSL_EXPORT int32_t fsl_ignore_signal(int32_t signal);                            /* rt_sigaction SIG_IGN */
+FSL_EXPORT int32_t fsl_waitpid(int32_t pid, int32_t options, int32_t *status);
+FSL_EXPORT num_t fsl_clock_ns(void);                                             /* CLOCK_MONOTONIC, ns */
+
+/* ---- memory of this process ---- */
+FSL_EXPORT num_t fsl_mmap(num_t addr, num_t length, int32_t prot, int32_t flags, fd_t fd, num_t offset);
+FSL_EXPORT int32_t fsl_munmap(num_t addr, num_t length);
+FSL_EXPORT int32_t fsl_madvise(num_t addr, num_t length, int32_t advice);
+FSL_EXPORT int32_t fsl_mincore(num_t addr, num_t length, void *vector);
+FSL_EXPORT int32_t fsl_mlock(num_t addr, num_t length);
+
+/* ---- one system call inside another process, by ptrace (shim/remote.c) ----
+ * Borrows the main thread of `pid` for `syscall number(args[0..5])`, on a thread of its own that is made for the call
+ * and ended after it (a tracer's exit detaches). result[0] = what the system call returned (signed).
+ * 0 = the call was made; -errno = it was not made, the target is as before (EPERM, ESRCH, ETIMEDOUT, EBUSY). */
+FSL_EXPORT int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args, int64_t *result, int32_t timeout_ms);
+
+#endif
