@@ -1,0 +1,78 @@
+/**
+ * How a guest is reached. The first target is a QEMU that fsl spawns; attaching to one, Firecracker's handover, a
+ * postcopy destination and the caller's own memory fit behind the same interface.
+ *
+ * Life: `connect` → `takeUserfaultfd` → (arm: register, look, correct) → `loadState` → `resume` → … → `release`.
+ * Until `loadState` everything can be undone by `abandon`; after it nothing can.
+ */
+
+/** A RAMBlock's place in the target's address space. */
+export interface GuestRegion {
+  /** RAMBlock name as QEMU spells it, e.g. `pc.ram`. */
+  readonly idstr: string;
+  /** Address in the *target's* address space, bytes. */
+  readonly hostAddr: number;
+  /** Used length in bytes. */
+  readonly length: number;
+  /** Maximum length in bytes (resizable blocks have more than `length`). */
+  readonly maxLength: number;
+  /** Host page size of the block in bytes: 4096, or 2 MiB and more for hugetlb. */
+  readonly pageSize: number;
+  readonly readOnly: boolean;
+  /** What backs the block, by the kernel's account (/proc/PID/smaps), and whether other processes can see it. */
+  readonly backing: "anonymous" | "shmem" | "hugetlb" | "file";
+  /** MAP_SHARED. */
+  readonly shared: boolean;
+}
+
+export interface TargetInfo {
+  /** e.g. `10.0.2` */
+  readonly version: string;
+  /** Versioned machine type, e.g. `pc-q35-10.0`; null when the target cannot say. */
+  readonly machineType: string | null;
+  readonly regions: readonly GuestRegion[];
+  /** True when the guest has a device that can give memory back (balloon, free page reporting, virtio-mem). */
+  readonly canDiscard: boolean;
+}
+
+/** How the target ended. Exactly one of the two is not null. */
+export interface ExitStatus {
+  readonly exitCode: number | null;
+  readonly signal: string | null;
+}
+
+/** Outcome of loading the device state. */
+export interface StateLoaded {
+  /** Run state after the load as QMP `query-status` says it, e.g. `paused`. */
+  readonly status: string;
+}
+
+export interface Target {
+  /** For messages: `qemu-system-x86_64 (pid 123)`. */
+  readonly description: string;
+  readonly pid: number;
+  /** pidfd of the target; polls readable when it has ended. Owned by the target object. */
+  readonly pidfd: number;
+  /** Resolves when the target process has ended, by the kernel's account. Never rejects. */
+  readonly exited: Promise<ExitStatus>;
+
+  /** Waits until the target can take the state, checks who it is, and learns its RAM. */
+  connect(): Promise<TargetInfo>;
+  /** A userfaultfd of the target's address space; the target keeps a copy of its own. Caller closes the returned one. */
+  takeUserfaultfd(): Promise<number>;
+  /** Leaves a copy of a descriptor in the target under a name, so that it outlives fsl. */
+  keepDescriptor(name: string, fd: number): Promise<void>;
+  /** Drops a kept descriptor. */
+  dropDescriptor(name: string): Promise<void>;
+  /** Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts). Works once. */
+  loadState(seedFd: number): Promise<StateLoaded>;
+  resume(): Promise<void>;
+  /** Stops the guest's vCPUs. Must not be awaited while a vCPU may wait for a page. */
+  pause(): Promise<void>;
+  /** Before `loadState`: puts everything back (a spawned target is ended). */
+  abandon(): Promise<void>;
+  /** After the load: puts capabilities and parameters back and lets go. */
+  release(): Promise<void>;
+  /** SIGKILL by pidfd. */
+  kill(): void;
+}
