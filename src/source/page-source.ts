@@ -42,6 +42,8 @@ export interface PageSource {
   willNeed?(blockIndex: number, pageIndex: number, pages: number): void;
   /** Hint: the pages were copied and the bytes behind them are not needed again. */
   release?(blockIndex: number, pageIndex: number, pages: number): void;
+  /** Why the bytes of a page cannot be read: a positive errno, or 0 when they can. May block on I/O. */
+  diagnose?(blockIndex: number, pageIndex: number): number;
   /** Called when `readyFd` polled readable, before pending pages are asked for again. */
   acknowledge?(): void;
   close(): void;

@@ -1,0 +1,369 @@
+/**
+ * The memory of a load: everything the Workers share and everything that must outlive fsl. It is a memfd that the target
+ * keeps a copy of, so that after fsl's death another fsl can find it in /proc/PID/fd and go on. Run by all threads.
+ *
+ *   offset        bytes        content
+ *   0             4096         header: 32-bit words, see H_*
+ *   0x1000        64 KiB       metadata: JSON, UTF-8, length in the header
+ *   0x11000       8 KiB        event buffer: struct uffd_msg[256], read but perhaps not yet served
+ *   0x13000       8 KiB × 9    counters: one area a Worker (single writer), float64, see C_*
+ *   0x25000       256 KiB      fault log: u32 plan-wide page numbers in first-touch order
+ *   0x65000       …            per block: data bitmap (bit set = bytes in the file), then done bitmap
+ */
+import { assert, FslError } from "../errors.ts";
+import { alignUp, hex } from "../pages.ts";
+import * as sys from "../sys/native.ts";
+import { MAP_SHARED, MFD_CLOEXEC, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
+
+const MAGIC = 0x314c5346; // "FSL1", little-endian
+const VERSION = 1;
+
+const METADATA_OFFSET = 0x1000;
+const METADATA_LENGTH_MAX = 0x10000;
+const EVENTS_OFFSET = 0x11000;
+/** How many events one read may return: a batch, not a limit on the number of faulting threads. */
+export const EVENTS_MAX = 256;
+export const EVENT_LENGTH = 32;
+const COUNTERS_OFFSET = 0x13000;
+const COUNTERS_LENGTH = 0x2000;
+/** One fault Worker and up to eight eager Workers. */
+export const WORKERS_MAX = 9;
+const FAULT_LOG_OFFSET = 0x25000;
+export const FAULT_LOG_MAX = 0x10000;
+const BITMAPS_OFFSET = 0x65000;
+
+/** Words of the header. */
+const H_MAGIC = 0;
+const H_VERSION = 1;
+const H_METADATA_LENGTH = 2;
+const H_PHASE = 3;
+const H_EVENT_COUNT = 4;
+const H_FAULT_LOG_LENGTH = 5;
+const H_EAGER_CURSOR = 6;
+const H_STOP = 7;
+const H_GATE = 8;
+const H_INFLIGHT = 9;
+const H_EAGER_RUNNING = 10;
+const H_FAILED_PAGES = 11;
+const H_BUSY = 12;
+/** Reserved for one word per eager Worker. */
+const H_LENGTH = 64;
+
+/** How far a load has come; a later fsl reads it. */
+export const PHASE_ARMED = 1;
+export const PHASE_STATE_LOADED = 2;
+export const PHASE_FINISHED = 3;
+
+/** Counters of a Worker: float64 index within its area. Times are in ns. */
+export const C_FAULTS = 0;
+export const C_FAULT_PAGES = 1;
+export const C_EAGER_PAGES = 2;
+export const C_ZERO_PAGES = 3;
+export const C_REDUNDANT_PAGES = 4;
+export const C_RETRIES = 5;
+export const C_LATENCY_SUM = 6;
+export const C_LATENCY_MAX = 7;
+export const C_REMOVED_PAGES = 8;
+export const C_BATCHES = 9;
+export const C_PENDING = 10;
+const C_HISTOGRAM = 64;
+/** Latency histogram: 16 buckets per power of two of ns, from 256 ns to 2^38 ns. */
+const HISTOGRAM_SHIFT = 8;
+const HISTOGRAM_BUCKETS = 30 * 16;
+
+/** One lazily loaded block, as the load sees it. Structured-cloneable; kept in the metadata. */
+export interface StateBlock {
+  readonly idstr: string;
+  /** Address of page 0 in the target, bytes. */
+  readonly hostAddr: number;
+  readonly usedLength: number;
+  /** Bytes per bit of the bitmaps: the snapshot's page. */
+  readonly pageSize: number;
+  /** Bytes per host page: 4096, or 2 MiB and more for hugetlb. A multiple of `pageSize`. */
+  readonly hostPageSize: number;
+  /** File offset of page 0 in the snapshot. */
+  readonly pagesOffset: number;
+}
+
+/** What a later fsl needs in order to go on. JSON. */
+export interface StateMetadata {
+  readonly snapshotPath: string;
+  readonly snapshotIdentity: Readonly<Record<string, string | number>>;
+  readonly blocks: readonly StateBlock[];
+  /** Half-open address ranges that are registered: [start, end, start, end, …]. */
+  readonly registered: readonly number[];
+  /** EVENT_REMOVE was asked for: the guest can give memory back. */
+  readonly canDiscard: boolean;
+  readonly source: unknown;
+}
+
+/** How a Worker gets at the state that the main thread made. */
+export interface StateHandle {
+  readonly address: number;
+  readonly length: number;
+  readonly metadata: StateMetadata;
+}
+
+export class BlockState {
+  readonly block: StateBlock;
+  readonly index: number;
+  readonly pageCount: number;
+  /** Plan-wide number of page 0. */
+  readonly firstPage: number;
+  readonly data: Int32Array;
+  readonly done: Int32Array;
+
+  constructor(
+    block: StateBlock,
+    index: number,
+    firstPage: number,
+    data: Int32Array,
+    done: Int32Array,
+  ) {
+    this.block = block;
+    this.index = index;
+    this.pageCount = block.usedLength / block.pageSize;
+    this.firstPage = firstPage;
+    this.data = data;
+    this.done = done;
+  }
+}
+
+function bitmapLength(block: StateBlock): number {
+  return alignUp(Math.ceil(block.usedLength / block.pageSize / 8), 64);
+}
+
+function stateLength(blocks: readonly StateBlock[]): number {
+  let length = BITMAPS_OFFSET;
+  for (const block of blocks) length += 2 * bitmapLength(block);
+  return alignUp(length, 4096);
+}
+
+export class LoadState {
+  readonly handle: StateHandle;
+  readonly blocks: readonly BlockState[];
+  readonly metadata: StateMetadata;
+  readonly #buffer: ArrayBuffer;
+  readonly #header: Int32Array;
+
+  private constructor(handle: StateHandle) {
+    this.handle = handle;
+    this.metadata = handle.metadata;
+    this.#buffer = sys.view(handle.address, handle.length);
+    this.#header = new Int32Array(this.#buffer, 0, H_LENGTH);
+    const blocks: BlockState[] = [];
+    let offset = BITMAPS_OFFSET;
+    let firstPage = 0;
+    for (const [index, block] of handle.metadata.blocks.entries()) {
+      const length = bitmapLength(block);
+      const data = new Int32Array(this.#buffer, offset, length / 4);
+      const done = new Int32Array(this.#buffer, offset + length, length / 4);
+      const state = new BlockState(block, index, firstPage, data, done);
+      blocks.push(state);
+      offset += 2 * length;
+      firstPage += state.pageCount;
+    }
+    this.blocks = blocks;
+  }
+
+  /** Makes a fresh state and the memfd that holds it. The caller owns the descriptor. */
+  static create(metadata: StateMetadata): { state: LoadState; fd: number } {
+    const length = stateLength(metadata.blocks);
+    const text = new TextEncoder().encode(JSON.stringify(metadata));
+    assert(text.length <= METADATA_LENGTH_MAX, `load metadata has ${text.length} bytes`);
+    const fd = sys.check(sys.memfdCreate("fsl-state", MFD_CLOEXEC), "memfd_create of the load state");
+    sys.check(sys.ftruncate(fd, length), "ftruncate of the load state");
+    const state = new LoadState({ address: mapState(fd, length), length, metadata });
+    new Uint8Array(state.#buffer, METADATA_OFFSET, text.length).set(text);
+    state.#header[H_METADATA_LENGTH] = text.length;
+    state.#header[H_VERSION] = VERSION;
+    state.#header[H_PHASE] = PHASE_ARMED;
+    state.#header[H_MAGIC] = MAGIC;
+    return { state, fd };
+  }
+
+  /** Opens the state that another fsl left behind in `fd`. @throws FslError TARGET_LOST when it is not one */
+  static adopt(fd: number, fdLength: number): LoadState {
+    if (fdLength < BITMAPS_OFFSET) {
+      throw new FslError("TARGET_LOST", `load state: expected at least ${BITMAPS_OFFSET} bytes, found ${fdLength}`);
+    }
+    const address = mapState(fd, fdLength);
+    const buffer = sys.view(address, fdLength);
+    const header = new Int32Array(buffer, 0, H_LENGTH);
+    if (header[H_MAGIC] !== MAGIC || header[H_VERSION] !== VERSION) {
+      throw new FslError(
+        "TARGET_LOST",
+        `load state: expected magic ${hex(MAGIC)} version ${VERSION}, ` +
+          `found ${hex((header[H_MAGIC] ?? 0) >>> 0)} version ${header[H_VERSION]}`,
+      );
+    }
+    const textLength = header[H_METADATA_LENGTH] ?? 0;
+    if (textLength <= 0 || textLength > METADATA_LENGTH_MAX) {
+      throw new FslError("TARGET_LOST", `load state: metadata of ${textLength} bytes`);
+    }
+    const text = new Uint8Array(buffer.slice(METADATA_OFFSET, METADATA_OFFSET + textLength));
+    const metadata = JSON.parse(new TextDecoder().decode(text)) as StateMetadata;
+    if (stateLength(metadata.blocks) !== fdLength) {
+      throw new FslError("TARGET_LOST", `load state: ${fdLength} bytes do not fit its blocks`);
+    }
+    return new LoadState({ address, length: fdLength, metadata });
+  }
+
+  /** The same memory, seen from a Worker. */
+  static attach(handle: StateHandle): LoadState {
+    return new LoadState(handle);
+  }
+
+  /** Releases the mapping; only the thread that made or adopted the state, after every Worker has ended. */
+  unmap(): void {
+    sys.munmap(this.handle.address, this.handle.length);
+  }
+
+  get phase(): number {
+    return Atomics.load(this.#header, H_PHASE);
+  }
+  set phase(value: number) {
+    Atomics.store(this.#header, H_PHASE, value);
+  }
+
+  /** Address of the event buffer, and a view of it. */
+  get eventsAddress(): number {
+    return this.handle.address + EVENTS_OFFSET;
+  }
+  eventsView(): DataView<ArrayBuffer> {
+    return new DataView(this.#buffer, EVENTS_OFFSET, EVENTS_MAX * EVENT_LENGTH);
+  }
+  /** Events in the buffer that are not served yet. */
+  get eventCount(): number {
+    return Atomics.load(this.#header, H_EVENT_COUNT);
+  }
+  set eventCount(value: number) {
+    Atomics.store(this.#header, H_EVENT_COUNT, value);
+  }
+
+  /** Everybody is to end at once. */
+  get stopped(): boolean {
+    return Atomics.load(this.#header, H_STOP) !== 0;
+  }
+  stop(): void {
+    Atomics.store(this.#header, H_STOP, 1);
+  }
+  clearStop(): void {
+    Atomics.store(this.#header, H_STOP, 0);
+  }
+
+  /** Takes the next chunk number of the eager order. */
+  takeChunk(): number {
+    return Atomics.add(this.#header, H_EAGER_CURSOR, 1);
+  }
+  resetChunks(): void {
+    Atomics.store(this.#header, H_EAGER_CURSOR, 0);
+  }
+
+  /**
+   * The gate between the reader of events and the eager Workers (only where the guest can give memory back). A copy that
+   * was decided before a REMOVE was read must not land after it: eager copies announce themselves, and the reader closes
+   * the gate, waits until none is announced, reads, marks, opens.
+   */
+  enterCopy(): boolean {
+    Atomics.add(this.#header, H_INFLIGHT, 1);
+    if (Atomics.load(this.#header, H_GATE) === 0) return true;
+    Atomics.sub(this.#header, H_INFLIGHT, 1);
+    return false;
+  }
+  leaveCopy(): void {
+    Atomics.sub(this.#header, H_INFLIGHT, 1);
+  }
+  closeGate(): void {
+    Atomics.store(this.#header, H_GATE, 1);
+  }
+  get copiesInFlight(): number {
+    return Atomics.load(this.#header, H_INFLIGHT);
+  }
+  openGate(): void {
+    Atomics.store(this.#header, H_GATE, 0);
+  }
+  /** After the death of a Worker that may have been inside: nobody is. Only with no eager Worker alive. */
+  resetGate(): void {
+    Atomics.store(this.#header, H_GATE, 0);
+    Atomics.store(this.#header, H_INFLIGHT, 0);
+  }
+
+  /** The fault loop has a batch in hand: eager Workers let it pass. */
+  get busy(): boolean {
+    return Atomics.load(this.#header, H_BUSY) !== 0;
+  }
+  set busy(value: boolean) {
+    Atomics.store(this.#header, H_BUSY, value ? 1 : 0);
+  }
+
+  /** Pages that could not be read and are waited for now. */
+  get failedPages(): number {
+    return Atomics.load(this.#header, H_FAILED_PAGES);
+  }
+  set failedPages(value: number) {
+    Atomics.store(this.#header, H_FAILED_PAGES, value);
+  }
+
+  /** Eager Workers that have not finished. */
+  get eagerRunning(): number {
+    return Atomics.load(this.#header, H_EAGER_RUNNING);
+  }
+  set eagerRunning(value: number) {
+    Atomics.store(this.#header, H_EAGER_RUNNING, value);
+  }
+
+  counters(workerIndex: number): Float64Array {
+    assert(workerIndex >= 0 && workerIndex < WORKERS_MAX, `worker index ${workerIndex}`);
+    const offset = COUNTERS_OFFSET + workerIndex * COUNTERS_LENGTH;
+    return new Float64Array(this.#buffer, offset, COUNTERS_LENGTH / 8);
+  }
+
+  /** The fault log: plan-wide page numbers. Written by the fault loop only. */
+  faultLog(): Uint32Array {
+    return new Uint32Array(this.#buffer, FAULT_LOG_OFFSET, FAULT_LOG_MAX);
+  }
+  get faultLogLength(): number {
+    return Atomics.load(this.#header, H_FAULT_LOG_LENGTH);
+  }
+  set faultLogLength(value: number) {
+    Atomics.store(this.#header, H_FAULT_LOG_LENGTH, value);
+  }
+}
+
+function mapState(fd: number, length: number): number {
+  return sys.check(
+    sys.mmap(0, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0),
+    "mmap of the load state",
+  );
+}
+
+/** Bucket of a latency in ns. */
+function histogramBucket(latencyNs: number): number {
+  const value = Math.min(latencyNs, 2 ** 38 - 1) >= 256 ? Math.min(latencyNs, 2 ** 38 - 1) : 256;
+  const exponent = Math.floor(Math.log2(value));
+  const fraction = Math.floor((value / 2 ** exponent - 1) * 16);
+  return (exponent - HISTOGRAM_SHIFT) * 16 + fraction;
+}
+
+/** Lower edge of a bucket in ns. */
+export function histogramEdgeNs(bucket: number): number {
+  return 2 ** (Math.floor(bucket / 16) + HISTOGRAM_SHIFT) * (1 + (bucket % 16) / 16);
+}
+
+/** Adds one fault to a Worker's counters. `counters` is written by one thread only. */
+export function recordLatency(counters: Float64Array, latencyNs: number): void {
+  counters[C_LATENCY_SUM] = (counters[C_LATENCY_SUM] ?? 0) + latencyNs;
+  if (latencyNs > (counters[C_LATENCY_MAX] ?? 0)) counters[C_LATENCY_MAX] = latencyNs;
+  const bucket = C_HISTOGRAM + histogramBucket(latencyNs);
+  counters[bucket] = (counters[bucket] ?? 0) + 1;
+}
+
+/** The histogram of a Worker: count per bucket. */
+export function histogramOf(counters: Float64Array): Float64Array {
+  return counters.subarray(C_HISTOGRAM, C_HISTOGRAM + HISTOGRAM_BUCKETS);
+}
+
+export function add(counters: Float64Array, index: number, amount: number): void {
+  counters[index] = (counters[index] ?? 0) + amount;
+}

@@ -1,0 +1,227 @@
+/**
+ * Brings pages into the target: asks the page source for bytes, copies them, marks them done. The fault loop and every
+ * eager Worker have one each; the kernel and the shared bitmaps arbitrate between them. Allocates nothing per call.
+ * Blocks only where the page source does (a file that is not in the page cache).
+ *
+ * A page is marked done after its copy succeeded, never before. A done page is never copied again: a fault on one means
+ * that the guest gave it back, and what it gets then is zero.
+ */
+import * as sys from "../sys/native.ts";
+import { EFAULT, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
+import type { PageBytes, PageSource } from "../source/page-source.ts";
+import {
+  COPY_CHANGED,
+  COPY_EXISTS,
+  COPY_GONE,
+  COPY_RETRY,
+  COPY_SOURCE,
+  type Uffd,
+} from "../uffd/uffd.ts";
+import { FslError } from "../errors.ts";
+import { nextMissing, setRange } from "./bits.ts";
+import { add, type BlockState, C_REDUNDANT_PAGES, C_RETRIES } from "./state.ts";
+
+/** What came of an attempt to supply pages. */
+export const SUPPLIED = 0;
+/** The address space is changing: read events first, then try again. */
+export const RETRY = 1;
+/** The source has not got the bytes yet. */
+export const PENDING = 2;
+/** The source cannot read the bytes; `errno` says why. */
+export const FAILED = 3;
+/** The target has ended. */
+export const GONE = 4;
+export type Outcome = 0 | 1 | 2 | 3 | 4;
+
+export class Supply {
+  readonly #uffd: Uffd;
+  readonly #source: PageSource;
+  readonly #counters: Float64Array;
+  readonly #answer: PageBytes = { state: "ready", address: 0, pages: 0, errno: 0 };
+  readonly #selfPid = process.pid;
+  /** Where a host page larger than the bitmap's page is put together; made at first use. */
+  #assemblyAddress = 0;
+  #assemblyLength = 0;
+
+  /** Pages brought in by the last call, before it ended with its outcome. */
+  pagesDone = 0;
+  /** Positive errno after FAILED. */
+  errno = 0;
+
+  constructor(uffd: Uffd, source: PageSource, counters: Float64Array) {
+    this.#uffd = uffd;
+    this.#source = source;
+    this.#counters = counters;
+  }
+
+  /**
+   * Copies the data pages [pageIndex, pageIndex + pages) of a block; every one must have its data bit set.
+   * For a block with larger host pages use `copyHostPage`.
+   */
+  copyRun(state: BlockState, pageIndex: number, pages: number): Outcome {
+    const { block } = state;
+    this.pagesDone = 0;
+    this.errno = 0;
+    let at = pageIndex;
+    const end = pageIndex + pages;
+    while (at < end) {
+      const answer = this.#answer;
+      this.#source.resolve(state.index, at, end - at, answer);
+      if (answer.state === "pending") return PENDING;
+      if (answer.state === "failed") return this.#failed(answer.errno);
+      const address = block.hostAddr + at * block.pageSize;
+      const length = answer.pages * block.pageSize;
+      const copied = this.#uffd.copy(address, answer.address, length, 0);
+      if (copied > 0) {
+        const copiedPages = copied / block.pageSize;
+        setRange(state.done, at, at + copiedPages);
+        this.pagesDone += copiedPages;
+        at += copiedPages;
+        continue;
+      }
+      switch (copied) {
+        case COPY_EXISTS:
+          // Somebody else brought this page; waiters of a copy that lost the race may still sleep.
+          this.#uffd.wake(address, block.pageSize);
+          setRange(state.done, at, at + 1);
+          add(this.#counters, C_REDUNDANT_PAGES, 1);
+          at += 1;
+          break;
+        case COPY_RETRY:
+          add(this.#counters, C_RETRIES, 1);
+          return RETRY;
+        case COPY_GONE:
+          return GONE;
+        case COPY_CHANGED:
+          // The range was unmapped, or unregistered because all its data is in.
+          return SUPPLIED;
+        case COPY_SOURCE:
+          return this.#failed(this.#source.diagnose?.(state.index, at) || EFAULT);
+        default:
+          throw unexpected("UFFDIO_COPY", address, length, copied);
+      }
+    }
+    return SUPPLIED;
+  }
+
+  /** Fills the pages [pageIndex, pageIndex + pages) with zeros and marks them done. */
+  zeroRun(state: BlockState, pageIndex: number, pages: number): Outcome {
+    const { block } = state;
+    this.pagesDone = 0;
+    let at = pageIndex;
+    const end = pageIndex + pages;
+    while (at < end) {
+      const address = block.hostAddr + at * block.pageSize;
+      const length = (end - at) * block.pageSize;
+      const zeroed = this.#uffd.zeropage(address, length, 0);
+      if (zeroed > 0) {
+        const zeroedPages = zeroed / block.pageSize;
+        setRange(state.done, at, at + zeroedPages);
+        this.pagesDone += zeroedPages;
+        at += zeroedPages;
+        continue;
+      }
+      switch (zeroed) {
+        case COPY_EXISTS:
+          this.#uffd.wake(address, block.pageSize);
+          setRange(state.done, at, at + 1);
+          at += 1;
+          break;
+        case COPY_RETRY:
+          add(this.#counters, C_RETRIES, 1);
+          return RETRY;
+        case COPY_GONE:
+          return GONE;
+        case COPY_CHANGED:
+          return SUPPLIED;
+        default:
+          throw unexpected("UFFDIO_ZEROPAGE", address, length, zeroed);
+      }
+    }
+    return SUPPLIED;
+  }
+
+  /**
+   * Brings in one whole host page that is larger than the snapshot's page: put together in a buffer, data where the
+   * bitmap has it and zeros elsewhere, and copied at once (hugetlb knows no ZEROPAGE and no smaller copy).
+   * @param firstPage index of the host page's first snapshot page
+   */
+  copyHostPage(state: BlockState, firstPage: number): Outcome {
+    const { block } = state;
+    const pages = block.hostPageSize / block.pageSize;
+    this.pagesDone = 0;
+    this.errno = 0;
+    const buffer = this.#assembly(block.hostPageSize);
+    buffer.fill(0);
+    const end = firstPage + pages;
+    let at = nextMissing(state.data, state.done, firstPage, end, true);
+    while (at < end) {
+      const runEnd = nextMissing(state.data, state.done, at, end, false);
+      const answer = this.#answer;
+      this.#source.resolve(state.index, at, runEnd - at, answer);
+      if (answer.state === "pending") return PENDING;
+      if (answer.state === "failed") return this.#failed(answer.errno);
+      const target = this.#assemblyAddress + (at - firstPage) * block.pageSize;
+      const length = answer.pages * block.pageSize;
+      // A copy within this process by the kernel: bytes that cannot be read give EFAULT, not SIGBUS.
+      const copied = sys.processVmReadv(this.#selfPid, answer.address, target, length);
+      if (copied !== length) {
+        const failedPage = at + (copied > 0 ? Math.floor(copied / block.pageSize) : 0);
+        return this.#failed(this.#source.diagnose?.(state.index, failedPage) || EFAULT);
+      }
+      at = nextMissing(state.data, state.done, at + answer.pages, end, true);
+    }
+    const address = block.hostAddr + firstPage * block.pageSize;
+    const copied = this.#uffd.copy(address, this.#assemblyAddress, block.hostPageSize, 0);
+    switch (copied) {
+      case block.hostPageSize:
+        setRange(state.done, firstPage, end);
+        this.pagesDone = pages;
+        return SUPPLIED;
+      case COPY_EXISTS:
+        this.#uffd.wake(address, block.hostPageSize);
+        setRange(state.done, firstPage, end);
+        add(this.#counters, C_REDUNDANT_PAGES, pages);
+        return SUPPLIED;
+      case COPY_RETRY:
+        add(this.#counters, C_RETRIES, 1);
+        return RETRY;
+      case COPY_GONE:
+        return GONE;
+      case COPY_CHANGED:
+        return SUPPLIED;
+      default:
+        throw unexpected("UFFDIO_COPY", address, block.hostPageSize, copied);
+    }
+  }
+
+  close(): void {
+    if (this.#assemblyAddress !== 0) sys.munmap(this.#assemblyAddress, this.#assemblyLength);
+    this.#assemblyAddress = 0;
+  }
+
+  #failed(errno: number): Outcome {
+    this.errno = errno;
+    return FAILED;
+  }
+
+  #assembly(length: number): Uint8Array {
+    if (this.#assemblyLength < length) {
+      this.close();
+      this.#assemblyAddress = sys.check(
+        sys.mmap(0, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+        "mmap of a host page buffer",
+      );
+      this.#assemblyLength = length;
+    }
+    return new Uint8Array(sys.view(this.#assemblyAddress, length));
+  }
+}
+
+function unexpected(what: string, address: number, length: number, result: number): FslError {
+  return new FslError(
+    "INTERNAL",
+    `${what} of ${length} bytes at 0x${address.toString(16)}: unexpected ${sys.errnoText(-result)}`,
+    { address, length, errno: -result },
+  );
+}
