@@ -46,9 +46,13 @@ FSL_EXPORT int32_t fsl_open(const char *path, int32_t flags, int32_t mode);     
 FSL_EXPORT int32_t fsl_close(fd_t fd);
 FSL_EXPORT int32_t fsl_dup(fd_t fd, int32_t minimum);                            /* F_DUPFD_CLOEXEC */
 FSL_EXPORT int32_t fsl_fcntl(fd_t fd, int32_t command, num_t argument);          /* leases, flags */
+FSL_EXPORT num_t fsl_ioctl(fd_t fd, num_t request, num_t argument);              /* argument: value or address */
+FSL_EXPORT int32_t fsl_flock(fd_t fd, int32_t operation);                        /* 1 SH, 2 EX, 4 NB, 8 UN */
 FSL_EXPORT int32_t fsl_eventfd(int32_t initial, int32_t flags);
 FSL_EXPORT int32_t fsl_memfd_create(const char *name, int32_t flags);
 FSL_EXPORT int32_t fsl_ftruncate(fd_t fd, num_t length);
+FSL_EXPORT int32_t fsl_fallocate(fd_t fd, int32_t mode, num_t offset, num_t length);
+FSL_EXPORT int32_t fsl_fadvise(fd_t fd, num_t offset, num_t length, int32_t advice);  /* 3 WILLNEED, 4 DONTNEED */
 FSL_EXPORT num_t fsl_lseek(fd_t fd, num_t offset, int32_t whence);               /* SEEK_DATA 3, SEEK_HOLE 4 */
 FSL_EXPORT num_t fsl_read(fd_t fd, void *buffer, num_t length);
 FSL_EXPORT num_t fsl_write(fd_t fd, const void *buffer, num_t length);
@@ -84,6 +88,10 @@ FSL_EXPORT num_t fsl_process_madvise(fd_t pidfd, num_t addr, num_t length, int32
 FSL_EXPORT int32_t fsl_gettid(void);
 FSL_EXPORT int32_t fsl_setpriority(int32_t tid, int32_t nice);                   /* PRIO_PROCESS of one thread */
 FSL_EXPORT int32_t fsl_sched_setaffinity(int32_t tid, const void *mask, num_t mask_bytes);
+FSL_EXPORT int32_t fsl_sched_getaffinity(int32_t tid, void *mask, num_t mask_bytes);  /* bytes written */
+FSL_EXPORT int32_t fsl_set_mempolicy(int32_t mode, const void *nodes, num_t nodes_bits);
+/* prlimit64(2): {soft, hard} pairs; either pointer may be null. */
+FSL_EXPORT int32_t fsl_prlimit(int32_t pid, int32_t resource, const uint64_t *limit, uint64_t *old_limit);
 FSL_EXPORT int32_t fsl_prctl(int32_t option, num_t a, num_t b, num_t c, num_t d);
 FSL_EXPORT int32_t fsl_ignore_signal(int32_t signal);                            /* rt_sigaction SIG_IGN */
 FSL_EXPORT int32_t fsl_waitpid(int32_t pid, int32_t options, int32_t *status);

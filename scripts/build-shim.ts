@@ -1,0 +1,97 @@
+/**
+ * Compiles the shim and the preload library for both architectures into build/, free-standing: no libc, nothing NEEDED,
+ * so that one file serves glibc and musl hosts. A library that is newer than its sources is left alone.
+ */
+import { mkdirSync, readdirSync, renameSync, statSync } from "node:fs";
+import { join } from "node:path";
+
+export const ROOT = join(import.meta.dir, "..");
+const SHIM = join(ROOT, "shim");
+export const BUILD = join(ROOT, "build");
+const ARCHITECTURES = ["x86_64", "aarch64"] as const;
+const LIBRARIES = {
+  shim: ["abi.c", "memory.c", "posix.c", "remote.c", "uffd.c"],
+  preload: ["memory.c", "preload.c"],
+} as const;
+const FLAGS = [
+  "-std=c11",
+  "-O2",
+  "-Wall",
+  "-Wextra",
+  "-Werror",
+  "-ffreestanding",
+  "-fno-stack-protector",
+  "-nostdlib",
+  "-shared",
+  "-fPIC",
+  "-fvisibility=hidden",
+  "-s",
+  "-Wl,-z,noexecstack",
+];
+
+/** Newest modification time of the files in ms, 0 when there are none. */
+export function newestMs(paths: readonly string[]): number {
+  return Math.max(0, ...paths.map((path) => statSync(path).mtimeMs));
+}
+
+/** Modification time in ms, 0 when the file does not exist. */
+export function modifiedMs(path: string): number {
+  return statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0;
+}
+
+/** Runs a command to its end. @throws Error with its output when it fails */
+export function run(command: readonly string[], environment: Record<string, string> = {}): void {
+  const done = Bun.spawnSync([...command], {
+    cwd: ROOT,
+    env: { ...process.env, ...environment },
+    stdout: "pipe",
+    stderr: "pipe",
+  });
+  if (done.exitCode === 0) return;
+  const output = `${done.stdout}${done.stderr}`.trimEnd();
+  throw new Error(`${command.join(" ")}: exit code ${done.exitCode}\n${output}`);
+}
+
+/** The compiler itself where its package is installed; the launcher beside it costs 0.1 s a call. */
+function zigPath(): string {
+  const arch = process.arch === "arm64" ? "arm64" : "x64";
+  const direct = join(ROOT, "node_modules/@oven", `zig-linux-${arch}`, "zig");
+  return modifiedMs(direct) > 0 ? direct : (Bun.which("zig") ?? join(ROOT, "node_modules/.bin/zig"));
+}
+
+/** @returns the libraries that were compiled, by name */
+export function buildShim(log: (line: string) => void): string[] {
+  mkdirSync(BUILD, { recursive: true });
+  const sources = readdirSync(SHIM).map((name) => join(SHIM, name));
+  const newest = newestMs([...sources, import.meta.path]);
+  const built: string[] = [];
+  for (const arch of ARCHITECTURES) {
+    for (const [library, files] of Object.entries(LIBRARIES)) {
+      const name = `fsl-${library}-${arch}.so`;
+      const path = join(BUILD, name);
+      if (modifiedMs(path) >= newest) continue;
+      const cache = join(ROOT, ".cache", "zig");
+      const partPath = `${path}.${process.pid}`;
+      run(
+        [
+          zigPath(),
+          "cc",
+          "-target",
+          `${arch}-linux-gnu`,
+          ...FLAGS,
+          ...files.map((file) => join("shim", file)),
+          "-o",
+          partPath,
+        ],
+        { ZIG_GLOBAL_CACHE_DIR: cache, ZIG_LOCAL_CACHE_DIR: cache },
+      );
+      // In one step: whoever runs meanwhile has the old library or the new one.
+      renameSync(partPath, path);
+      log(`built build/${name}, ${statSync(path).size} bytes`);
+      built.push(name);
+    }
+  }
+  return built;
+}
+
+if (import.meta.main) buildShim(console.log);

@@ -1,0 +1,39 @@
+/*
+ * abi.c: sizes, offsets and constants as the compiler saw them. src/sys/abi.ts holds the same list in the same order
+ * (ABI_TABLE) and compares the two when the shim is loaded, so that neither side can change alone.
+ */
+#include "fsl_shim.h"
+#include "kernel.h"
+
+#define ABI_VERSION 1
+
+int32_t fsl_abi(uint64_t *out, int32_t capacity) {
+  static const uint64_t values[] = {
+      ABI_VERSION,
+      sizeof(void *),
+      sizeof(struct uffd_msg),
+      offsetof(struct uffd_msg, event),
+      offsetof(struct uffd_msg, arg.pagefault.flags),
+      offsetof(struct uffd_msg, arg.pagefault.address),
+      offsetof(struct uffd_msg, arg.pagefault.ptid),
+      offsetof(struct uffd_msg, arg.fork.ufd),
+      offsetof(struct uffd_msg, arg.remove.start),
+      offsetof(struct uffd_msg, arg.remove.end),
+      offsetof(struct uffd_msg, arg.remap.from),
+      offsetof(struct uffd_msg, arg.remap.to),
+      offsetof(struct uffd_msg, arg.remap.len),
+      UFFD_API,
+      USERFAULTFD_IOC_NEW,
+      O_NONBLOCK,
+      O_CLOEXEC,
+      FD_COUNT_MAX,
+      sizeof(((struct sockaddr_unix *)0)->path),
+      NR_userfaultfd,
+      NR_ioctl,
+      NR_close,
+      NR_getpid,
+  };
+  const int32_t count = (int32_t)(sizeof(values) / sizeof(values[0]));
+  for (int32_t i = 0; i < count && i < capacity; i++) out[i] = values[i];
+  return count;
+}

@@ -1,0 +1,159 @@
+/*
+ * preload.c: the userfaultfd of a program that fsl starts, made by the program itself before its main().
+ *
+ * Loaded with LD_PRELOAD into a dynamically linked QEMU. Its only code is one constructor: it makes a userfaultfd, sends a
+ * duplicate over an inherited socket, and cleans the environment, so that the program and its children see what the
+ * user gave them. Free-standing: it must load into glibc and musl programs alike, and adds nothing to them.
+ * It never fails the program: whatever goes wrong is told over the socket, or shows as silence.
+ *
+ * Environment (all removed, in place):
+ *   FSL_PRELOAD=<socket fd>:<memfd fd>[:c]   where to send; the memfd this library was loaded from, or -1; `c` closes
+ *                                            both when done, and the userfaultfd itself is kept in any case
+ *   FSL_PRELOAD_NEXT=<text>                  the user's own LD_PRELOAD, put back; without it LD_PRELOAD is removed
+ *
+ * Message (24 bytes, host byte order; with one descriptor by SCM_RIGHTS when result >= 0):
+ *   0 u32 magic "fslu" · 4 u32 version 1 · 8 i32 pid · 12 i32 result (descriptor number here, or -errno) ·
+ *   16 i32 way (1 userfaultfd(2), 2 /dev/userfaultfd) · 20 i32 errno of way 1, or 0
+ *
+ * Never UFFD_USER_MODE_ONLY: system calls and KVM that touch a missing page would get EFAULT instead of waiting.
+ */
+#include "kernel.h"
+
+#define MAGIC 0x756c7366u
+#define VERSION 1u
+#define WAY_SYSCALL 1
+#define WAY_DEVICE 2
+
+struct message {
+  uint32_t magic, version;
+  int32_t pid, result, way, first_errno;
+};
+
+_Static_assert(sizeof(struct message) == 24, "message");
+
+struct control {
+  struct cmsghdr64 header;
+  int32_t fd;
+  int32_t pad;
+};
+
+/* The text behind "name=" when the entry is that variable, else null. */
+static char *value_of(char *entry, const char *name) {
+  while (*name != 0) {
+    if (*entry++ != *name++) return (char *)0;
+  }
+  return *entry == '=' ? entry + 1 : (char *)0;
+}
+
+/* Reads a decimal number with an optional minus sign and moves past it; -1 when there is none. */
+static int32_t number_at(const char **text) {
+  const char *at = *text;
+  int32_t value = 0, negative = 0, digits = 0;
+  if (*at == '-') {
+    negative = 1;
+    at++;
+  }
+  while (*at >= '0' && *at <= '9' && digits < 9) {
+    value = value * 10 + (*at++ - '0');
+    digits++;
+  }
+  *text = at;
+  if (digits == 0) return -1;
+  return negative ? -value : value;
+}
+
+/* Removes entry `index` from the environment in place; what follows moves up, the final null too. */
+static void remove_at(char **envp, int32_t index) {
+  do {
+    envp[index] = envp[index + 1];
+  } while (envp[index++] != (char *)0);
+}
+
+static void send_result(int32_t socket, const struct message *message, int32_t fd) {
+  struct control control = {
+      .header = {.length = sizeof(struct cmsghdr64) + sizeof(int32_t), .level = SOL_SOCKET, .type = SCM_RIGHTS},
+      .fd = fd,
+      .pad = 0,
+  };
+  struct iovec64 part = {(uint64_t)(uintptr_t)message, sizeof(*message)};
+  struct msghdr64 header = {.iov = &part, .iov_count = 1};
+  if (fd >= 0) {
+    header.control = &control;
+    header.control_length = control.header.length;
+  }
+  long result;
+  do {
+    result = sys(NR_sendmsg, socket, &header, MSG_NOSIGNAL);
+  } while (result == -EINTR);
+}
+
+static void make_and_send(int32_t socket) {
+  const int32_t flags = O_CLOEXEC | O_NONBLOCK;
+  struct message message = {
+      .magic = MAGIC, .version = VERSION, .pid = (int32_t)sys(NR_getpid), .way = WAY_SYSCALL, .first_errno = 0};
+  message.result = (int32_t)sys(NR_userfaultfd, flags);
+  if (message.result == -EPERM || message.result == -ENOSYS || message.result == -EACCES) {
+    message.first_errno = -message.result;
+    message.way = WAY_DEVICE;
+    long device = sys(NR_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC, 0);
+    if (device < 0) {
+      message.result = (int32_t)device;
+    } else {
+      message.result = (int32_t)sys(NR_ioctl, device, USERFAULTFD_IOC_NEW, flags);
+      sys(NR_close, device);
+    }
+  }
+  send_result(socket, &message, message.result);
+}
+
+/* The program's libc has it; weak, so that the library loads without one. */
+extern char **environ __attribute__((weak, visibility("default")));
+
+/*
+ * glibc hands argc, argv, envp to constructors, and may call this one before it has set `environ` (the library needs
+ * nothing, so nothing orders it). musl hands nothing, so that the arguments are garbage, but has set `environ`.
+ */
+static void preload(int argc, char **argv, char **envp) {
+  if (&environ != (char ***)0 && environ != (char **)0) {
+    envp = environ;
+  } else if (argc < 0 || envp != argv + argc + 1) {
+    return;
+  }
+  int32_t preload_at = -1, next_at = -1, loader_at = -1, count = 0;
+  for (; envp[count] != (char *)0; count++) {
+    if (value_of(envp[count], "FSL_PRELOAD") != (char *)0) preload_at = count;
+    if (value_of(envp[count], "FSL_PRELOAD_NEXT") != (char *)0) next_at = count;
+    if (value_of(envp[count], "LD_PRELOAD") != (char *)0) loader_at = count;
+  }
+  if (preload_at < 0) return;
+
+  const char *text = value_of(envp[preload_at], "FSL_PRELOAD");
+  const int32_t socket = number_at(&text);
+  if (*text == ':') text++;
+  const int32_t memfd = number_at(&text);
+  const int32_t closing = text[0] == ':' && text[1] == 'c';
+  if (socket >= 0) make_and_send(socket);
+  if (closing) {
+    if (socket >= 0) sys(NR_close, socket);
+    if (memfd >= 0) sys(NR_close, memfd);
+  }
+
+  /*
+   * "FSL_PRELOAD_NEXT=x" becomes "LD_PRELOAD=x" in its own memory: the text moves to the left, so it always fits. The
+   * highest index is removed first, so that the others stay valid.
+   */
+  if (next_at >= 0) {
+    char *entry = envp[next_at];
+    const char *from = value_of(entry, "FSL_PRELOAD_NEXT");
+    const char *name = "LD_PRELOAD=";
+    while (*name != 0) *entry++ = *name++;
+    do {
+      *entry++ = *from;
+    } while (*from++ != 0);
+  }
+  for (int32_t index = count - 1; index >= 0; index--) {
+    if (index == preload_at || index == loader_at) remove_at(envp, index);
+  }
+}
+
+__attribute__((used, section(".init_array"))) static void (*const constructor)(int, char **, char **) = preload;
