@@ -23,6 +23,8 @@ export interface GuestRegion {
   readonly backing: "anonymous" | "shmem" | "hugetlb" | "file";
   /** MAP_SHARED. */
   readonly shared: boolean;
+  /** Another process has the same memory mapped (vhost-user, virtiofsd, a second QEMU). */
+  readonly sharedWithOthers: boolean;
 }
 
 export interface TargetInfo {
@@ -64,8 +66,9 @@ export interface Target {
   keepDescriptor(name: string, fd: number): Promise<void>;
   /** Drops a kept descriptor. */
   dropDescriptor(name: string): Promise<void>;
-  /** Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts). Works once. */
-  loadState(seedFd: number): Promise<StateLoaded>;
+  /** Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts). Works once.
+   * @param streamOffset file offset in bytes at which the stream begins */
+  loadState(seedFd: number, streamOffset: number): Promise<StateLoaded>;
   resume(): Promise<void>;
   /** Stops the guest's vCPUs. Must not be awaited while a vCPU may wait for a page. */
   pause(): Promise<void>;
@@ -73,6 +76,8 @@ export interface Target {
   abandon(): Promise<void>;
   /** After the load: puts capabilities and parameters back and lets go. */
   release(): Promise<void>;
+  /** Sends a signal by pidfd; nothing when the target has ended. */
+  signal(signal: NodeJS.Signals): void;
   /** SIGKILL by pidfd. */
   kill(): void;
 }

@@ -1,0 +1,210 @@
+/**
+ * What fsl must know of a QEMU that waits for its state: version, machine type, RAMBlocks and where they are, devices
+ * that can give memory back, migration settings. All of it is asked in one go, before QEMU is even ready to answer.
+ *
+ * QEMU queues eight commands while its machine is being built; the most needed come first.
+ */
+import { fstatSync, readFileSync } from "node:fs";
+import { FslError } from "../errors.ts";
+import { alignUp } from "../pages.ts";
+import { MFD_CLOEXEC } from "../sys/abi.ts";
+import * as native from "../sys/native.ts";
+import { MigrationSettings } from "./migration-settings.ts";
+import {
+  type MemoryArea,
+  type RangeBacking,
+  findRange,
+  mappedByOthers,
+  readHostPageLength,
+  readProcessMemory,
+} from "./process-maps.ts";
+import { type QmpClient, type QmpReply, type QmpVersion, formatVersion, isRecord } from "./qmp.ts";
+import { type RamblockLine, parseRamblocks } from "./ramblock.ts";
+import type { GuestRegion } from "./target.ts";
+
+/** QEMU's word, checked for form but not yet against the kernel's. */
+export interface Inventory {
+  readonly version: QmpVersion;
+  readonly machineType: string | null;
+  readonly ramblocks: readonly RamblockLine[];
+  readonly canDiscard: boolean;
+  readonly settings: MigrationSettings;
+  /** An fdset number that nobody uses. */
+  readonly freeFdset: number;
+}
+
+/** mapped-ram, and `file:` with an fdset: QEMU 9.0. */
+const VERSION_MAJOR_MIN = 9;
+/** Numbers below are for people, who count from 0 or 1. */
+const FDSET_MIN = 64;
+/** Smallest page of this host, bytes; QEMU reports it for ordinary memory. */
+const HOST_PAGE_LENGTH = readHostPageLength();
+/** QMP types of devices that hand guest memory back to the host. */
+const DISCARDING_DEVICE = /^child<(?:virtio-(?:balloon|mem)|.*-balloon)\b/;
+
+/**
+ * Sends all questions at once and judges the answers.
+ * @throws FslError TARGET_LOST when the connection breaks, TARGET_MISMATCH when this QEMU cannot take a state
+ */
+export async function takeInventory(qmp: QmpClient): Promise<Inventory> {
+  const answers = await Promise.all([
+    qmp.ready,
+    qmp.request("query-status"),
+    qmp.request("query-migrate"),
+    qmp.execute("x-query-ramblock"),
+    MigrationSettings.read(qmp),
+    qmp.execute("qom-get", { path: "/machine", property: "type" }),
+    qmp.execute("qom-list", { path: "/machine/peripheral" }),
+    qmp.execute("qom-list", { path: "/machine/peripheral-anon" }),
+    qmp.execute("query-fdsets"),
+  ]);
+  const [version, status, migration, table, settings, type, named, anonymous, fdsets] = answers;
+  checkVersion(version);
+  checkWaiting(status, migration);
+  return {
+    version,
+    machineType: machineTypeOf(type),
+    ramblocks: parseRamblocks(await ramblockText(qmp, table)),
+    canDiscard: [named, anonymous].some(hasDiscardingDevice),
+    settings,
+    freeFdset: freeFdsetOf(fdsets),
+  };
+}
+
+/**
+ * Pairs QEMU's RAMBlocks with the kernel's account of that process.
+ * @throws FslError TARGET_MISMATCH when a block is not where QEMU says, or not of the kind it says
+ */
+export function locateRegions(ramblocks: readonly RamblockLine[], pid: number): GuestRegion[] {
+  const { areas, mountTypes } = readProcessMemory(pid);
+  const internal = internalShmemDevice();
+  if (internal !== null && !mountTypes.has(internal)) mountTypes.set(internal, "tmpfs");
+  const located = ramblocks
+    .filter((block) => block.length > 0)
+    .map((block) => ({ block, range: locate(block, areas, mountTypes) }));
+  const sharedFiles = new Set(located.flatMap(({ range }) => (range.shared ? range.files : [])));
+  const isShareable = sharedFiles.size > 0;
+  const hasHelpers = isShareable && hasHelperProcesses(pid);
+  const foreignFiles = isShareable && !hasHelpers ? mappedByOthers(sharedFiles, pid) : new Set<string>();
+  return located.map(({ block, range }) => ({
+    ...block,
+    backing: range.backing,
+    shared: range.shared,
+    sharedWithOthers: range.shared && (hasHelpers || range.files.some((file) => foreignFiles.has(file))),
+  }));
+}
+
+function locate(
+  block: RamblockLine,
+  areas: readonly MemoryArea[],
+  mountTypes: ReadonlyMap<string, string>,
+): RangeBacking {
+  const what = `RAMBlock ${block.idstr}`;
+  const mappedLength = alignUp(block.length, block.pageSize);
+  const range = findRange(areas, mountTypes, block.hostAddr, mappedLength, what);
+  const isHuge = block.pageSize > HOST_PAGE_LENGTH;
+  if (isHuge !== (range.backing === "hugetlb")) {
+    throw new FslError(
+      "TARGET_MISMATCH",
+      `${what}: QEMU says that its pages have ${block.pageSize} bytes, ` +
+        `but it is ${range.backing} memory (${range.path || "no file"})`,
+      { idstr: block.idstr, pageSize: block.pageSize, backing: range.backing },
+    );
+  }
+  return range;
+}
+
+/**
+ * True when QEMU works with processes that map guest memory: vhost-user and vfio-user back ends do so only when the
+ * guest's devices start, which may be after fsl has looked at who maps what.
+ */
+function hasHelperProcesses(pid: number): boolean {
+  try {
+    return /vhost-user|vfio-user|x-vfio-user/.test(readFileSync(`/proc/${pid}/cmdline`, "latin1"));
+  } catch {
+    return true;
+  }
+}
+
+function checkVersion(version: QmpVersion): void {
+  if (version.major >= VERSION_MAJOR_MIN) return;
+  throw new FslError(
+    "TARGET_MISMATCH",
+    `QEMU ${formatVersion(version)} has no mapped-ram snapshots: expected ${VERSION_MAJOR_MIN}.0 or later`,
+    { version: formatVersion(version) },
+  );
+}
+
+/** @param status answer to query-status; @param migration answer to query-migrate */
+function checkWaiting(status: unknown, migration: unknown): void {
+  const runState = isRecord(status) ? String(status["status"]) : "unknown";
+  if (runState !== "inmigrate") {
+    throw new FslError(
+      "TARGET_MISMATCH",
+      `QEMU is not waiting for a state: expected run state inmigrate, found ${runState}; start it with -incoming defer`,
+      { runState },
+    );
+  }
+  const progress = isRecord(migration) ? (migration["status"] ?? "none") : "none";
+  if (progress !== "none") {
+    throw new FslError(
+      "TARGET_MISMATCH",
+      `QEMU is not waiting for a state: its incoming migration is ${String(progress)} already; start a new one`,
+      { migration: String(progress) },
+    );
+  }
+}
+
+/** The unstable QMP command may be switched off (`-compat unstable-input=reject`); the human monitor has the same. */
+async function ramblockText(qmp: QmpClient, table: QmpReply): Promise<string> {
+  if (table.ok) {
+    const text = isRecord(table.value) ? table.value["human-readable-text"] : undefined;
+    if (typeof text === "string") return text;
+  }
+  const text = await qmp.request("human-monitor-command", { "command-line": "info ramblock" });
+  if (typeof text === "string") return text;
+  throw new FslError("TARGET_MISMATCH", "QEMU's table of RAMBlocks: expected text, found none");
+}
+
+/** `pc-q35-10.0-machine` → `pc-q35-10.0` */
+function machineTypeOf(reply: QmpReply): string | null {
+  if (!reply.ok || typeof reply.value !== "string") return null;
+  const match = /^([\x21-\x7e]{1,255})-machine$/.exec(reply.value);
+  return match?.[1] ?? null;
+}
+
+/** A list that QEMU does not give counts as one with such a device. */
+function hasDiscardingDevice(reply: QmpReply): boolean {
+  if (!reply.ok || !Array.isArray(reply.value)) return true;
+  return reply.value.some((entry) => isRecord(entry) && DISCARDING_DEVICE.test(String(entry["type"])));
+}
+
+function freeFdsetOf(reply: QmpReply): number {
+  let free = FDSET_MIN;
+  if (!reply.ok || !Array.isArray(reply.value)) return free;
+  for (const entry of reply.value) {
+    const id = isRecord(entry) ? entry["fdset-id"] : undefined;
+    if (typeof id === "number" && id >= free && id < Number.MAX_SAFE_INTEGER) free = id + 1;
+  }
+  return free;
+}
+
+/** `major:minor` of the kernel's own tmpfs, where memfds and shared anonymous memory live; it is mounted nowhere. */
+function internalShmemDevice(): string | null {
+  const fd = native.memfdCreate("fsl-probe", MFD_CLOEXEC);
+  if (fd < 0) return null;
+  try {
+    const { dev } = fstatSync(fd);
+    return deviceName(dev);
+  } finally {
+    native.close(fd);
+  }
+}
+
+/** Splits a st_dev as glibc and the kernel encode it (makedev(3)): 12 bits major, 20 bits minor in the low half. */
+export function deviceName(dev: number): string {
+  const device = BigInt(dev);
+  const major = ((device >> 8n) & 0xfffn) | ((device >> 32n) & 0xfffff000n);
+  const minor = (device & 0xffn) | ((device >> 12n) & 0xffffff00n);
+  return `${major}:${minor}`;
+}

@@ -1,0 +1,149 @@
+/**
+ * QEMU's migration capabilities and parameters: read once, changed where a load or a save needs it, put back
+ * afterwards, so that whoever saves or migrates the guest next finds what they had.
+ */
+import { FslError } from "../errors.ts";
+import { type QmpClient, type QmpReply, isRecord } from "./qmp.ts";
+
+export interface MigrationChanges {
+  /** Capability → wanted state. A capability that this QEMU does not know counts as off. */
+  readonly capabilities: Readonly<Record<string, boolean>>;
+  /** Parameter → wanted value. A parameter that this QEMU does not know is left out. */
+  readonly parameters: Readonly<Record<string, unknown>>;
+}
+
+/**
+ * Capabilities that a mapped-ram file cannot be loaded or saved with, or that change what a load does.
+ * @source QEMU migration/options.c migrate_caps_check
+ */
+export const CAPABILITIES_IN_THE_WAY = [
+  "xbzrle",
+  "compress",
+  "postcopy-ram",
+  "postcopy-preempt",
+  "x-colo",
+  "multifd",
+  "background-snapshot",
+  "zero-copy-send",
+  "rdma-pin-all",
+  "x-ignore-shared",
+] as const;
+
+/** Parameters that a mapped-ram file cannot be loaded or saved with, and the value that is in nobody's way. */
+export const PARAMETERS_IN_THE_WAY: Readonly<Record<string, unknown>> = {
+  "multifd-compression": "none",
+  "tls-creds": "",
+};
+
+export class MigrationSettings {
+  readonly #qmp: QmpClient;
+  readonly #capabilities: ReadonlyMap<string, boolean>;
+  readonly #parameters: ReadonlyMap<string, unknown>;
+  /** What has been changed and must be put back. */
+  readonly #changedCapabilities = new Set<string>();
+  readonly #changedParameters = new Set<string>();
+
+  private constructor(
+    qmp: QmpClient,
+    capabilities: ReadonlyMap<string, boolean>,
+    parameters: ReadonlyMap<string, unknown>,
+  ) {
+    this.#qmp = qmp;
+    this.#capabilities = capabilities;
+    this.#parameters = parameters;
+  }
+
+  /** Asks for both in one round trip. */
+  static async read(qmp: QmpClient): Promise<MigrationSettings> {
+    const [capabilities, parameters] = await Promise.all([
+      qmp.request("query-migrate-capabilities"),
+      qmp.request("query-migrate-parameters"),
+    ]);
+    return new MigrationSettings(qmp, parseCapabilities(capabilities), parseParameters(parameters));
+  }
+
+  knowsCapability(name: string): boolean {
+    return this.#capabilities.has(name);
+  }
+
+  knowsParameter(name: string): boolean {
+    return this.#parameters.has(name);
+  }
+
+  /**
+   * Makes the wanted changes; what is already so is not touched.
+   * @throws FslError TARGET_MISMATCH when QEMU does not know a wanted capability, or refuses a change
+   */
+  async apply(changes: MigrationChanges): Promise<void> {
+    const capabilities = Object.entries(changes.capabilities).filter(([name, state]) => {
+      const known = this.#capabilities.get(name);
+      if (known === undefined && state) throw this.#unknownCapability(name);
+      return known !== undefined && known !== state;
+    });
+    const parameters = Object.entries(changes.parameters).filter(([name, value]) => {
+      return this.#parameters.has(name) && this.#parameters.get(name) !== value;
+    });
+    // Noted first: if the connection breaks in between, `restore` rather does too much.
+    for (const [name] of capabilities) this.#changedCapabilities.add(name);
+    for (const [name] of parameters) this.#changedParameters.add(name);
+    await this.#set(capabilities, parameters);
+  }
+
+  /**
+   * Puts back what `apply` changed. Does nothing the second time.
+   * @throws FslError TARGET_LOST, TARGET_MISMATCH
+   */
+  async restore(): Promise<void> {
+    const capabilities = [...this.#changedCapabilities].map((name): [string, boolean] => {
+      return [name, this.#capabilities.get(name) ?? false];
+    });
+    const parameters = [...this.#changedParameters].map((name): [string, unknown] => {
+      return [name, this.#parameters.get(name)];
+    });
+    await this.#set(capabilities, parameters);
+    this.#changedCapabilities.clear();
+    this.#changedParameters.clear();
+  }
+
+  async #set(capabilities: [string, boolean][], parameters: [string, unknown][]): Promise<void> {
+    const replies: Promise<QmpReply>[] = [];
+    if (capabilities.length > 0) {
+      const list = capabilities.map(([capability, state]) => ({ capability, state }));
+      replies.push(this.#qmp.execute("migrate-set-capabilities", { capabilities: list }));
+    }
+    if (parameters.length > 0) {
+      replies.push(this.#qmp.execute("migrate-set-parameters", Object.fromEntries(parameters)));
+    }
+    for (const reply of await Promise.all(replies)) {
+      if (!reply.ok) {
+        throw new FslError("TARGET_MISMATCH", `migration settings: QEMU refused a change: ${reply.description}`, {
+          description: reply.description,
+        });
+      }
+    }
+  }
+
+  #unknownCapability(name: string): FslError {
+    const hint = name === "mapped-ram" ? "; it came with QEMU 9.0" : "";
+    return new FslError("TARGET_MISMATCH", `QEMU does not know the migration capability ${name}${hint}`, {
+      capability: name,
+    });
+  }
+}
+
+/** @param value answer to query-migrate-capabilities: [{capability, state}] */
+function parseCapabilities(value: unknown): Map<string, boolean> {
+  const result = new Map<string, boolean>();
+  if (!Array.isArray(value)) return result;
+  for (const entry of value) {
+    if (isRecord(entry) && typeof entry["capability"] === "string") {
+      result.set(entry["capability"], entry["state"] === true);
+    }
+  }
+  return result;
+}
+
+/** @param value answer to query-migrate-parameters: an object */
+function parseParameters(value: unknown): Map<string, unknown> {
+  return new Map(isRecord(value) ? Object.entries(value) : []);
+}

@@ -1,0 +1,73 @@
+/** The command line of a QEMU that fsl starts: what of the user's is refused, and what fsl adds. Pure. */
+import { FslError } from "../errors.ts";
+
+/** Every id that fsl gives to an object inside QEMU begins with this. */
+export const FSL_ID_PREFIX = "fsl-";
+
+/** Options that cannot go together with fsl's own, and why. QEMU takes one dash or two. */
+const REFUSED_OPTIONS: Readonly<Record<string, string>> = {
+  incoming: "fsl load adds its own; leave it out",
+  loadvm: "the guest's state comes from the snapshot; leave it out",
+  preconfig: "a QEMU that waits for more configuration cannot take a state; leave it out",
+  daemonize: "fsl load stays with the guest it starts; leave it out and put fsl itself into the background",
+};
+
+/** Arguments of one command line; Linux allows more, no QEMU needs it. */
+const ARGUMENTS_MAX = 65_536;
+
+/**
+ * Checks the user's QEMU command line.
+ * @param argv the binary first, as after `--`
+ * @throws FslError USAGE when it is empty or holds an option that fsl cannot work with
+ */
+export function checkQemuCommand(argv: readonly string[]): void {
+  const binary = argv[0];
+  if (binary === undefined || binary === "") {
+    throw new FslError("USAGE", "QEMU command: expected a command after `--`, found none");
+  }
+  if (argv.length > ARGUMENTS_MAX) {
+    throw new FslError("USAGE", `QEMU command: expected at most ${ARGUMENTS_MAX} arguments, found ${argv.length}`);
+  }
+  for (const argument of argv) {
+    if (argument.includes("\0")) throw new FslError("USAGE", "QEMU command: an argument holds a NUL character");
+  }
+  // An option's value may begin with a dash (`-append -incoming`); such a value is refused as well. That errs on the
+  // safe side: telling the two apart needs a table of all options of all versions.
+  for (const argument of argv.slice(1)) {
+    const name = optionName(argument);
+    const reason = name === null ? undefined : REFUSED_OPTIONS[name];
+    if (reason !== undefined) {
+      throw new FslError("USAGE", `QEMU command: option ${argument} is refused: ${reason}`, { option: argument });
+    }
+  }
+}
+
+/** True when the user asked for a guest that stays stopped (`-S`). */
+export function startsStopped(argv: readonly string[]): boolean {
+  return argv.slice(1).some((argument) => optionName(argument) === "S");
+}
+
+/**
+ * The command line that is run: the user's, then a QMP monitor on an inherited listening socket, then
+ * `-incoming defer`, last of all.
+ * @param qmpFd the listening socket's number in QEMU
+ */
+export function qemuCommandLine(argv: readonly string[], qmpFd: number): string[] {
+  checkQemuCommand(argv);
+  const chardev = `${FSL_ID_PREFIX}qmp`;
+  return [
+    ...argv,
+    "-chardev",
+    `socket,id=${chardev},fd=${qmpFd},server=on,wait=off`,
+    "-mon",
+    `chardev=${chardev},mode=control`,
+    "-incoming",
+    "defer",
+  ];
+}
+
+/** `-incoming` and `--incoming` → `incoming`; null for what is no option. */
+function optionName(argument: string): string | null {
+  const match = /^--?([A-Za-z][A-Za-z0-9-]*)$/.exec(argument);
+  return match?.[1] ?? null;
+}

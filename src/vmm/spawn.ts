@@ -1,0 +1,270 @@
+/**
+ * Starts a QEMU with the user's command line, a private QMP socket and, where it can be, the preloaded library.
+ *
+ * The socket is bound and listening before QEMU exists, so fsl connects at once and nothing polls: QEMU greets when it
+ * is ready. QEMU keeps the listening socket; a later fsl can connect again in the private directory.
+ */
+import { readFileSync, readdirSync, statSync, writeSync } from "node:fs";
+import { basename, join } from "node:path";
+import { FslError } from "../errors.ts";
+import { MFD_CLOEXEC, O_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
+import * as native from "../sys/native.ts";
+import { preloadBytes, preloadEnvironment } from "../sys/preload.ts";
+import { isGlibcInterpreter, readElfInterpreter } from "./elf.ts";
+import { checkQemuCommand, qemuCommandLine } from "./qemu-command.ts";
+import { type QemuProcess, QemuTarget } from "./qemu.ts";
+import { QmpClient } from "./qmp.ts";
+import { makeRuntimeDirectory, removeRuntimeDirectory } from "./runtime-directory.ts";
+import type { ExitStatus } from "./target.ts";
+import type { UserfaultfdWay } from "./userfaultfd.ts";
+
+export interface SpawnQemuOptions {
+  /** The user's command line, the binary first. */
+  readonly argv: readonly string[];
+  /** QEMU's environment; this process's when left out. */
+  readonly env?: Readonly<Record<string, string | undefined>>;
+  /** What QEMU's stdin, stdout and stderr are; this process's when left out. */
+  readonly stdio?: readonly [StandardStream, StandardStream, StandardStream];
+  /** Forces one way to the userfaultfd; for tests. */
+  readonly userfaultfdWay?: UserfaultfdWay;
+  /** How long QEMU may take to greet, milliseconds. */
+  readonly greetingTimeoutMs?: number;
+}
+
+/** A descriptor of this process, or one of the two words. */
+export type StandardStream = "inherit" | "ignore" | number;
+
+/** Descriptors of the caller's that are handed on (`-netdev tap,fd=N`) have low numbers: shells give one digit. */
+const INHERITED_FD_MAX = 255;
+const NO_FD = -1;
+
+/**
+ * Starts QEMU. Returns at once; `connect` waits for it.
+ * @throws FslError USAGE for a command line that is refused or a program that is not found,
+ * HOST_UNSUPPORTED when no private directory can be made
+ */
+export function spawnQemu(options: SpawnQemuOptions): QemuTarget {
+  checkQemuCommand(options.argv);
+  const env = options.env ?? process.env;
+  const program = findProgram(options.argv[0] ?? "", env);
+  const directory = makeRuntimeDirectory();
+  const handles = new Handles();
+  try {
+    const socketPath = join(directory, "qmp");
+    const listener = handles.add(checked(native.unixListen(socketPath, 1), `listen on ${socketPath}`));
+    const connection = checked(native.unixConnect(socketPath), `connect to ${socketPath}`);
+    const preload = options.userfaultfdWay === undefined || options.userfaultfdWay === "preload"
+      ? preparePreload(program, handles)
+      : null;
+    const child = startChild(options, program, env, listener, preload);
+    const process = new SpawnedQemu(child, program, directory, socketPath, preload?.ownSocket ?? NO_FD);
+    const qmp = QmpClient.open(connection, {
+      peer: process.description,
+      ...(options.greetingTimeoutMs === undefined ? {} : { greetingTimeoutMs: options.greetingTimeoutMs }),
+    });
+    process.exited.then(() => qmp.close());
+    return new QemuTarget(process, qmp, options);
+  } catch (error) {
+    removeRuntimeDirectory(directory);
+    throw error;
+  } finally {
+    handles.close();
+  }
+}
+
+/** What the child needs for the preloaded library. */
+interface Preload {
+  /** fsl's end of the socket pair; stays open. */
+  readonly ownSocket: number;
+  readonly childSocket: number;
+  /** Holds the library. */
+  readonly library: number;
+}
+
+class SpawnedQemu implements QemuProcess {
+  readonly exited: Promise<ExitStatus>;
+  readonly preloadSocket: number;
+  readonly isSpawned = true;
+  #pid: number;
+  #pidfd: number;
+  readonly #program: string;
+  readonly #socketPath: string;
+  #isClosed = false;
+
+  constructor(
+    child: Bun.Subprocess,
+    program: string,
+    directory: string,
+    socketPath: string,
+    preloadSocket: number,
+  ) {
+    this.#program = program;
+    this.#socketPath = socketPath;
+    this.preloadSocket = preloadSocket;
+    this.#pid = child.pid;
+    // The child cannot have been waited for yet: the event loop has not run since it was started.
+    this.#pidfd = native.pidfdOpen(child.pid, 0);
+    this.exited = child.exited.then(() => {
+      removeRuntimeDirectory(directory);
+      return exitStatusOf(child);
+    });
+  }
+
+  get description(): string {
+    return `${basename(this.#program)} (pid ${this.#pid})`;
+  }
+
+  get pid(): number {
+    return this.#pid;
+  }
+
+  get pidfd(): number {
+    return this.#pidfd;
+  }
+
+  /**
+   * A wrapper script may have started QEMU as a child of its own. QEMU called listen(2) on the inherited socket, and the
+   * kernel tells everybody who connects afterwards which process did that. The connection is given up at once.
+   */
+  identify(): void {
+    if (runsProgram(this.#pid, this.#program)) return;
+    const probe = native.unixConnect(this.#socketPath);
+    if (probe < 0) return;
+    try {
+      const credentials = new Int32Array(3);
+      const pid = native.peerCredentials(probe, credentials) < 0 ? 0 : (credentials[0] ?? 0);
+      if (pid <= 0 || pid === this.#pid || pid === process.pid) return;
+      const pidfd = native.pidfdOpen(pid, 0);
+      if (pidfd < 0) return;
+      native.close(this.#pidfd);
+      this.#pidfd = pidfd;
+      this.#pid = pid;
+    } finally {
+      native.close(probe);
+    }
+  }
+
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    native.close(this.#pidfd);
+    if (this.preloadSocket >= 0) native.close(this.preloadSocket);
+  }
+}
+
+/** Descriptors that are only needed until the child has its copies. */
+class Handles {
+  readonly #fds: number[] = [];
+
+  add(fd: number): number {
+    this.#fds.push(fd);
+    return fd;
+  }
+
+  close(): void {
+    for (const fd of this.#fds.splice(0)) native.close(fd);
+  }
+}
+
+function startChild(
+  options: SpawnQemuOptions,
+  program: string,
+  env: Readonly<Record<string, string | undefined>>,
+  listener: number,
+  preload: Preload | null,
+): Bun.Subprocess {
+  const own = preload === null ? [listener] : [listener, preload.childSocket, preload.library];
+  const layout = layOutDescriptors(inheritedDescriptors(), own);
+  const [qmpFd = NO_FD, childSocket = NO_FD, library = NO_FD] = layout.ownNumbers;
+  const [, ...args] = qemuCommandLine(options.argv, qmpFd);
+  return Bun.spawn([program, ...args], {
+    argv0: options.argv[0] ?? program,
+    env: preload === null ? { ...env } : preloadEnvironment(childSocket, library, env),
+    stdio: [...(options.stdio ?? ["inherit", "inherit", "inherit"]), ...layout.slots],
+  } as Bun.SpawnOptions.OptionsObject<"inherit", "inherit", "inherit">);
+}
+
+/**
+ * The library in a memfd, and a socket for it to answer on; null when the program would not load it.
+ * Shortage of descriptors is no reason to fail here: ptrace is the fall-back.
+ */
+function preparePreload(program: string, handles: Handles): Preload | null {
+  if (!isGlibcInterpreter(readElfInterpreter(program))) return null;
+  const library = native.memfdCreate("fsl-preload", MFD_CLOEXEC);
+  if (library < 0) return null;
+  handles.add(library);
+  const bytes = preloadBytes();
+  for (let written = 0; written < bytes.length;) written += writeSync(library, bytes, written);
+  const pair = new Int32Array(2);
+  if (native.socketpair(SOCK_STREAM, pair) < 0) return null;
+  const [ownSocket = NO_FD, childSocket = NO_FD] = pair;
+  handles.add(childSocket);
+  return { ownSocket, childSocket, library };
+}
+
+/**
+ * Bun gives a child only the descriptors it is told of, number by number from 3. The caller's keep their numbers (that
+ * is how a shell hands `fd=N` to QEMU), fsl's own take the free ones.
+ */
+export function layOutDescriptors(
+  inherited: readonly number[],
+  own: readonly number[],
+): { slots: (number | "ignore")[]; ownNumbers: number[] } {
+  const slots: (number | "ignore")[] = [];
+  for (const number of inherited) slots[number - 3] = number;
+  const ownNumbers: number[] = [];
+  let next = 0;
+  for (const fd of own) {
+    while (slots[next] !== undefined) next += 1;
+    slots[next] = fd;
+    ownNumbers.push(next + 3);
+  }
+  return { slots: Array.from(slots, (slot) => slot ?? "ignore"), ownNumbers };
+}
+
+/** Descriptors from 3 on that this process was started with to hand on: everything of its own is close-on-exec. */
+function inheritedDescriptors(): number[] {
+  const numbers = readdirSync("/proc/self/fd").map(Number);
+  return numbers.filter((number) => number >= 3 && number <= INHERITED_FD_MAX && !isCloseOnExec(number));
+}
+
+/** True also for a descriptor that is closed by now (the one that listed the directory). */
+function isCloseOnExec(fd: number): boolean {
+  try {
+    const flags = /^flags:\s*([0-7]+)$/m.exec(readFileSync(`/proc/self/fdinfo/${fd}`, "latin1"));
+    return (Number.parseInt(flags?.[1] ?? "0", 8) & O_CLOEXEC) !== 0;
+  } catch {
+    return true;
+  }
+}
+
+function findProgram(name: string, env: Readonly<Record<string, string | undefined>>): string {
+  const path = Bun.which(name, { PATH: env["PATH"] ?? "" });
+  if (path !== null) return path;
+  throw new FslError("USAGE", `QEMU command: program ${JSON.stringify(name)} was not found in PATH`, { name });
+}
+
+function exitStatusOf(child: Bun.Subprocess): ExitStatus {
+  const signal = child.signalCode;
+  return signal === null
+    ? { exitCode: child.exitCode, signal: null }
+    : { exitCode: null, signal: String(signal) };
+}
+
+/** False also when it cannot be told. */
+function runsProgram(pid: number, program: string): boolean {
+  try {
+    const running = statSync(`/proc/${pid}/exe`);
+    const wanted = statSync(program);
+    return running.ino === wanted.ino && running.dev === wanted.dev;
+  } catch {
+    return false;
+  }
+}
+
+function checked(result: number, what: string): number {
+  if (result >= 0) return result;
+  throw new FslError("HOST_UNSUPPORTED", `QMP socket: cannot ${what} (${native.errnoName(result)})`, {
+    errno: native.errnoName(result),
+  });
+}
