@@ -27,6 +27,7 @@ export interface EagerLoopOptions {
   readonly source: PageSource;
   readonly state: LoadState;
   readonly counters: Float64Array;
+  readonly workerIndex: number;
   /** Largest single copy in bytes: a fault that comes meanwhile waits for no more than this. */
   readonly pieceLength: number;
   /** Plan-wide chunk numbers in the order of loading. */
@@ -146,10 +147,10 @@ export class EagerLoop {
 
   /** One copy, announced to the reader of events so that it cannot land behind a REMOVE. */
   #bringPiece(state: BlockState, from: number, chunkEnd: number): Outcome {
-    const { state: load, counters, pieceLength } = this.#options;
+    const { state: load, counters, pieceLength, workerIndex } = this.#options;
     const { canDiscard } = load.metadata;
     const { block } = state;
-    if (canDiscard && !load.enterCopy()) return RETRY;
+    if (canDiscard && !load.enterCopy(workerIndex)) return RETRY;
     // Looked up again inside the gate: a REMOVE may have marked pages since the caller looked.
     const at = nextMissing(state.data, state.done, from, chunkEnd, true);
     let outcome: Outcome = SUPPLIED;
@@ -164,7 +165,7 @@ export class EagerLoop {
       }
       add(counters, C_EAGER_PAGES, this.#supply.pagesDone);
     }
-    if (canDiscard) load.leaveCopy();
+    if (canDiscard) load.leaveCopy(workerIndex);
     if (outcome === FAILED || outcome === PENDING) this.#report(state, at, outcome);
     else this.#pace(this.#supply.pagesDone * block.pageSize);
     return outcome;

@@ -139,7 +139,7 @@ export class FaultLoop {
     const { canDiscard } = state.metadata;
     if (canDiscard) {
       state.closeGate();
-      while (state.copiesInFlight > 0) sys.poll(this.#fds, this.#revents, 0, 0, 0);
+      while (state.copiesInFlight) sys.poll(this.#fds, this.#revents, 0, 0, 0);
     }
     const count = uffd.readEvents(state.eventsAddress, EVENTS_MAX);
     if (count > 0) {

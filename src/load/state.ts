@@ -42,11 +42,10 @@ const H_FAULT_LOG_LENGTH = 5;
 const H_EAGER_CURSOR = 6;
 const H_STOP = 7;
 const H_GATE = 8;
-const H_INFLIGHT = 9;
-const H_EAGER_RUNNING = 10;
-const H_FAILED_PAGES = 11;
-const H_BUSY = 12;
-/** Reserved for one word per eager Worker. */
+const H_FAILED_PAGES = 9;
+const H_BUSY = 10;
+/** One word per Worker: it is inside an announced copy. */
+const H_INFLIGHT = 16;
 const H_LENGTH = 64;
 
 /** How far a load has come; a later fsl reads it. */
@@ -265,28 +264,27 @@ export class LoadState {
    * was decided before a REMOVE was read must not land after it: eager copies announce themselves, and the reader closes
    * the gate, waits until none is announced, reads, marks, opens.
    */
-  enterCopy(): boolean {
-    Atomics.add(this.#header, H_INFLIGHT, 1);
+  enterCopy(workerIndex: number): boolean {
+    Atomics.store(this.#header, H_INFLIGHT + workerIndex, 1);
     if (Atomics.load(this.#header, H_GATE) === 0) return true;
-    Atomics.sub(this.#header, H_INFLIGHT, 1);
+    this.leaveCopy(workerIndex);
     return false;
   }
-  leaveCopy(): void {
-    Atomics.sub(this.#header, H_INFLIGHT, 1);
+  /** Also called for a Worker that has died inside. */
+  leaveCopy(workerIndex: number): void {
+    Atomics.store(this.#header, H_INFLIGHT + workerIndex, 0);
   }
   closeGate(): void {
     Atomics.store(this.#header, H_GATE, 1);
   }
-  get copiesInFlight(): number {
-    return Atomics.load(this.#header, H_INFLIGHT);
+  get copiesInFlight(): boolean {
+    for (let index = 0; index < WORKERS_MAX; index += 1) {
+      if (Atomics.load(this.#header, H_INFLIGHT + index) !== 0) return true;
+    }
+    return false;
   }
   openGate(): void {
     Atomics.store(this.#header, H_GATE, 0);
-  }
-  /** After the death of a Worker that may have been inside: nobody is. Only with no eager Worker alive. */
-  resetGate(): void {
-    Atomics.store(this.#header, H_GATE, 0);
-    Atomics.store(this.#header, H_INFLIGHT, 0);
   }
 
   /** The fault loop has a batch in hand: eager Workers let it pass. */
@@ -303,14 +301,6 @@ export class LoadState {
   }
   set failedPages(value: number) {
     Atomics.store(this.#header, H_FAILED_PAGES, value);
-  }
-
-  /** Eager Workers that have not finished. */
-  get eagerRunning(): number {
-    return Atomics.load(this.#header, H_EAGER_RUNNING);
-  }
-  set eagerRunning(value: number) {
-    Atomics.store(this.#header, H_EAGER_RUNNING, value);
   }
 
   counters(workerIndex: number): Float64Array {

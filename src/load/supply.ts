@@ -7,12 +7,13 @@
  * that the guest gave it back, and what it gets then is zero.
  */
 import * as sys from "../sys/native.ts";
-import { EFAULT, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
+import { EFAULT, ENOMEM, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
 import type { PageBytes, PageSource } from "../source/page-source.ts";
 import {
   COPY_CHANGED,
   COPY_EXISTS,
   COPY_GONE,
+  COPY_NO_MEMORY,
   COPY_RETRY,
   COPY_SOURCE,
   type Uffd,
@@ -95,6 +96,8 @@ export class Supply {
         case COPY_CHANGED:
           // The range was unmapped, or unregistered because all its data is in.
           return SUPPLIED;
+        case COPY_NO_MEMORY:
+          return this.#failed(ENOMEM);
         case COPY_SOURCE:
           return this.#failed(this.#source.diagnose?.(state.index, at) || EFAULT);
         default:
@@ -190,6 +193,8 @@ export class Supply {
         return GONE;
       case COPY_CHANGED:
         return SUPPLIED;
+      case COPY_NO_MEMORY:
+        return this.#failed(ENOMEM);
       default:
         throw unexpected("UFFDIO_COPY", address, block.hostPageSize, copied);
     }

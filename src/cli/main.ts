@@ -1,0 +1,105 @@
+/** The executable: which command, strict arguments, errors to messages and exit codes. */
+import { type ArgsDef, type CommandDef, defineCommand, renderUsage, runCommand } from "citty";
+import packageJson from "../../package.json";
+import { FslError, isFslError } from "../index.ts";
+import { checkArguments, splitAtDashes } from "./arguments.ts";
+import { doctorCommand } from "./doctor.ts";
+import { inspectCommand } from "./inspect.ts";
+import { loadCommand } from "./load.ts";
+import { saveCommand } from "./save.ts";
+
+interface Entry {
+  readonly args: ArgsDef;
+  usage(): Promise<string>;
+  run(rawArgs: string[], data: unknown): Promise<unknown>;
+}
+
+/** What `main` needs of a command, whatever its arguments are. */
+function entry<T extends ArgsDef>(command: CommandDef<T>): Entry {
+  return {
+    args: (command.args ?? {}) as ArgsDef,
+    usage: () => renderUsage(command, { meta: { name: "fsl" } }),
+    run: (rawArgs, data) => runCommand(command, { rawArgs, data }),
+  };
+}
+
+const entries: Readonly<Record<string, Entry>> = {
+  load: entry(loadCommand),
+  save: entry(saveCommand),
+  inspect: entry(inspectCommand),
+  doctor: entry(doctorCommand),
+};
+
+const program = defineCommand({
+  meta: {
+    name: "fsl",
+    version: packageJson.version,
+    description: "Fast snapshot load: a QEMU guest from a mapped-ram snapshot, at once",
+  },
+  subCommands: {
+    load: loadCommand,
+    save: saveCommand,
+    inspect: inspectCommand,
+    doctor: doctorCommand,
+  },
+});
+
+/** `--json` asks for errors as JSON too. */
+function printError(error: unknown, asJson: boolean): number {
+  const known = isFslError(error) ? error : usageError(error);
+  if (known === undefined) {
+    console.error(error instanceof Error ? (error.stack ?? error.message) : String(error));
+    console.error("fsl: this is a bug in fsl");
+    return 1;
+  }
+  if (asJson) {
+    const { code, message, details } = known;
+    console.error(JSON.stringify({ error: { code, message, details } }));
+  } else {
+    console.error(`fsl: ${known.message}`);
+    if (known.code === "USAGE") console.error("fsl: try 'fsl --help'");
+  }
+  return known.exitCode;
+}
+
+function usageError(error: unknown): FslError | undefined {
+  if (!(error instanceof Error) || error.name !== "CLIError") return undefined;
+  // citty colours parts of its messages.
+  return new FslError("USAGE", Bun.stripANSI(error.message).replace(/\.$/, ""));
+}
+
+async function main(argv: readonly string[]): Promise<number> {
+  const { own, behind } = splitAtDashes(argv);
+  const [name, ...rest] = own;
+  if (name === "--version" || name === "-V") {
+    console.log(packageJson.version);
+    return 0;
+  }
+  if (name === undefined || name === "--help" || name === "-h" || name === "help") {
+    const usage = await renderUsage(program);
+    if (name === undefined) console.error(usage);
+    else console.log(usage);
+    return name === undefined ? 2 : 0;
+  }
+  const command = Object.hasOwn(entries, name) ? entries[name] : undefined;
+  try {
+    if (command === undefined) {
+      const known = Object.keys(entries).join(", ");
+      throw new FslError("USAGE", `unknown command '${name}', expected one of ${known}`);
+    }
+    if (rest.includes("--help") || rest.includes("-h")) {
+      console.log(await command.usage());
+      return 0;
+    }
+    if (behind !== null && name !== "load") {
+      throw new FslError("USAGE", `'fsl ${name}' takes nothing behind --`);
+    }
+    checkArguments(rest, command.args);
+    await command.run(rest, { behind });
+    return Number(process.exitCode ?? 0);
+  } catch (error) {
+    return printError(error, rest.includes("--json"));
+  }
+}
+
+process.exit(await main(process.argv.slice(2)));

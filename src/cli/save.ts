@@ -1,0 +1,73 @@
+/** `fsl save`: a snapshot of a running QEMU, as `fsl load` loads it. */
+import { defineCommand } from "citty";
+import { allocatedBytes, openSnapshot, saveSnapshot } from "../index.ts";
+import { wholeNumber } from "./arguments.ts";
+import { formatBytes, formatMs } from "./format.ts";
+import { log, setQuiet } from "./log.ts";
+import { startProgress } from "./progress.ts";
+
+export const saveCommand = defineCommand({
+  meta: { name: "save", description: "Saves a running QEMU as a mapped-ram snapshot" },
+  args: {
+    snapshot: { type: "positional", required: true, description: "file to write; replaced when complete" },
+    qmp: { type: "string", required: true, valueHint: "path", description: "QMP socket of the QEMU" },
+    live: { type: "boolean", description: "save while the guest runs; default: it is stopped first" },
+    multifd: {
+      type: "string",
+      valueHint: "channels",
+      description: "save by several channels at once, 1..255; default: one stream",
+    },
+    then: {
+      type: "enum",
+      options: ["quit", "cont", "stay"],
+      default: "stay",
+      description: "what QEMU does afterwards: end, run on, or stay stopped",
+    },
+    quiet: { type: "boolean", alias: "q", description: "no progress, no remarks; errors only" },
+    json: { type: "boolean", description: "one JSON object on stdout" },
+  },
+  async run({ args: flags }) {
+    const quiet = flags.quiet === true || flags.json === true;
+    setQuiet(quiet);
+    const abort = new AbortController();
+    const stop = (): void => abort.abort();
+    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, stop);
+    let state = { transferredBytes: 0, totalBytes: 0 };
+    const progress = quiet
+      ? undefined
+      : startProgress(() => ({
+          dataBytes: state.totalBytes,
+          loadedBytes: state.transferredBytes,
+          faults: 0,
+          failedPages: 0,
+        }));
+    const startedAtMs = performance.now();
+    try {
+      await saveSnapshot({
+        qmpPath: flags.qmp,
+        path: flags.snapshot,
+        live: flags.live === true,
+        then: flags.then,
+        signal: abort.signal,
+        onProgress: (now) => {
+          state = now;
+        },
+        verify: (path) => openSnapshot(path).close(),
+        ...(flags.multifd === undefined
+          ? {}
+          : { multifdChannels: wholeNumber(flags.multifd, "multifd", 1, 255) }),
+      });
+    } finally {
+      progress?.end();
+    }
+    const savedMs = performance.now() - startedAtMs;
+    using snapshot = openSnapshot(flags.snapshot);
+    const bytesOnDisk = allocatedBytes(snapshot.fd, 0, snapshot.fileLength);
+    if (flags.json) {
+      const { path, fileLength } = snapshot;
+      console.log(JSON.stringify({ path, fileLength, bytesOnDisk, savedMs }));
+    } else {
+      log.info(`saved ${flags.snapshot}: ${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`);
+    }
+  },
+});

@@ -1,0 +1,29 @@
+/** The public API of fsl: everything that the command line uses, and nothing else. */
+export { EXIT_CODES, type ErrorCode, type ErrorDetails, FslError, isFslError } from "./errors.ts";
+export {
+  type EagerOptions,
+  type LoadHandle,
+  type LoadMode,
+  type LoadOptions,
+  type Logger,
+  loadSnapshot,
+} from "./load/loader.ts";
+export type { PageFailure } from "./load/fault-loop.ts";
+export type { BlockPlan, LoadPlan, LoadWay } from "./load/plan.ts";
+export type { FaultLatency, LoadProgress, LoadReport, LoadTimes, PageCounts } from "./load/report.ts";
+export { openSnapshot, type OpenSnapshotOptions, type Snapshot } from "./snapshot/snapshot.ts";
+export type { RAMBlock } from "./snapshot/mapped-ram.ts";
+export type {
+  CreatePageSource,
+  PageBytes,
+  PageSource,
+  PageSourceSpec,
+  SourceBlock,
+} from "./source/page-source.ts";
+export { SnapshotPageSource, type SnapshotSourceOptions } from "./source/snapshot-source.ts";
+export { allocatedBytes } from "./source/allocation.ts";
+export { checkHost, type HostSupport } from "./uffd/support.ts";
+export { findQemus, type FoundQemu } from "./vmm/find-qemu.ts";
+export { saveSnapshot, type SaveOptions, type SaveProgress } from "./vmm/save.ts";
+export { spawnQemu, type SpawnOptions } from "./vmm/spawn.ts";
+export type { ExitStatus, GuestRegion, StateLoaded, Target, TargetInfo } from "./vmm/target.ts";

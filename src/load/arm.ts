@@ -1,0 +1,169 @@
+/**
+ * Arming: registers the lazy blocks, leaves long zero extents to the kernel, and corrects what is in memory already.
+ * Runs on the main thread, before the state is handed over: an error here undoes everything.
+ *
+ * Order matters (DESIGN.md): register first, look afterwards, because one touch of memory that is not registered can fill
+ * 2 MiB with zeros. One page is copied before the zero extents are unregistered: it gives the whole block one anon_vma,
+ * without which the split areas could never merge again.
+ */
+import { FslError } from "../errors.ts";
+import { alignDown, alignUp, hex, MiB } from "../pages.ts";
+import type { Snapshot } from "../snapshot/snapshot.ts";
+import type { Uffd } from "../uffd/uffd.ts";
+import { REGISTER_MISSING, UFFDIO_COPY_BIT } from "../sys/abi.ts";
+import { nextBit, nextMissing, setRange } from "./bits.ts";
+import type { BlockPlan } from "./plan.ts";
+import { MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
+import type { BlockState, LoadState } from "./state.ts";
+import { SUPPLIED, type Supply } from "./supply.ts";
+
+/** Zero extents are cut at page table seams: below that, a split costs more than its faults. */
+const SEAM = 2 * MiB;
+/** How many extents may be left out: each costs the target two memory areas of its vm.max_map_count. */
+const EXTENTS_MAX = 256;
+
+/** Half-open address range. */
+export interface AddressRange {
+  readonly startAddr: number;
+  readonly endAddr: number;
+}
+
+/** What of a block to register: everything but its longest zero extents. By address. */
+export function planRegistration(
+  data: Int32Array,
+  hostAddr: number,
+  pageSize: number,
+  hostPageSize: number,
+  pageCount: number,
+  extentsMax = EXTENTS_MAX,
+): { registered: AddressRange[]; zero: AddressRange[] } {
+  const none = new Int32Array(0);
+  const seam = Math.max(SEAM, hostPageSize);
+  const zero: AddressRange[] = [];
+  let page = nextBit(data, 0, pageCount, false);
+  while (page < pageCount) {
+    const end = nextMissing(data, none, page, pageCount, true);
+    const startAddr = page === 0 ? hostAddr : alignUp(hostAddr + page * pageSize, seam);
+    const blockEnd = hostAddr + pageCount * pageSize;
+    const endAddr = end === pageCount ? blockEnd : alignDown(hostAddr + end * pageSize, seam);
+    if (endAddr - startAddr >= seam) zero.push({ startAddr, endAddr });
+    page = nextBit(data, end, pageCount, false);
+  }
+  const longest = zero
+    .toSorted((a, b) => b.endAddr - b.startAddr - (a.endAddr - a.startAddr))
+    .slice(0, extentsMax)
+    .toSorted((a, b) => a.startAddr - b.startAddr);
+  const registered: AddressRange[] = [];
+  let at = hostAddr;
+  for (const extent of longest) {
+    if (extent.startAddr > at) registered.push({ startAddr: at, endAddr: extent.startAddr });
+    at = extent.endAddr;
+  }
+  const end = hostAddr + pageCount * pageSize;
+  if (at < end) registered.push({ startAddr: at, endAddr: end });
+  return { registered, zero: longest };
+}
+
+/** Registers every lazy block as a whole. @throws FslError HOST_UNSUPPORTED, with nothing left registered by the caller */
+export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): void {
+  for (const { block, region } of plans) {
+    const ioctls = uffd.register(region.hostAddr, block.usedLength, REGISTER_MISSING);
+    if ((ioctls & (1n << UFFDIO_COPY_BIT)) === 0n) {
+      throw new FslError(
+        "HOST_UNSUPPORTED",
+        `RAMBlock ${block.idstr}: userfaultfd cannot copy into ${region.backing} memory (ioctls ${ioctls})`,
+        { idstr: block.idstr, backing: region.backing },
+      );
+    }
+  }
+}
+
+/** Takes the zero extents out again; afterwards the kernel fills them natively, with huge pages. */
+export function releaseZeroExtents(
+  uffd: Uffd,
+  state: LoadState,
+  supply: Supply,
+  extents: ReadonlyMap<BlockState, readonly AddressRange[]>,
+): void {
+  const none = new Int32Array(0);
+  for (const block of state.blocks) {
+    const zero = extents.get(block) ?? [];
+    if (zero.length === 0) continue;
+    const first = nextMissing(block.data, none, 0, block.pageCount, true);
+    if (first < block.pageCount && block.block.hostPageSize === block.block.pageSize) {
+      // A source that has not got the page yet costs a merge later, nothing else.
+      if (supply.copyRun(block, first, 1) !== SUPPLIED) continue;
+    }
+    for (const { startAddr, endAddr } of zero) uffd.unregister(startAddr, endAddr - startAddr);
+  }
+}
+
+/**
+ * Corrects pages that were in memory before the ranges were registered, and counts them.
+ * @returns bytes corrected
+ */
+export function correctResident(
+  pid: number,
+  snapshot: Snapshot,
+  plans: readonly BlockPlan[],
+  state: LoadState,
+): number {
+  let corrected = 0;
+  let writer: MemoryWriter | undefined;
+  try {
+    for (const [index, { block, region, bitmap }] of plans.entries()) {
+      const blockState = state.blocks[index];
+      if (blockState === undefined) throw new FslError("INTERNAL", `no state for block ${index}`);
+      for (const range of residentRanges(pid, region.hostAddr, block.usedLength)) {
+        const { first, end } = pagesOf(
+          range.startAddr,
+          range.endAddr,
+          region.hostAddr,
+          block.pageSize,
+          block.pageCount,
+        );
+        if (alreadyDone(blockState, first, end)) continue;
+        writer ??= new MemoryWriter(pid, snapshot.fd);
+        writer.writePages(bitmap, region.hostAddr, block.pagesOffset, block.pageSize, first, end);
+        setRange(blockState.done, first, end);
+        corrected += (end - first) * block.pageSize;
+      }
+    }
+  } finally {
+    writer?.close();
+  }
+  return corrected;
+}
+
+/** The one page that arming itself copied. */
+function alreadyDone(state: BlockState, first: number, end: number): boolean {
+  return nextBit(state.done, first, end, false) === end;
+}
+
+/** Writes every page of the blocks that cannot be lazy. @returns bytes written */
+export function fillBlocks(pid: number, snapshot: Snapshot, plans: readonly BlockPlan[]): number {
+  if (plans.length === 0) return 0;
+  const writer = new MemoryWriter(pid, snapshot.fd);
+  let written = 0;
+  try {
+    for (const { block, region, bitmap } of plans) {
+      writer.writePages(
+        bitmap,
+        region.hostAddr,
+        block.pagesOffset,
+        block.pageSize,
+        0,
+        block.pageCount,
+      );
+      written += block.usedLength;
+    }
+  } finally {
+    writer.close();
+  }
+  return written;
+}
+
+/** For messages: `0x7f0000000000..0x7f0040000000`. */
+export function rangeText({ startAddr, endAddr }: AddressRange): string {
+  return `${hex(startAddr)}..${hex(endAddr)}`;
+}

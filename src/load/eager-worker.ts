@@ -1,0 +1,27 @@
+/** Worker entry point: one eager loader. */
+import * as sys from "../sys/native.ts";
+import { EagerLoop } from "./eager-loop.ts";
+import type { EagerWorkerStart } from "./protocol.ts";
+import { serveWorker } from "./worker.ts";
+
+serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report }) => {
+  // Only this thread: the vCPUs and the fault loop go first.
+  sys.setpriority(sys.gettid(), start.nice);
+  const loop = new EagerLoop({
+    state,
+    uffd,
+    source,
+    counters,
+    workerIndex: start.workerIndex,
+    pieceLength: start.pieceLength,
+    order: start.order,
+    bytesPerSecond: start.bytesPerSecond,
+    onFailure: (failure) => report({ type: "failure", failure }),
+  });
+  report({ type: "serving" });
+  try {
+    return loop.run();
+  } finally {
+    loop.close();
+  }
+});

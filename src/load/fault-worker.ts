@@ -1,0 +1,24 @@
+/** Worker entry point: the fault loop. */
+import { FaultLoop } from "./fault-loop.ts";
+import type { FaultWorkerStart } from "./protocol.ts";
+import { serveWorker } from "./worker.ts";
+
+serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, report }) => {
+  const loop = new FaultLoop({
+    state,
+    uffd,
+    source,
+    counters,
+    stopFd: start.stopFd,
+    pidfd: start.pidfd,
+    clusterPages: start.clusterPages,
+    onFailure: (failure) => report({ type: "failure", failure }),
+    onRecovered: (failure) => report({ type: "recovered", failure }),
+  });
+  report({ type: "serving" });
+  try {
+    return loop.run();
+  } finally {
+    loop.close();
+  }
+});

@@ -1,0 +1,39 @@
+/** What the main thread and its Workers say to one another. The Workers' loops are synchronous: control goes through
+ * the load state and an eventfd, these messages only start a Worker and report from it. */
+import type { PageSourceSpec } from "../source/page-source.ts";
+import type { PageFailure } from "./fault-loop.ts";
+import type { StateHandle } from "./state.ts";
+
+interface WorkerStartBase {
+  readonly handle: StateHandle;
+  readonly source: PageSourceSpec;
+  readonly uffdFd: number;
+  /** Which counters area of the load state is this Worker's. */
+  readonly workerIndex: number;
+}
+
+export interface FaultWorkerStart extends WorkerStartBase {
+  readonly role: "fault";
+  readonly stopFd: number;
+  readonly pidfd: number;
+  readonly clusterPages: number;
+}
+
+export interface EagerWorkerStart extends WorkerStartBase {
+  readonly role: "eager";
+  readonly pieceLength: number;
+  readonly order: Uint32Array;
+  readonly bytesPerSecond: number;
+  /** 0..19, higher leaves more to others; see setpriority(2). */
+  readonly nice: number;
+}
+
+export type WorkerStart = FaultWorkerStart | EagerWorkerStart;
+
+export type WorkerReport =
+  | { readonly type: "loaded" }
+  | { readonly type: "serving" }
+  | { readonly type: "failure"; readonly failure: PageFailure }
+  | { readonly type: "recovered"; readonly failure: PageFailure }
+  | { readonly type: "ended"; readonly end: "stopped" | "gone" | "finished" }
+  | { readonly type: "error"; readonly message: string; readonly stack: string };

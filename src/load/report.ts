@@ -1,0 +1,162 @@
+/** The figures of a load, from the counters of the Workers. The names of `LoadReport` are a contract (README.md). */
+import { countMissing } from "./bits.ts";
+import {
+  C_EAGER_PAGES,
+  C_FAULT_PAGES,
+  C_FAULTS,
+  C_LATENCY_MAX,
+  C_LATENCY_SUM,
+  C_REDUNDANT_PAGES,
+  C_REMOVED_PAGES,
+  C_RETRIES,
+  C_ZERO_PAGES,
+  histogramEdgeNs,
+  histogramOf,
+  type LoadState,
+  WORKERS_MAX,
+} from "./state.ts";
+
+export interface FaultLatency {
+  /** Microseconds from reading a fault to its copy being done; null when there was none. */
+  readonly p50: number | null;
+  readonly p99: number | null;
+  readonly max: number | null;
+  readonly mean: number | null;
+  /** Buckets with at least one fault: lower edge in microseconds, count. */
+  readonly histogram: readonly { readonly fromUs: number; readonly count: number }[];
+}
+
+/** Milliseconds since the load was begun; null = has not happened. */
+export interface LoadTimes {
+  readonly qemuReadyMs: number | null;
+  readonly armedMs: number | null;
+  readonly resumedMs: number | null;
+  readonly residentMs: number | null;
+}
+
+export interface PageCounts {
+  /** Brought in because of a fault, neighbours included. */
+  readonly fault: number;
+  readonly eager: number;
+  /** Filled with zeros because of a fault. */
+  readonly zero: number;
+}
+
+export interface LoadProgress {
+  /** Data bytes of the lazy blocks, and how many of them are in. */
+  readonly dataBytes: number;
+  readonly loadedBytes: number;
+  readonly faults: number;
+  /** Pages that cannot be read at this moment, with a vCPU waiting. */
+  readonly failedPages: number;
+}
+
+export interface LoadReport extends LoadTimes {
+  readonly mode: "lazy" | "copy";
+  /** True when all RAM came in; false when the guest ended before. */
+  readonly complete: boolean;
+  readonly pages: PageCounts;
+  readonly bytes: PageCounts;
+  readonly faults: number;
+  readonly faultLatencyUs: FaultLatency;
+  /** Copies that found the page there already, and copies that the kernel put off. */
+  readonly redundantPages: number;
+  readonly retries: number;
+  /** Pages that the guest gave back while loading. */
+  readonly removedPages: number;
+  /** What each block was: lazy, seed, fill or ignored, with its data bytes. */
+  readonly blocks: readonly {
+    readonly idstr: string;
+    readonly way: string;
+    readonly reason: string;
+    readonly length: number;
+    readonly dataBytes: number;
+  }[];
+}
+
+/** Sum of one counter over all Workers. */
+function total(state: LoadState, counter: number): number {
+  let sum = 0;
+  for (let worker = 0; worker < WORKERS_MAX; worker += 1) {
+    sum += state.counters(worker)[counter] ?? 0;
+  }
+  return sum;
+}
+
+export function progressOf(state: LoadState, dataBytes: number): LoadProgress {
+  let missingBytes = 0;
+  for (const block of state.blocks) {
+    missingBytes += countMissing(block.data, block.done) * block.block.pageSize;
+  }
+  return {
+    dataBytes,
+    loadedBytes: dataBytes - missingBytes,
+    faults: total(state, C_FAULTS),
+    failedPages: state.failedPages,
+  };
+}
+
+export function latencyOf(state: LoadState): FaultLatency {
+  const counters = state.counters(0);
+  const buckets = histogramOf(counters);
+  const count = buckets.reduce((sum, bucket) => sum + bucket, 0);
+  if (count === 0) return { p50: null, p99: null, max: null, mean: null, histogram: [] };
+  const histogram: { fromUs: number; count: number }[] = [];
+  for (const [index, bucket] of buckets.entries()) {
+    if (bucket > 0) histogram.push({ fromUs: histogramEdgeNs(index) / 1000, count: bucket });
+  }
+  return {
+    p50: quantileUs(buckets, count, 0.5),
+    p99: quantileUs(buckets, count, 0.99),
+    max: (counters[C_LATENCY_MAX] ?? 0) / 1000,
+    mean: (counters[C_LATENCY_SUM] ?? 0) / count / 1000,
+    histogram,
+  };
+}
+
+/** Middle of the bucket in which the quantile lies, microseconds. */
+function quantileUs(buckets: Float64Array, count: number, quantile: number): number {
+  let seen = 0;
+  for (const [index, bucket] of buckets.entries()) {
+    seen += bucket;
+    if (seen >= count * quantile) return (histogramEdgeNs(index) + histogramEdgeNs(index + 1)) / 2000;
+  }
+  return histogramEdgeNs(buckets.length) / 1000;
+}
+
+export interface ReportInput {
+  readonly times: LoadTimes;
+  readonly mode: "lazy" | "copy";
+  readonly complete: boolean;
+  readonly blocks: LoadReport["blocks"];
+}
+
+export function reportOf(state: LoadState | null, input: ReportInput): LoadReport {
+  const sum = (counter: number): number => (state === null ? 0 : total(state, counter));
+  const pages: PageCounts = {
+    fault: sum(C_FAULT_PAGES),
+    eager: sum(C_EAGER_PAGES),
+    zero: sum(C_ZERO_PAGES),
+  };
+  const pageSize = state?.blocks[0]?.block.pageSize ?? 4096;
+  return {
+    ...input.times,
+    mode: input.mode,
+    complete: input.complete,
+    pages,
+    bytes: {
+      fault: pages.fault * pageSize,
+      eager: pages.eager * pageSize,
+      zero: pages.zero * pageSize,
+    },
+    faults: sum(C_FAULTS),
+    faultLatencyUs:
+      state === null
+        ? { p50: null, p99: null, max: null, mean: null, histogram: [] }
+        : latencyOf(state),
+    redundantPages: sum(C_REDUNDANT_PAGES),
+    retries: sum(C_RETRIES),
+    removedPages: sum(C_REMOVED_PAGES),
+    blocks: input.blocks,
+  };
+}

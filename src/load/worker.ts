@@ -1,0 +1,48 @@
+/**
+ * What both kinds of Worker do: wait for the start message, make the page source, run the loop, report. A Worker is
+ * started while the target is still starting (its code and the shim are loaded by then) and gets its work later.
+ */
+import { makeSource } from "../source/make-source.ts";
+import type { PageSource } from "../source/page-source.ts";
+import * as sys from "../sys/native.ts";
+import { Uffd } from "../uffd/uffd.ts";
+import type { WorkerReport, WorkerStart } from "./protocol.ts";
+import { LoadState } from "./state.ts";
+
+declare const self: Worker;
+
+export interface WorkerParts {
+  readonly state: LoadState;
+  readonly uffd: Uffd;
+  readonly source: PageSource;
+  readonly counters: Float64Array;
+  readonly report: (report: WorkerReport) => void;
+}
+
+function report(message: WorkerReport): void {
+  self.postMessage(message);
+}
+
+/** Runs `loop` once, when the start message has come. */
+export function serveWorker<Start extends WorkerStart>(
+  loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
+): void {
+  self.onmessage = async (event: MessageEvent<Start>) => {
+    const start = event.data;
+    try {
+      const state = LoadState.attach(start.handle);
+      const counters = state.counters(start.workerIndex);
+      const source = await makeSource(start.source, start.handle.metadata.blocks);
+      // The descriptor is the main thread's: it is not closed here.
+      const uffd = new Uffd(start.uffdFd);
+      const end = loop(start, { state, uffd, source, counters, report });
+      source.close();
+      report({ type: "ended", end });
+    } catch (error) {
+      const { message, stack } = error instanceof Error ? error : new Error(String(error));
+      report({ type: "error", message, stack: stack ?? "" });
+    }
+  };
+  sys.load();
+  report({ type: "loaded" });
+}

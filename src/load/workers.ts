@@ -1,0 +1,181 @@
+/**
+ * The crew of a load: one fault Worker and the eager Workers, started early, given their work later, watched until they
+ * end. A Worker that dies is replaced: what it had read lives in the load state, and waking the ranges makes every
+ * waiting thread fault again. Runs on the main thread.
+ */
+import { FslError } from "../errors.ts";
+import { startWorker } from "../sys/worker.ts";
+import type { EagerWorkerStart, FaultWorkerStart, WorkerReport, WorkerStart } from "./protocol.ts";
+import type { PageFailure } from "./fault-loop.ts";
+
+/** A Worker that fails again and again has a reason that restarting does not mend. */
+const REPLACEMENTS_MAX = 8;
+
+export interface CrewEvents {
+  /** A page cannot be read; its vCPU waits if `demanded`. */
+  onFailure(failure: PageFailure, demanded: boolean): void;
+  onRecovered(failure: PageFailure): void;
+  /** A Worker has died; `replaced` says whether another one has taken over. */
+  onWorkerLost(role: "fault" | "eager", error: Error, replaced: boolean): void;
+  /** Called with the dead Worker gone and before its replacement starts. */
+  beforeReplacement(start: WorkerStart): void;
+  /** Called when the replacement serves: ranges are to be woken. */
+  afterReplacement(start: WorkerStart): void;
+}
+
+type Role = "fault" | "eager";
+export type CrewEnd = "stopped" | "gone" | "finished";
+
+/** One place in the crew: the Worker that holds it may change. */
+class Post {
+  readonly role: Role;
+  readonly #events: CrewEvents;
+  #worker: Worker;
+  #loaded: Promise<void>;
+  #start: WorkerStart | undefined;
+  #replacements = 0;
+  #over = false;
+  #serving = Promise.withResolvers<void>();
+  #ended = Promise.withResolvers<CrewEnd>();
+
+  constructor(role: Role, events: CrewEvents) {
+    this.role = role;
+    this.#events = events;
+    [this.#worker, this.#loaded] = this.#hire();
+  }
+
+  /** Hands out the work, also again after it has ended. @returns when the Worker serves */
+  async begin(start: WorkerStart): Promise<void> {
+    this.#serving = Promise.withResolvers();
+    this.#ended = Promise.withResolvers();
+    // Whoever wants to know awaits; a rejection that nobody awaits was reported by onWorkerLost.
+    this.#serving.promise.catch(() => {});
+    this.#ended.promise.catch(() => {});
+    this.#start = start;
+    await this.#loaded;
+    this.#worker.postMessage(start);
+    await this.#serving.promise;
+  }
+
+  /** Resolves when the loop that was begun last has ended. */
+  get ended(): Promise<CrewEnd> {
+    return this.#ended.promise;
+  }
+
+  /** Ends a Worker that has no work yet, or whose loop has ended. */
+  dismiss(): void {
+    this.#over = true;
+    this.#worker.terminate();
+  }
+
+  #hire(): [Worker, Promise<void>] {
+    const worker = startWorker(this.role === "fault" ? "fault-worker" : "eager-worker");
+    const loaded = Promise.withResolvers<void>();
+    loaded.promise.catch(() => {});
+    let lost = false;
+    const lose = (error: Error): void => {
+      if (lost || this.#over) return;
+      lost = true;
+      loaded.reject(error);
+      worker.terminate();
+      this.#replace(error);
+    };
+    worker.onmessage = (event: MessageEvent<WorkerReport>) => {
+      if (lost) return;
+      const message = event.data;
+      if (message.type === "loaded") loaded.resolve();
+      else if (message.type === "error") lose(workerError(message));
+      else this.#take(message);
+    };
+    worker.onerror = (event) => lose(new Error(`${this.role} Worker: ${event.message}`));
+    worker.addEventListener("close", () => lose(new Error(`${this.role} Worker ended unexpectedly`)));
+    return [worker, loaded.promise];
+  }
+
+  #take(message: WorkerReport): void {
+    switch (message.type) {
+      case "serving":
+        this.#serving.resolve();
+        if (this.#replacements > 0 && this.#start) this.#events.afterReplacement(this.#start);
+        return;
+      case "failure":
+        this.#events.onFailure(message.failure, this.role === "fault");
+        return;
+      case "recovered":
+        this.#events.onRecovered(message.failure);
+        return;
+      case "ended":
+        this.#start = undefined;
+        this.#ended.resolve(message.end);
+        return;
+      default:
+        return;
+    }
+  }
+
+  #replace(error: Error): void {
+    this.#replacements += 1;
+    const replaced = this.#start !== undefined && this.#replacements <= REPLACEMENTS_MAX;
+    this.#events.onWorkerLost(this.role, error, replaced);
+    if (!replaced) {
+      const failure = new FslError("INTERNAL", `${this.role} Worker failed: ${error.message}`, {}, error);
+      this.#serving.reject(failure);
+      this.#ended.reject(failure);
+      return;
+    }
+    const start = this.#start;
+    if (start === undefined) return;
+    this.#events.beforeReplacement(start);
+    const [worker, loaded] = this.#hire();
+    this.#worker = worker;
+    this.#loaded = loaded;
+    loaded.then(
+      () => worker.postMessage(start),
+      () => {},
+    );
+  }
+}
+
+export class Crew {
+  readonly #fault: Post;
+  readonly #eager: readonly Post[];
+
+  constructor(eagerWorkers: number, events: CrewEvents) {
+    this.#fault = new Post("fault", events);
+    this.#eager = Array.from({ length: eagerWorkers }, () => new Post("eager", events));
+  }
+
+  /** @returns when faults are served */
+  async serveFaults(start: FaultWorkerStart): Promise<void> {
+    await this.#fault.begin(start);
+  }
+
+  /** Sets the eager Workers to work. @returns when all of them have ended: the worst of their ends */
+  async loadEagerly(starts: readonly EagerWorkerStart[]): Promise<CrewEnd> {
+    const ends = this.#eager.map(async (post, index) => {
+      const start = starts[index];
+      if (start === undefined) throw new FslError("INTERNAL", `no work for eager Worker ${index}`);
+      await post.begin(start);
+      return post.ended;
+    });
+    const all = await Promise.all(ends);
+    return all.find((end) => end !== "finished") ?? "finished";
+  }
+
+  /** Resolves when the fault loop has ended. */
+  get faultLoopEnded(): Promise<CrewEnd> {
+    return this.#fault.ended;
+  }
+
+  /** Ends every Worker. The loops must have been told to stop before. */
+  dismiss(): void {
+    this.#fault.dismiss();
+    for (const post of this.#eager) post.dismiss();
+  }
+}
+
+function workerError(message: { message: string; stack: string }): Error {
+  const error = new Error(message.message);
+  error.stack = message.stack;
+  return error;
+}
