@@ -2,12 +2,20 @@
  * Compiles the shim and the preload library for both architectures into build/, free-standing: no libc, nothing NEEDED,
  * so that one file serves glibc and musl hosts. A library that is newer than its sources is left alone.
  */
-import { mkdirSync, readdirSync, renameSync, statSync } from "node:fs";
-import { join } from "node:path";
+import {
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
+import { basename, join } from "node:path";
 
 export const ROOT = join(import.meta.dir, "..");
 const SHIM = join(ROOT, "shim");
 export const BUILD = join(ROOT, "build");
+const EMBEDDED = join(BUILD, "libraries.json");
 const ARCHITECTURES = ["x86_64", "aarch64"] as const;
 const LIBRARIES = {
   shim: ["abi.c", "memory.c", "posix.c", "remote.c", "uffd.c"],
@@ -59,39 +67,37 @@ function zigPath(): string {
   return modifiedMs(direct) > 0 ? direct : (Bun.which("zig") ?? join(ROOT, "node_modules/.bin/zig"));
 }
 
-/** @returns the libraries that were compiled, by name */
-export function buildShim(log: (line: string) => void): string[] {
+function compile(library: keyof typeof LIBRARIES, arch: string, path: string): void {
+  const cache = join(ROOT, ".cache", "zig");
+  const files = LIBRARIES[library].map((file) => join("shim", file));
+  const partPath = `${path}.${process.pid}`;
+  run([zigPath(), "cc", "-target", `${arch}-linux-gnu`, ...FLAGS, ...files, "-o", partPath], {
+    ZIG_GLOBAL_CACHE_DIR: cache,
+    ZIG_LOCAL_CACHE_DIR: cache,
+  });
+  // In one step: whoever runs meanwhile has the old library or the new one.
+  renameSync(partPath, path);
+}
+
+/** Builds what is out of date, and build/libraries.json, which is how src/sys/embedded.ts gets them. */
+export function buildShim(log: (line: string) => void): void {
   mkdirSync(BUILD, { recursive: true });
   const sources = readdirSync(SHIM).map((name) => join(SHIM, name));
   const newest = newestMs([...sources, import.meta.path]);
-  const built: string[] = [];
-  for (const arch of ARCHITECTURES) {
-    for (const [library, files] of Object.entries(LIBRARIES)) {
-      const name = `fsl-${library}-${arch}.so`;
-      const path = join(BUILD, name);
-      if (modifiedMs(path) >= newest) continue;
-      const cache = join(ROOT, ".cache", "zig");
-      const partPath = `${path}.${process.pid}`;
-      run(
-        [
-          zigPath(),
-          "cc",
-          "-target",
-          `${arch}-linux-gnu`,
-          ...FLAGS,
-          ...files.map((file) => join("shim", file)),
-          "-o",
-          partPath,
-        ],
-        { ZIG_GLOBAL_CACHE_DIR: cache, ZIG_LOCAL_CACHE_DIR: cache },
-      );
-      // In one step: whoever runs meanwhile has the old library or the new one.
-      renameSync(partPath, path);
-      log(`built build/${name}, ${statSync(path).size} bytes`);
-      built.push(name);
+  const encoded: Record<string, string> = {};
+  let isStale = modifiedMs(EMBEDDED) < newest;
+  for (const library of ["shim", "preload"] as const) {
+    for (const arch of ARCHITECTURES) {
+      const path = join(BUILD, `fsl-${library}-${arch}.so`);
+      if (modifiedMs(path) < newest) {
+        compile(library, arch, path);
+        log(`built build/${basename(path)}, ${statSync(path).size} bytes`);
+        isStale = true;
+      }
+      encoded[`${library}-${arch}`] = readFileSync(path).toString("base64");
     }
   }
-  return built;
+  if (isStale) writeFileSync(EMBEDDED, `${JSON.stringify(encoded, null, 1)}\n`);
 }
 
 if (import.meta.main) buildShim(console.log);

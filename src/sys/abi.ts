@@ -67,6 +67,9 @@ export const UFFD_FEATURES = {
   MOVE: 1 << 16, // 6.8
 } as const;
 
+/** The one that the loader asks for: the guest can give memory back. */
+export const UFFD_FEATURE_EVENT_REMOVE = UFFD_FEATURES.EVENT_REMOVE;
+
 export type UffdFeature = keyof typeof UFFD_FEATURES;
 
 /** `mode` of UFFDIO_REGISTER. */

@@ -1,15 +1,22 @@
 /**
- * The two native libraries as files: paths on disk under plain `bun`, paths in the executable's own file system after
- * `bun build --compile`. Only the ones for this architecture are embedded: the bundler knows process.arch of its target.
+ * The two native libraries as bytes. `npm run build` writes them as base64 into one module, build/libraries.json, and
+ * every way of running has them from there: plain `bun`, the executable, a Worker started from a bundle, and somebody
+ * else's program compiled with `bun build --compile`. Files beside the code would be another path in each of these, and
+ * Bun extracts embedded libraries to a temporary directory, which leaves files behind and fails where that is noexec.
  */
-import preloadArm from "../../build/fsl-preload-aarch64.so" with { type: "file" };
-import preloadX86 from "../../build/fsl-preload-x86_64.so" with { type: "file" };
-import shimArm from "../../build/fsl-shim-aarch64.so" with { type: "file" };
-import shimX86 from "../../build/fsl-shim-x86_64.so" with { type: "file" };
+import libraries from "../../build/libraries.json";
 
-const isArm = process.arch === "arm64";
+const arch = process.arch === "arm64" ? "aarch64" : "x86_64";
+
+/** For messages. */
+export const ARCHITECTURE: string = arch;
 
 /** The shim: raw system calls, shim/fsl_shim.h. */
-export const SHIM_PATH: string = isArm ? shimArm : shimX86;
+export function shimBytes(): Uint8Array {
+  return Buffer.from(libraries[`shim-${arch}`], "base64");
+}
+
 /** The library that makes a userfaultfd inside a program that is being started, shim/preload.c. */
-export const PRELOAD_PATH: string = isArm ? preloadArm : preloadX86;
+export function preloadBytes(): Uint8Array {
+  return Buffer.from(libraries[`preload-${arch}`], "base64");
+}

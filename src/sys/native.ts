@@ -10,10 +10,10 @@
  * `FSL_TRACE_FFI=1` logs each call with its arguments, result and time to stderr.
  */
 import { dlopen, FFIType, type Pointer, ptr, toArrayBuffer } from "bun:ffi";
-import { readFileSync, writeSync } from "node:fs";
+import { writeSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { ABI_TABLE, MFD_CLOEXEC } from "./abi.ts";
-import { SHIM_PATH } from "./embedded.ts";
+import { ARCHITECTURE, shimBytes } from "./embedded.ts";
 import { errnoText } from "./errno.ts";
 
 export { errnoName, errnoText } from "./errno.ts";
@@ -103,14 +103,14 @@ export function load(): void {
   if (isLoaded) return;
   let symbols: Library;
   try {
-    symbols = dlopen(loadablePath(SHIM_PATH), SYMBOLS).symbols;
+    symbols = dlopen(loadablePath(), SYMBOLS).symbols;
   } catch (cause) {
     if (cause instanceof FslError) throw cause;
     const reason = cause instanceof Error ? cause.message : String(cause);
     throw new FslError(
       "HOST_UNSUPPORTED",
-      `shim: cannot be loaded: ${reason} (${SHIM_PATH}); from a source tree, run: npm run build`,
-      { path: SHIM_PATH, arch: process.arch },
+      `shim: cannot be loaded: ${reason} (${ARCHITECTURE})`,
+      { reason, arch: ARCHITECTURE },
       cause,
     );
   }
@@ -129,40 +129,31 @@ function checkAbi(symbols: Library): void {
   const value = wrong < 0 ? count : Number(found[wrong]);
   throw new FslError(
     "HOST_UNSUPPORTED",
-    `shim: ABI ${name}: expected ${expected}, found ${value} (${SHIM_PATH}); run: npm run build`,
+    `shim: ABI ${name}: expected ${expected}, found ${value} (${ARCHITECTURE}); run: npm run build`,
     { name, expected, found: value },
   );
 }
 
 /**
- * A path that dlopen(3) takes. In a compiled executable the library is in Bun's virtual file system; Bun's own way is to
- * extract it to a temporary directory, which leaves files behind and fails where that directory is missing or noexec. So
- * its bytes go to a memfd, by way of the libc. The descriptor is closed by nobody: its number is part of the name that the
- * loader remembers the library by, and a later library must not be taken for this one.
+ * A path that dlopen(3) takes, without a file: the bytes go to a memfd, by way of the libc. The descriptor stays open on
+ * purpose. Its number is part of the name that the loader remembers the library by, so a later library under the same
+ * number would be taken for this one.
  */
-function loadablePath(path: string): string {
-  if (!path.startsWith("/$bunfs/")) return path;
-  const fd = memfdByLibc(readFileSync(path));
-  return `/proc/self/fd/${fd}`;
-}
-
-function memfdByLibc(bytes: Uint8Array): number {
-  const libc = openLibc();
-  const fd = libc.memfd_create(Buffer.from("fsl-shim\0"), MFD_CLOEXEC);
+function loadablePath(): string {
+  const fd = openLibc().memfd_create(cString("fsl-shim"), MFD_CLOEXEC);
   // A libc call's errno cannot be read reliably through FFI, so the message has to do without.
-  if (fd < 0) throw new FslError("HOST_UNSUPPORTED", "shim: memfd_create failed; needs Linux 3.17");
-  let written = 0;
-  while (written < bytes.length) written += writeSync(fd, bytes, written);
-  return fd;
+  if (fd < 0) throw new Error("memfd_create failed");
+  const bytes = shimBytes();
+  for (let written = 0; written < bytes.length; ) written += writeSync(fd, bytes, written);
+  return `/proc/self/fd/${fd}`;
 }
 
 function openLibc(): { memfd_create(name: Uint8Array, flags: number): number } {
   const symbols = { memfd_create: { args: [pointer, i32], returns: i32 } } as const;
-  const arch = process.arch === "arm64" ? "aarch64" : "x86_64";
   try {
     return dlopen("libc.so.6", symbols).symbols;
   } catch {
-    return dlopen(`libc.musl-${arch}.so.1`, symbols).symbols;
+    return dlopen(`libc.musl-${ARCHITECTURE}.so.1`, symbols).symbols;
   }
 }
 
@@ -347,7 +338,7 @@ export function read(fd: number, buffer: Memory | number, length: number): numbe
 }
 
 /** write(2). */
-export function write(fd: number, buffer: Memory, length: number): number {
+export function write(fd: number, buffer: Memory, length: number = buffer.byteLength): number {
   return lib.fsl_write(fd, buffer, length);
 }
 

@@ -1,0 +1,42 @@
+/**
+ * Builds everything that is not TypeScript run as it is: the shim and the preload library for both architectures, the
+ * Workers' bundles, and the executable dist/fsl. What is newer than its sources is left alone.
+ *
+ *   bun scripts/build.ts [--quiet] [--no-executable]
+ *
+ * `--bytecode` is not used: see DESIGN.md for the measurement.
+ */
+import { existsSync, mkdirSync, readdirSync } from "node:fs";
+import { join } from "node:path";
+import { BUILD, buildShim, modifiedMs, newestMs, ROOT, run } from "./build-shim.ts";
+import { buildWorkers } from "./build-workers.ts";
+
+const MAIN = "src/cli/main.ts";
+const EXECUTABLE = join(ROOT, "dist", "fsl");
+
+function buildExecutable(log: (line: string) => void): void {
+  if (!existsSync(join(ROOT, MAIN))) {
+    log(`${MAIN} is not there yet: no executable`);
+    return;
+  }
+  const inputs = [join(ROOT, "src"), BUILD].flatMap((folder) =>
+    readdirSync(folder, { recursive: true, encoding: "utf8" })
+      .filter((name) => /\.(ts|js|json)$/.test(name))
+      .map((name) => join(folder, name)),
+  );
+  const newest = newestMs([...inputs, join(ROOT, "package.json"), import.meta.path]);
+  if (modifiedMs(EXECUTABLE) >= newest) return;
+  mkdirSync(join(ROOT, "dist"), { recursive: true });
+  const output = ["--outfile", EXECUTABLE];
+  run([process.execPath, "build", "--compile", "--minify", "--sourcemap=none", MAIN, ...output]);
+  const megabytes = (Bun.file(EXECUTABLE).size / 1e6).toFixed(1);
+  log(`built dist/fsl, ${megabytes} MB`);
+}
+
+const isQuiet = process.argv.includes("--quiet");
+const log = (line: string): void => {
+  if (!isQuiet) console.log(line);
+};
+buildShim(log);
+await buildWorkers(log);
+if (!process.argv.includes("--no-executable")) buildExecutable(log);

@@ -1,0 +1,33 @@
+/**
+ * Starts the Workers of a load, wherever this code runs. A Worker needs a file to start from:
+ *
+ *   plain `bun`, from source or as a package        its source, src/load/NAME.ts
+ *   the executable, or anybody's own program         build/NAME.bundle.js, one file with all that it imports, which the
+ *   made with `bun build --compile`                  import below embeds: nobody has to name extra entry points
+ *   a program bundled with `bun build --outdir`      the same file, copied beside the bundle
+ */
+import { existsSync } from "node:fs";
+import eagerBundle from "../../build/eager-worker.bundle.js" with { type: "file" };
+import faultBundle from "../../build/fault-worker.bundle.js" with { type: "file" };
+
+export type WorkerName = "fault-worker" | "eager-worker";
+
+const BUNDLES: Readonly<Record<WorkerName, string>> = {
+  "eager-worker": eagerBundle,
+  "fault-worker": faultBundle,
+};
+
+/** Starts a Worker. Errors (its file missing, an exception at start) come as `error` events of the Worker. */
+export function startWorker(name: WorkerName, options?: WorkerOptions): Worker {
+  return new Worker(workerUrl(name), options);
+}
+
+/** Where a Worker's code is. */
+export function workerUrl(name: WorkerName): string {
+  if (!import.meta.url.includes("/$bunfs/")) {
+    const source = new URL(`../load/${name}.ts`, import.meta.url);
+    if (existsSync(source)) return source.href;
+  }
+  const bundle = BUNDLES[name];
+  return bundle.startsWith("/") ? bundle : new URL(bundle, import.meta.url).href;
+}
