@@ -1,5 +1,6 @@
 /**
- * Builds the test guests into .cache/guest: `bun scripts/guest/build.ts KERNEL_PACKAGE_TREE`, run by setup.sh.
+ * Builds the test guests into .cache/guest: `bun scripts/guest/build.ts KERNEL BUSYBOX`, run by
+ * setup.sh. KERNEL and BUSYBOX are the unpacked packages.
  *
  *   bzImage        the distribution's cloud kernel, as it is
  *   initrd.cpio    busybox, linux-init.sh, linux-guest.c, and the drivers that a test may use
@@ -7,13 +8,12 @@
  *   guest.json     what it was made of; tests use it as a part of the key of their cached snapshots
  */
 import { createHash } from "node:crypto";
-import { copyFileSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { copyFileSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 
 const ROOT = join(import.meta.dir, "../..");
 const SOURCES = import.meta.dir;
 const OUTPUT = join(ROOT, ".cache/guest");
-const BUSYBOX = "/bin/busybox";
 
 /** Drivers that machines and tests need; whatever they depend on comes along, whatever is built in is left out. */
 const MODULES = [
@@ -51,7 +51,7 @@ function findModules(tree: string): Map<string, string> {
 
 async function readModule(path: string): Promise<Uint8Array> {
   if (path.endsWith(".ko")) return readFileSync(path);
-  if (path.endsWith(".xz")) return run([BUSYBOX, "xzcat", path]);
+  if (path.endsWith(".xz")) return run([busybox, "xzcat", path]);
   return Bun.zstdDecompressSync(readFileSync(path));
 }
 
@@ -120,7 +120,7 @@ function initramfs(guest: Uint8Array, modules: ReadonlyMap<string, Uint8Array>):
     { name: "dev/console", mode: CHARACTER_DEVICE, device: [5, 1] },
     { name: "dev/null", mode: CHARACTER_DEVICE, device: [1, 3] },
     { name: "init", mode: FILE, bytes: readFileSync(join(SOURCES, "linux-init.sh")) },
-    { name: "bin/busybox", mode: FILE, bytes: readFileSync(BUSYBOX) },
+    { name: "bin/busybox", mode: FILE, bytes: readFileSync(busybox) },
     { name: "bin/sh", mode: SYMLINK, bytes: Buffer.from("busybox") },
     { name: "bin/linux-guest", mode: FILE, bytes: guest },
     { name: "modules/order", mode: FILE, bytes: Buffer.from(order) },
@@ -145,8 +145,9 @@ const bareGuest = (output: string): string[] => [
   ...[`-Wl,-T,${join(SOURCES, "bare.ld")}`, "-s", "-o", output, join(SOURCES, "bare.c")],
 ];
 
-const kernelTree = process.argv[2];
-if (kernelTree === undefined) throw new Error("usage: bun scripts/guest/build.ts KERNEL_PACKAGE_TREE");
+const [kernelTree, busyboxTree] = process.argv.slice(2);
+if (kernelTree === undefined || busyboxTree === undefined) throw new Error("usage: build.ts KERNEL BUSYBOX");
+const busybox = ["bin/busybox", "usr/bin/busybox"].map((path) => join(busyboxTree, path)).find(existsSync) ?? "";
 const kernel = readdirSync(join(kernelTree, "boot")).find((name) => name.startsWith("vmlinuz-"));
 if (kernel === undefined) throw new Error(`no kernel in ${kernelTree}/boot`);
 
