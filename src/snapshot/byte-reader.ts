@@ -27,6 +27,9 @@ const SEQUENTIAL_WINDOW_LENGTH = 65536;
 /** Longest single field; the longest real one is a 255-byte name. */
 const FIELD_LENGTH_MAX = 4096;
 
+/** Names of QEMU hold printable ASCII only. */
+const NOT_PRINTABLE = /[^\x20-\x7e]/;
+
 /** SNAPSHOT_FORMAT: `what: expected E, found F (file at 0x...)`. */
 export function damaged(
   source: ByteSource,
@@ -208,13 +211,12 @@ export class ByteReader {
   readString(length: number, what: string): string {
     const textOffset = this.#offset;
     const at = this.#take(length, what);
-    let text = "";
-    for (let index = 0; index < length; index++) {
-      const byte = this.#view.getUint8(at + index);
-      if (byte < 0x20 || byte > 0x7e) {
-        throw damaged(this.source, textOffset + index, what, "printable ASCII", `byte ${hex(byte)}`);
-      }
-      text += String.fromCharCode(byte);
+    const { buffer, byteOffset } = this.#window;
+    const text = Buffer.from(buffer, byteOffset + at, length).toString("latin1");
+    const strangeIndex = text.search(NOT_PRINTABLE);
+    if (strangeIndex >= 0) {
+      const found = `byte ${hex(text.charCodeAt(strangeIndex))}`;
+      throw damaged(this.source, textOffset + strangeIndex, what, "printable ASCII", found);
     }
     return text;
   }

@@ -39,7 +39,7 @@ const DATA_LENGTH_MAX = 16 * 1024 * 1024;
 export function readLibvirtHeader(source: ByteSource): LibvirtHeader | null {
   if (source.byteLength < HEADER_LENGTH) return null;
   const header = source.read(0, HEADER_LENGTH);
-  const magic = String.fromCharCode(...header.subarray(0, MAGIC_SAVED.length));
+  const magic = Buffer.from(header.buffer, header.byteOffset, MAGIC_SAVED.length).toString("latin1");
   if (magic === MAGIC_PARTIAL) throw damaged(source, 0, "libvirt save image", MAGIC_SAVED, `${magic}, an unfinished one`);
   if (magic !== MAGIC_SAVED) return null;
 

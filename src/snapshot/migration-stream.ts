@@ -443,7 +443,7 @@ class SectionWalk {
     const fileOffset = byteLength - 1 - FOOTER_LENGTH - GLOBAL_STATE_BODY_LENGTH - headerLength;
     if (fileOffset < deviceStateOffset) return;
     const header = this.#source.read(fileOffset, headerLength);
-    const name = String.fromCharCode(...header.subarray(6, 6 + "globalstate".length));
+    const name = Buffer.from(header).toString("latin1", 6, 6 + "globalstate".length);
     if (header[0] !== QEMU_VM_SECTION_FULL || name !== "globalstate") return;
     const bodyOffset = fileOffset + headerLength;
     this.globalState = readGlobalState(this.#source, { bodyOffset, bodyLength: GLOBAL_STATE_BODY_LENGTH });

@@ -38,9 +38,13 @@ const PREFIX_LENGTH = 6;
 /** 150 times the largest seen (103 KB); the length's first byte is 0, which the search relies on. */
 const JSON_LENGTH_MAX = 16 * 1024 * 1024 - 1;
 /** Bytes of the tail that are read first; holds the JSON of an ordinary guest. */
-const FIRST_WINDOW_LENGTH = 128 * 1024;
+const FIRST_WINDOW_LENGTH = 256 * 1024;
 /** Subsections of subsections; QEMU nests two or three deep. */
 const SUBSECTION_DEPTH_MAX = 32;
+/** Deepest nesting of the JSON itself; real ones reach about 20. */
+const JSON_DEPTH_MAX = 512;
+/** Texts up to this size, which real ones have, cannot nest deep enough to hurt. */
+const JSON_LENGTH_HARMLESS = 1024 * 1024;
 /** Guests have dozens of devices; each pc-dimm, each virtio queue set is one. */
 const DEVICE_COUNT_MAX = 65536;
 
@@ -119,6 +123,10 @@ function describeDevices(source: ByteSource, jsonOffset: number, text: Uint8Arra
 }
 
 function parseJson(source: ByteSource, jsonOffset: number, text: Uint8Array): unknown {
+  // The engine's parser takes seconds and a GiB for millions of open brackets.
+  if (text.length > JSON_LENGTH_HARMLESS && nestsDeeper(text, JSON_DEPTH_MAX)) {
+    throw damaged(source, jsonOffset, "vmdescription", `nesting of at most ${JSON_DEPTH_MAX}`, "more");
+  }
   try {
     return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(text));
   } catch (cause) {
@@ -127,6 +135,21 @@ function parseJson(source: ByteSource, jsonOffset: number, text: Uint8Array): un
     const message = `vmdescription: not JSON: ${reason} (${source.name} at ${hex(jsonOffset)})`;
     throw new FslError("SNAPSHOT_FORMAT", message, { path: source.name, fileOffset: jsonOffset, reason }, cause);
   }
+}
+
+function nestsDeeper(text: Uint8Array, depthMax: number): boolean {
+  let depth = 0;
+  let isInString = false;
+  for (let index = 0; index < text.length; index++) {
+    const byte = text[index];
+    if (byte === 0x22 /* " */) isInString = !isInString;
+    else if (byte === 0x5c /* \ */) index += 1;
+    else if (isInString) continue;
+    else if (byte === 0x5b || byte === 0x7b /* [ { */) depth += 1;
+    else if (byte === 0x5d || byte === 0x7d /* ] } */) depth -= 1;
+    if (depth > depthMax) return true;
+  }
+  return false;
 }
 
 /**
