@@ -7,13 +7,14 @@
  * without which the split areas could never merge again.
  */
 import { FslError } from "../errors.ts";
-import { alignDown, alignUp, hex, MiB } from "../pages.ts";
+import { alignDown, alignUp, MiB } from "../pages.ts";
 import type { Snapshot } from "../snapshot/snapshot.ts";
+import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT } from "../sys/abi.ts";
 import { nextBit, nextMissing, setRange } from "./bits.ts";
 import type { BlockPlan } from "./plan.ts";
-import { MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
+import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
 import type { BlockState, LoadState } from "./state.ts";
 import { SUPPLIED, type Supply } from "./supply.ts";
 
@@ -22,46 +23,62 @@ const SEAM = 2 * MiB;
 /** How many extents may be left out: each costs the target two memory areas of its vm.max_map_count. */
 const EXTENTS_MAX = 256;
 
-/** Half-open address range. */
-export interface AddressRange {
-  readonly startAddr: number;
-  readonly endAddr: number;
+/** Half-open run of page indexes. */
+export interface ZeroRun {
+  readonly first: number;
+  readonly end: number;
 }
 
-/** What of a block to register: everything but its longest zero extents. By address. */
+/**
+ * Runs of clear bits that may hold a whole seam. Needs no target: it is done while the target starts, because its cost
+ * grows with the guest.
+ */
+export function findZeroRuns(bitmap: PageBitmap, pageSize: number): ZeroRun[] {
+  const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
+  const { pageCount } = bitmap;
+  const runs: ZeroRun[] = [];
+  let first = nextBit(words, 0, pageCount, false);
+  while (first < pageCount) {
+    const end = nextBit(words, first, pageCount, true);
+    if ((end - first) * pageSize >= SEAM) runs.push({ first, end });
+    first = nextBit(words, end, pageCount, false);
+  }
+  return runs;
+}
+
+/** What of a block to register: everything but its longest zero extents, cut at seams. By address. */
 export function planRegistration(
-  data: Int32Array,
+  zeroRuns: readonly ZeroRun[],
   hostAddr: number,
   pageSize: number,
   hostPageSize: number,
   pageCount: number,
   extentsMax = EXTENTS_MAX,
 ): { registered: AddressRange[]; zero: AddressRange[] } {
-  const none = new Int32Array(0);
   const seam = Math.max(SEAM, hostPageSize);
-  const zero: AddressRange[] = [];
-  let page = nextBit(data, 0, pageCount, false);
-  while (page < pageCount) {
-    const end = nextMissing(data, none, page, pageCount, true);
-    const startAddr = page === 0 ? hostAddr : alignUp(hostAddr + page * pageSize, seam);
-    const blockEnd = hostAddr + pageCount * pageSize;
+  const blockEnd = hostAddr + pageCount * pageSize;
+  const extents: AddressRange[] = [];
+  for (const { first, end } of zeroRuns) {
+    const startAddr = first === 0 ? hostAddr : alignUp(hostAddr + first * pageSize, seam);
     const endAddr = end === pageCount ? blockEnd : alignDown(hostAddr + end * pageSize, seam);
-    if (endAddr - startAddr >= seam) zero.push({ startAddr, endAddr });
-    page = nextBit(data, end, pageCount, false);
+    if (endAddr - startAddr >= seam) extents.push({ startAddr, endAddr });
   }
-  const longest = zero
-    .toSorted((a, b) => b.endAddr - b.startAddr - (a.endAddr - a.startAddr))
-    .slice(0, extentsMax)
-    .toSorted((a, b) => a.startAddr - b.startAddr);
+  const length = ({ startAddr, endAddr }: AddressRange): number => endAddr - startAddr;
+  const zero =
+    extents.length <= extentsMax
+      ? extents
+      : extents
+          .toSorted((a, b) => length(b) - length(a))
+          .slice(0, extentsMax)
+          .toSorted((a, b) => a.startAddr - b.startAddr);
   const registered: AddressRange[] = [];
   let at = hostAddr;
-  for (const extent of longest) {
+  for (const extent of zero) {
     if (extent.startAddr > at) registered.push({ startAddr: at, endAddr: extent.startAddr });
     at = extent.endAddr;
   }
-  const end = hostAddr + pageCount * pageSize;
-  if (at < end) registered.push({ startAddr: at, endAddr: end });
-  return { registered, zero: longest };
+  if (at < blockEnd) registered.push({ startAddr: at, endAddr: blockEnd });
+  return { registered, zero };
 }
 
 /** Registers every lazy block as a whole. @throws FslError HOST_UNSUPPORTED, with nothing left registered by the caller */
@@ -122,7 +139,6 @@ export function correctResident(
           block.pageSize,
           block.pageCount,
         );
-        if (alreadyDone(blockState, first, end)) continue;
         writer ??= new MemoryWriter(pid, snapshot.fd);
         writer.writePages(bitmap, region.hostAddr, block.pagesOffset, block.pageSize, first, end);
         setRange(blockState.done, first, end);
@@ -133,11 +149,6 @@ export function correctResident(
     writer?.close();
   }
   return corrected;
-}
-
-/** The one page that arming itself copied. */
-function alreadyDone(state: BlockState, first: number, end: number): boolean {
-  return nextBit(state.done, first, end, false) === end;
 }
 
 /** Writes every page of the blocks that cannot be lazy. @returns bytes written */
@@ -161,9 +172,4 @@ export function fillBlocks(pid: number, snapshot: Snapshot, plans: readonly Bloc
     writer.close();
   }
   return written;
-}
-
-/** For messages: `0x7f0000000000..0x7f0040000000`. */
-export function rangeText({ startAddr, endAddr }: AddressRange): string {
-  return `${hex(startAddr)}..${hex(endAddr)}`;
 }

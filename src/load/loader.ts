@@ -14,6 +14,7 @@ import { availableParallelism } from "node:os";
 import { resolve } from "node:path";
 import { FslError, isFslError } from "../errors.ts";
 import { hex, KiB } from "../pages.ts";
+import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import { planSeed, writeSeed } from "../snapshot/seed.ts";
 import { openSnapshot, type Snapshot } from "../snapshot/snapshot.ts";
 import { makeSource } from "../source/make-source.ts";
@@ -23,18 +24,20 @@ import { EFD_CLOEXEC, EFD_NONBLOCK, MFD_CLOEXEC, UFFD_FEATURES } from "../sys/ab
 import { Uffd } from "../uffd/uffd.ts";
 import type { ExitStatus, Target, TargetInfo } from "../vmm/target.ts";
 import {
-  type AddressRange,
   correctResident,
   fillBlocks,
+  findZeroRuns,
   planRegistration,
   registerBlocks,
   releaseZeroExtents,
+  type ZeroRun,
 } from "./arm.ts";
 import { countMissing } from "./bits.ts";
 import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
-import { type BlockPlan, type LoadPlan, planLoad } from "./plan.ts";
+import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
 import type { EagerWorkerStart, FaultWorkerStart } from "./protocol.ts";
+import type { AddressRange } from "./resident.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import {
   type BlockState,
@@ -129,6 +132,7 @@ class Load {
   readonly #times: Times = { qemuReadyMs: null, armedMs: null, resumedMs: null, residentMs: null };
   readonly #failures = new Map<string, PageFailure>();
   #snapshot: Snapshot | undefined;
+  #prepared: Prepared | undefined;
   #crew: Crew | undefined;
   #info: TargetInfo | undefined;
   #plan: LoadPlan | undefined;
@@ -157,7 +161,7 @@ class Load {
 
   /** QEMU's own load, for comparison: the snapshot itself is the seed. */
   async #copy(): Promise<LoadHandle> {
-    const { snapshot } = await this.#meet();
+    const { snapshot } = (await this.#meet()).prepared;
     const seedFd = openSync(`/proc/self/fd/${snapshot.fd}`, "r");
     this.#handedOver = true;
     try {
@@ -185,12 +189,12 @@ class Load {
         if (start.role === "fault") this.#wakeAll();
       },
     });
-    const { snapshot, plan } = await this.#meet();
+    const { prepared, plan } = await this.#meet();
+    const { snapshot } = prepared;
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
-    await this.#arm(snapshot, lazy, fill);
-    await this.#serve();
-    const seedFd = this.#seed(snapshot, [...lazy, ...fill]);
+    await this.#arm(prepared, lazy, fill);
+    const seedFd = takeSeed(prepared, [...lazy, ...fill]);
     this.#handedOver = true;
     try {
       await this.#target.loadState(seedFd, snapshot.streamOffset);
@@ -203,7 +207,7 @@ class Load {
   }
 
   /** Opens the snapshot while the target starts, then holds the two against one another. */
-  async #meet(): Promise<{ snapshot: Snapshot; plan: LoadPlan }> {
+  async #meet(): Promise<{ prepared: Prepared; plan: LoadPlan }> {
     const { snapshotOffset } = this.#options;
     // Told at once: a target that dies at its start must not leave an unhandled rejection behind.
     const connected = this.#target.connect();
@@ -213,10 +217,13 @@ class Load {
       snapshotOffset === undefined ? {} : { offset: snapshotOffset },
     );
     this.#snapshot = snapshot;
+    const prepared = prepare(snapshot, this.#options.mode ?? "lazy");
+    this.#prepared = prepared;
     const info = await connected;
     this.#info = info;
-    this.#times.qemuReadyMs = this.#now();
+    this.#times.qemuReadyMs = info.readyAtMs - this.#startedAtMs;
     const plan = planLoad(snapshot, info, {
+      bitmaps: prepared.bitmaps,
       lazyDespiteDiscards: this.#options.lazyDespiteDiscards ?? false,
     });
     for (const warning of plan.warnings) this.#options.logger?.warn(warning);
@@ -225,21 +232,22 @@ class Load {
       this.#options.logger?.warn(`RAMBlock ${block.idstr} is loaded in full before resume: ${reason}`);
     }
     this.#plan = plan;
-    return { snapshot, plan };
+    return { prepared, plan };
   }
 
-  async #arm(snapshot: Snapshot, lazy: BlockPlan[], fill: BlockPlan[]): Promise<void> {
+  /** Registers, serves faults, and corrects what was in memory already; all before the state is handed over. */
+  async #arm(prepared: Prepared, lazy: BlockPlan[], fill: BlockPlan[]): Promise<void> {
     const info = this.#info;
     if (info === undefined) throw new FslError("INTERNAL", "arming before the target is known");
+    const { snapshot, zeroRuns } = prepared;
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
     uffd.api(info.canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
     registerBlocks(uffd, lazy);
 
-    const blocks = lazy.map(stateBlock);
-    const registrations = lazy.map(({ bitmap, region, block }) =>
+    const registrations = lazy.map(({ region, block }) =>
       planRegistration(
-        new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length),
+        zeroRuns.get(block.idstr) ?? [],
         region.hostAddr,
         block.pageSize,
         region.pageSize,
@@ -251,26 +259,31 @@ class Load {
     const { state, fd } = LoadState.create({
       snapshotPath: snapshot.path,
       snapshotIdentity: { ...snapshot.identity, streamOffset: snapshot.streamOffset },
-      blocks,
+      blocks: lazy.map(stateBlock),
       registered: this.#registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
       canDiscard: info.canDiscard,
       source,
     });
     this.#state = state;
     this.#stateFd = fd;
-    for (const [index, { bitmap }] of lazy.entries()) {
-      const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
-      state.blocks[index]?.data.set(words);
-      this.#dataBytes += bitmap.dataPages * (blocks[index]?.pageSize ?? 0);
+    for (const [index, { bitmap, block }] of lazy.entries()) {
+      const { buffer, byteOffset, length } = bitmap.words;
+      state.blocks[index]?.data.set(new Int32Array(buffer, byteOffset, length));
+      this.#dataBytes += bitmap.dataPages * block.pageSize;
     }
-    await this.#releaseZeroExtents(uffd, state, registrations.map(({ zero }) => zero));
     const { pid } = this.#target;
     const corrected = correctResident(pid, snapshot, lazy, state);
     if (corrected > 0) {
       this.#options.logger?.info(`${corrected} bytes were in QEMU's memory already and were corrected`);
     }
+    // The Worker gets ready and the target takes its copies while we go on here.
+    const serving = this.#serve();
+    const kept = this.#target.keepDescriptor(KEPT_STATE, fd);
+    serving.catch(() => {});
+    kept.catch(() => {});
+    await this.#releaseZeroExtents(uffd, state, registrations.map(({ zero }) => zero));
     fillBlocks(pid, snapshot, fill);
-    await this.#target.keepDescriptor(KEPT_STATE, fd);
+    await Promise.all([serving, kept]);
     this.#times.armedMs = this.#now();
   }
 
@@ -305,20 +318,6 @@ class Load {
       clusterPages: this.#options.clusterPages ?? 16,
     };
     await crew.serveFaults(start);
-  }
-
-  #seed(snapshot: Snapshot, notSeeded: readonly BlockPlan[]): number {
-    // RLIMIT_FSIZE counts for memfds too; without this its signal would end us instead of giving EFBIG.
-    sys.ignoreSignal(SIGXFSZ);
-    const fd = sys.check(sys.memfdCreate("fsl-seed", MFD_CLOEXEC), "memfd_create of the seed");
-    try {
-      const plan = planSeed(snapshot, new Set(notSeeded.map(({ block }) => block.idstr)));
-      writeSeed(plan, snapshot.fd, fd);
-      // QEMU wants a descriptor that is open for reading only.
-      return openSync(`/proc/self/fd/${fd}`, "r");
-    } finally {
-      sys.close(fd);
-    }
   }
 
   async #resume(): Promise<void> {
@@ -503,6 +502,8 @@ class Load {
     this.#uffd?.close();
     if (this.#stateFd >= 0) sys.close(this.#stateFd);
     if (this.#stopFd >= 0) sys.close(this.#stopFd);
+    if (this.#prepared && this.#prepared.seedFd >= 0) sys.close(this.#prepared.seedFd);
+    this.#prepared = undefined;
     this.#stateFd = -1;
     this.#stopFd = -1;
     this.#snapshot?.close();
@@ -510,6 +511,55 @@ class Load {
 
   #now(): number {
     return performance.now() - this.#startedAtMs;
+  }
+}
+
+/** What can be worked out of the snapshot alone, while the target starts. */
+interface Prepared {
+  readonly snapshot: Snapshot;
+  readonly bitmaps: ReadonlyMap<string, PageBitmap>;
+  readonly zeroRuns: ReadonlyMap<string, readonly ZeroRun[]>;
+  /** A seed for the blocks that will most likely be lazy, and their names; -1 when there is none. */
+  seedFd: number;
+  readonly seededWithout: ReadonlySet<string>;
+}
+
+function prepare(snapshot: Snapshot, mode: LoadMode): Prepared {
+  const bitmaps = new Map<string, PageBitmap>();
+  const zeroRuns = new Map<string, readonly ZeroRun[]>();
+  const seededWithout = new Set<string>();
+  for (const block of snapshot.blocks) {
+    if (block.notSaved) continue;
+    const bitmap = snapshot.pageBitmap(block);
+    bitmaps.set(block.idstr, bitmap);
+    if (bitmap.dataPages * block.pageSize <= SEED_DATA_MAX) continue;
+    seededWithout.add(block.idstr);
+    zeroRuns.set(block.idstr, findZeroRuns(bitmap, block.pageSize));
+  }
+  const seedFd = mode === "lazy" ? makeSeed(snapshot, seededWithout) : -1;
+  return { snapshot, bitmaps, zeroRuns, seedFd, seededWithout };
+}
+
+/** The prepared seed if it fits what was planned, else a new one. The caller closes it. */
+function takeSeed(prepared: Prepared, notSeeded: readonly BlockPlan[]): number {
+  const names = new Set(notSeeded.map(({ block }) => block.idstr));
+  const fits = prepared.seedFd >= 0 && names.symmetricDifference(prepared.seededWithout).size === 0;
+  if (!fits) return makeSeed(prepared.snapshot, names);
+  const { seedFd } = prepared;
+  prepared.seedFd = -1;
+  return seedFd;
+}
+
+/** @returns a descriptor that is open for reading only, as QEMU wants it, at position 0 */
+function makeSeed(snapshot: Snapshot, without: ReadonlySet<string>): number {
+  // RLIMIT_FSIZE counts for memfds too; without this its signal would end us instead of giving EFBIG.
+  sys.ignoreSignal(SIGXFSZ);
+  const fd = sys.check(sys.memfdCreate("fsl-seed", MFD_CLOEXEC), "memfd_create of the seed");
+  try {
+    writeSeed(planSeed(snapshot, without), snapshot.fd, fd);
+    return openSync(`/proc/self/fd/${fd}`, "r");
+  } finally {
+    sys.close(fd);
   }
 }
 

@@ -10,7 +10,7 @@ import type { Snapshot } from "../snapshot/snapshot.ts";
 import type { GuestRegion, TargetInfo } from "../vmm/target.ts";
 
 /** A block with no more data than this travels with the device state: QEMU loads it itself, in well under 1 ms. */
-const SEED_DATA_MAX = MiB;
+export const SEED_DATA_MAX = MiB;
 
 /**
  * lazy: on demand and by the eager loader. seed: by QEMU's own loader, with the device state. fill: written by fsl in
@@ -34,6 +34,8 @@ export interface LoadPlan {
 }
 
 export interface PlanOptions {
+  /** The bitmaps of the snapshot's saved blocks, by name. */
+  readonly bitmaps: ReadonlyMap<string, PageBitmap>;
   /** Load shared memory and huge pages lazily although a device could give memory back unnoticed. */
   readonly lazyDespiteDiscards: boolean;
 }
@@ -52,7 +54,7 @@ export function planLoad(snapshot: Snapshot, info: TargetInfo, options: PlanOpti
     }
     regions.delete(block.idstr);
     compareBlock(block, region, differences);
-    const bitmap = block.notSaved ? new PageBitmap(new Uint8Array(0), 0) : snapshot.pageBitmap(block);
+    const bitmap = options.bitmaps.get(block.idstr) ?? new PageBitmap(new Uint8Array(0), 0);
     const [way, reason] = chooseWay(block, bitmap, region, info, options);
     blocks.push({ block, region, bitmap, way, reason });
   }

@@ -8,54 +8,105 @@
  */
 import { closeSync, openSync, readSync, writeSync } from "node:fs";
 import { FslError } from "../errors.ts";
+import { EINVAL, ENOTTY } from "../sys/abi.ts";
+import * as sys from "../sys/native.ts";
 import { alignDown, hex, MiB } from "../pages.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 
 const HOST_PAGE = 4096;
-const PAGEMAP_ENTRY = 8;
-/** Bits of the upper half of a pagemap entry: page present (63), swapped (62). */
-const PRESENT_OR_SWAPPED = 0xc0000000;
-/** Pagemap entries read at once: 512 KiB, 256 MiB of guest memory. */
-const PAGEMAP_WINDOW = 65536;
+
+/** Half-open address range. */
+export interface AddressRange {
+  readonly startAddr: number;
+  readonly endAddr: number;
+}
 
 /**
- * Half-open host page ranges of [startAddr, startAddr + length) that are present or swapped, by address.
- * Page tables that do not exist cost the kernel next to nothing; a populated 4 GiB costs about 8 MiB of reading.
+ * Ranges of [startAddr, startAddr + length) that are present or swapped, by address. Page tables that do not exist cost
+ * the kernel next to nothing.
+ * @throws FslError TARGET_LOST when the target's page map cannot be read
  */
-export function* residentRanges(
-  pid: number,
-  startAddr: number,
-  length: number,
-): Generator<{ startAddr: number; endAddr: number }> {
+export function residentRanges(pid: number, startAddr: number, length: number): AddressRange[] {
   const fd = openSync(`/proc/${pid}/pagemap`, "r");
   try {
-    const buffer = Buffer.alloc(PAGEMAP_WINDOW * PAGEMAP_ENTRY);
-    const upper = new Uint32Array(buffer.buffer, buffer.byteOffset, PAGEMAP_WINDOW * 2);
-    let runStart = -1;
-    const endAddr = startAddr + length;
-    for (let addr = startAddr; addr < endAddr; ) {
-      const entries = Math.min(PAGEMAP_WINDOW, (endAddr - addr) / HOST_PAGE);
-      const wanted = entries * PAGEMAP_ENTRY;
-      const offset = (addr / HOST_PAGE) * PAGEMAP_ENTRY;
-      const done = readSync(fd, buffer, 0, wanted, offset);
-      if (done !== wanted) {
-        throw new FslError("TARGET_LOST", `pagemap at ${hex(addr)}: expected ${wanted} bytes, found ${done}`);
-      }
-      for (let index = 0; index < entries; index += 1) {
-        const there = ((upper[2 * index + 1] ?? 0) & PRESENT_OR_SWAPPED) !== 0;
-        const pageAddr = addr + index * HOST_PAGE;
-        if (there && runStart < 0) runStart = pageAddr;
-        if (!there && runStart >= 0) {
-          yield { startAddr: runStart, endAddr: pageAddr };
-          runStart = -1;
-        }
-      }
-      addr += entries * HOST_PAGE;
-    }
-    if (runStart >= 0) yield { startAddr: runStart, endAddr };
+    return scanPagemap(fd, startAddr, startAddr + length) ?? readPagemap(fd, startAddr, length);
   } finally {
     closeSync(fd);
   }
+}
+
+/** struct pm_scan_arg: u64 words. @source Linux include/uapi/linux/fs.h */
+const PAGEMAP_SCAN = 0xc0606610;
+const SCAN = { SIZE: 0, START: 2, END: 3, WALK_END: 4, VEC: 5, VEC_LEN: 6, ANYOF: 10, RETURN: 11 };
+const SCAN_WORDS = 12;
+/** PAGE_IS_PRESENT | PAGE_IS_SWAPPED */
+const PRESENT_OR_SWAPPED = (1n << 3n) | (1n << 4n);
+/** struct page_region: start, end, categories. */
+const REGION_WORDS = 3;
+const REGIONS_AT_ONCE = 1024;
+
+/** By the PAGEMAP_SCAN ioctl (Linux 6.7); null when the kernel has none. */
+function scanPagemap(fd: number, startAddr: number, endAddr: number): AddressRange[] | null {
+  const regions = new BigUint64Array(REGIONS_AT_ONCE * REGION_WORDS);
+  const argument = new BigUint64Array(SCAN_WORDS);
+  argument[SCAN.SIZE] = BigInt(argument.byteLength);
+  argument[SCAN.END] = BigInt(endAddr);
+  argument[SCAN.VEC] = BigInt(sys.ptrOf(regions));
+  argument[SCAN.VEC_LEN] = BigInt(REGIONS_AT_ONCE);
+  argument[SCAN.ANYOF] = PRESENT_OR_SWAPPED;
+  argument[SCAN.RETURN] = PRESENT_OR_SWAPPED;
+  const ranges: AddressRange[] = [];
+  for (let addr = startAddr; addr < endAddr; ) {
+    argument[SCAN.START] = BigInt(addr);
+    const count = sys.ioctl(fd, PAGEMAP_SCAN, sys.ptrOf(argument));
+    if (count === -ENOTTY || count === -EINVAL) return null;
+    if (count < 0) {
+      throw new FslError("TARGET_LOST", `page map at ${hex(addr)}: ${sys.errnoText(-count)}`);
+    }
+    for (let index = 0; index < count; index += 1) {
+      appendRange(ranges, Number(regions[index * REGION_WORDS]), Number(regions[index * REGION_WORDS + 1]));
+    }
+    const walkEnd = Number(argument[SCAN.WALK_END]);
+    if (walkEnd <= addr) break;
+    addr = walkEnd;
+  }
+  return ranges;
+}
+
+const PAGEMAP_ENTRY = 8;
+/** Bits of the upper half of a pagemap entry: page present (63), swapped (62). */
+const UPPER_PRESENT_OR_SWAPPED = 0xc0000000;
+/** Pagemap entries read at once: 512 KiB, 256 MiB of guest memory. */
+const PAGEMAP_WINDOW = 65536;
+
+/** By reading one entry a page; for kernels before PAGEMAP_SCAN. */
+function readPagemap(fd: number, startAddr: number, length: number): AddressRange[] {
+  const buffer = Buffer.alloc(PAGEMAP_WINDOW * PAGEMAP_ENTRY);
+  const words = new Uint32Array(buffer.buffer, buffer.byteOffset, PAGEMAP_WINDOW * 2);
+  const ranges: AddressRange[] = [];
+  const endAddr = startAddr + length;
+  for (let addr = startAddr; addr < endAddr; ) {
+    const entries = Math.min(PAGEMAP_WINDOW, (endAddr - addr) / HOST_PAGE);
+    const wanted = entries * PAGEMAP_ENTRY;
+    const done = readSync(fd, buffer, 0, wanted, (addr / HOST_PAGE) * PAGEMAP_ENTRY);
+    if (done !== wanted) {
+      throw new FslError("TARGET_LOST", `pagemap at ${hex(addr)}: expected ${wanted} bytes, found ${done}`);
+    }
+    for (let index = 0; index < entries; index += 1) {
+      if (((words[2 * index + 1] ?? 0) & UPPER_PRESENT_OR_SWAPPED) === 0) continue;
+      const pageAddr = addr + index * HOST_PAGE;
+      appendRange(ranges, pageAddr, pageAddr + HOST_PAGE);
+    }
+    addr += entries * HOST_PAGE;
+  }
+  return ranges;
+}
+
+/** Ranges that touch become one. */
+function appendRange(ranges: AddressRange[], startAddr: number, endAddr: number): void {
+  const last = ranges.at(-1);
+  if (last?.endAddr === startAddr) ranges[ranges.length - 1] = { startAddr: last.startAddr, endAddr };
+  else ranges.push({ startAddr, endAddr });
 }
 
 /** Writes snapshot bytes and zeros straight into a target's memory, in bounded pieces. */

@@ -28,6 +28,8 @@ export interface GuestRegion {
 }
 
 export interface TargetInfo {
+  /** `performance.now()` when the target could take the state: QEMU's main loop ran and greeted. */
+  readonly readyAtMs: number;
   /** e.g. `10.0.2` */
   readonly version: string;
   /** Versioned machine type, e.g. `pc-q35-10.0`; null when the target cannot say. */
