@@ -1,14 +1,17 @@
 /**
- * What the kernel says about a target's memory: /proc/PID/maps and /proc/PID/mountinfo. QEMU's own word for where its
- * RAM is gets checked against this before anything is touched.
+ * What the kernel says about a target's memory: /proc/PID/maps and /proc/PID/mountinfo. QEMU's own
+ * word for where its RAM is gets checked against this before anything is touched.
  *
- * A maps line: `start-end perms offset major:minor inode   path`; addresses and offset hexadecimal, device numbers
- * hexadecimal (in mountinfo decimal), path up to the end of the line, with ` (deleted)` when the file is unlinked.
- * maps is read rather than smaps: smaps walks the page tables, so its cost grows with the guest.
+ * A maps line: `start-end perms offset major:minor inode   path`; addresses, offset and device
+ * numbers hexadecimal (in mountinfo the latter are decimal), path up to the end of the line, with
+ * ` (deleted)` when the file is unlinked. maps is read rather than smaps: smaps walks the page
+ * tables, so its cost grows with the guest.
  */
-import { readFileSync, readdirSync } from "node:fs";
+import { fstatSync, readFileSync, readdirSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
+import { MFD_CLOEXEC } from "../sys/abi.ts";
+import * as native from "../sys/native.ts";
 
 export type Backing = "anonymous" | "shmem" | "hugetlb" | "file";
 
@@ -19,7 +22,6 @@ export interface MemoryArea {
   readonly endAddr: number;
   /** MAP_SHARED. */
   readonly shared: boolean;
-  readonly writable: boolean;
   /** Device number, `major:minor` in decimal, as mountinfo writes it. */
   readonly device: string;
   readonly inode: number;
@@ -38,41 +40,144 @@ export interface RangeBacking {
 }
 
 /** The kernel's own limit is vm.max_map_count, 65530 unless it was raised. */
-export const AREA_COUNT_MAX = 1 << 20;
+const AREA_COUNT_MAX = 1 << 20;
 
-const AREA = /^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$/;
+const AREA = new RegExp(
+  "^([0-9a-f]{1,16})-([0-9a-f]{1,16}) [r-][w-][x-]([ps]) [0-9a-f]+ " +
+    "([0-9a-f]+):([0-9a-f]+) (\\d+) *(.*)$",
+);
 const ANONYMOUS_NAME = /^\[(?:anon:.*|heap|stack.*)\]$/;
+/** Names that files on the kernel's own mounts have. */
+const INTERNAL_NAME = /^\/(?:anon_hugepage|memfd:|SYSV)/;
 
-/**
- * @param text all of /proc/PID/maps
- * @returns areas in order of address
- * @throws FslError TARGET_LOST when a line cannot be read
- */
-export function parseMaps(text: string): MemoryArea[] {
-  const areas: MemoryArea[] = [];
-  for (const line of text.split("\n")) {
-    if (line === "") continue;
-    const fields = AREA.exec(line);
-    if (fields === null || areas.length >= AREA_COUNT_MAX) {
-      throw new FslError("TARGET_LOST", `process maps: line ${JSON.stringify(line.slice(0, 160))} cannot be read`);
-    }
-    const [, start = "", end = "", perms = "", major = "", minor = "", inode = "", path = ""] = fields;
-    areas.push({
-      startAddr: Number.parseInt(start, 16),
-      endAddr: Number.parseInt(end, 16),
-      shared: perms[3] === "s",
-      writable: perms[1] === "w",
-      device: `${Number.parseInt(major, 16)}:${Number.parseInt(minor, 16)}`,
-      inode: Number(inode),
-      path,
+/** The memory of one process, as it was when it was read. */
+export class ProcessMaps {
+  readonly #lines: readonly string[];
+  /** Start address of each line: only lines that matter are looked at more closely. */
+  readonly #startAddrs: Float64Array;
+  readonly #fileSystemType: (device: string) => string | undefined;
+
+  /**
+   * @param text all of /proc/PID/maps
+   * @param fileSystemType type of the file system on a device (`major:minor`); asked for when a
+   * range is backed by a file
+   */
+  constructor(text: string, fileSystemType: (device: string) => string | undefined) {
+    this.#lines = text.split("\n").filter((line) => line !== "");
+    this.#fileSystemType = fileSystemType;
+    if (this.#lines.length > AREA_COUNT_MAX) throw unreadable(this.#lines[AREA_COUNT_MAX] ?? "");
+    this.#startAddrs = Float64Array.from(this.#lines, (line) => Number.parseInt(line, 16));
+  }
+
+  /**
+   * Reads the maps of a process.
+   * @throws FslError TARGET_LOST when it is gone, HOST_UNSUPPORTED when it is somebody else's
+   */
+  static read(pid: number): ProcessMaps {
+    let mountTypes: ReadonlyMap<string, string> | undefined;
+    return new ProcessMaps(readProcessFile(pid, "maps"), (device) => {
+      mountTypes ??= readMountTypes(pid);
+      return mountTypes.get(device);
     });
   }
-  return areas;
+
+  /**
+   * What backs [startAddr, startAddr + length).
+   * @param what for messages, e.g. `RAMBlock pc.ram`
+   * @throws FslError TARGET_MISMATCH when the range has a hole, or its parts differ in kind
+   */
+  find(startAddr: number, length: number, what: string): RangeBacking {
+    const endAddr = startAddr + length;
+    const files = new Set<string>();
+    let found: { backing: Backing; shared: boolean; path: string } | null = null;
+    let nextAddr = startAddr;
+    for (let index = this.#indexAt(startAddr); nextAddr < endAddr; index++) {
+      const line = this.#lines[index];
+      const area = line === undefined ? undefined : parseArea(line);
+      if (area === undefined || area.startAddr > nextAddr || area.endAddr <= nextAddr) {
+        throw mismatch(what, startAddr, endAddr, `nothing is mapped at ${hex(nextAddr)}`);
+      }
+      const part = { backing: this.#backingOf(area), shared: area.shared, path: area.path };
+      found ??= part;
+      if (found.backing !== part.backing || found.shared !== part.shared) {
+        const change = `${found.backing} memory becomes ${part.backing} at ${hex(nextAddr)}`;
+        throw mismatch(what, startAddr, endAddr, change);
+      }
+      if (part.backing !== "anonymous") files.add(fileIdentity(area));
+      nextAddr = area.endAddr;
+    }
+    if (found === null) throw mismatch(what, startAddr, endAddr, "it is empty");
+    return { ...found, files: [...files] };
+  }
+
+  /** Files that are mapped MAP_SHARED, as `major:minor:inode`. */
+  sharedFiles(): Set<string> {
+    const shared = this.#lines.filter((line) => / [r-][w-][x-]s /.test(line)).map(parseArea);
+    return new Set(shared.filter((area) => area.inode !== 0).map(fileIdentity));
+  }
+
+  /** Binary search: index of the last area that begins at or before `addr`. */
+  #indexAt(addr: number): number {
+    let low = 0;
+    let high = this.#startAddrs.length;
+    while (low < high) {
+      const middle = (low + high) >>> 1;
+      if ((this.#startAddrs[middle] ?? 0) <= addr) low = middle + 1;
+      else high = middle;
+    }
+    return low - 1;
+  }
+
+  #backingOf(area: MemoryArea): Backing {
+    if (area.inode === 0 || ANONYMOUS_NAME.test(area.path)) return "anonymous";
+    const type = this.#fileSystemType(area.device);
+    if (type === "tmpfs" || type === "devtmpfs") return "shmem";
+    if (type === "hugetlbfs") return "hugetlb";
+    if (type !== undefined) return "file";
+    // The kernel's own mounts are in nobody's mountinfo. Its tmpfs is known by its device number,
+    // so what is left of such names is on its hugetlbfs.
+    return INTERNAL_NAME.test(area.path) ? "hugetlb" : "file";
+  }
 }
 
 /**
- * File system type of each mounted device, e.g. `0:25` → `tmpfs`. Lines that cannot be read are left out.
- * @param text all of /proc/PID/mountinfo: `id parent major:minor root point options [tags] - type source options`
+ * The files among `files` that a process other than `pid` has mapped shared. Processes whose maps
+ * may not be read are left out. Reads /proc/PID/maps of every process, some 0.1 ms each: only for
+ * guests with shared memory.
+ */
+export function mappedByOthers(files: ReadonlySet<string>, pid: number): Set<string> {
+  const found = new Set<string>();
+  for (const name of readdirSync("/proc")) {
+    if (!/^\d+$/.test(name) || Number(name) === pid) continue;
+    try {
+      const maps = new ProcessMaps(readProcessFile(Number(name), "maps"), () => undefined);
+      for (const file of maps.sharedFiles()) if (files.has(file)) found.add(file);
+    } catch {
+      continue; // It has ended, or belongs to somebody else.
+    }
+  }
+  return found;
+}
+
+/** @throws FslError TARGET_LOST when the line cannot be read */
+export function parseArea(line: string): MemoryArea {
+  const fields = AREA.exec(line);
+  if (fields === null) throw unreadable(line);
+  const [, start = "", end = "", sharing, major = "", minor = "", inode = "", path = ""] = fields;
+  return {
+    startAddr: Number.parseInt(start, 16),
+    endAddr: Number.parseInt(end, 16),
+    shared: sharing === "s",
+    device: `${Number.parseInt(major, 16)}:${Number.parseInt(minor, 16)}`,
+    inode: Number(inode),
+    path,
+  };
+}
+
+/**
+ * File system type of each mounted device, e.g. `0:25` → `tmpfs`. Other lines are left out.
+ * @param text all of /proc/PID/mountinfo:
+ * `id parent major:minor root point options [tags] - type source options`
  */
 export function parseMountTypes(text: string): Map<string, string> {
   const types = new Map<string, string>();
@@ -81,86 +186,6 @@ export function parseMountTypes(text: string): Map<string, string> {
     if (fields?.[1] !== undefined && fields[2] !== undefined) types.set(fields[1], fields[2]);
   }
   return types;
-}
-
-/**
- * What backs [startAddr, startAddr + length).
- * @param areas in order of address
- * @throws FslError TARGET_MISMATCH when the range has a hole, or its parts differ in kind
- */
-export function findRange(
-  areas: readonly MemoryArea[],
-  mountTypes: ReadonlyMap<string, string>,
-  startAddr: number,
-  length: number,
-  what: string,
-): RangeBacking {
-  const endAddr = startAddr + length;
-  const files = new Set<string>();
-  let found: RangeBacking | null = null;
-  let nextAddr = startAddr;
-  for (let index = firstAreaEndingAfter(areas, startAddr); nextAddr < endAddr; index++) {
-    const area = areas[index];
-    if (area === undefined || area.startAddr > nextAddr) {
-      throw mismatch(what, startAddr, endAddr, `nothing is mapped at ${hex(nextAddr)}`);
-    }
-    const part = { backing: backingOf(area, mountTypes), shared: area.shared, path: area.path, files: [] };
-    if (found !== null && (found.backing !== part.backing || found.shared !== part.shared)) {
-      throw mismatch(what, startAddr, endAddr, `${found.backing} memory becomes ${part.backing} at ${hex(nextAddr)}`);
-    }
-    found ??= part;
-    if (part.backing !== "anonymous") files.add(fileIdentity(area));
-    nextAddr = area.endAddr;
-  }
-  if (found === null) throw mismatch(what, startAddr, endAddr, "it is empty");
-  return { ...found, files: [...files] };
-}
-
-/**
- * Reads and parses the maps of a process.
- * @throws FslError TARGET_LOST when the process is gone, HOST_UNSUPPORTED when it belongs to somebody else
- */
-export function readProcessMemory(pid: number): { areas: MemoryArea[]; mountTypes: Map<string, string> } {
-  try {
-    const areas = parseMaps(readFileSync(`/proc/${pid}/maps`, "latin1"));
-    return { areas, mountTypes: parseMountTypes(readFileSync(`/proc/${pid}/mountinfo`, "latin1")) };
-  } catch (error) {
-    if (error instanceof FslError) throw error;
-    const code = (error as NodeJS.ErrnoException).code ?? String(error);
-    const refused = code === "EACCES" || code === "EPERM";
-    throw new FslError(
-      refused ? "HOST_UNSUPPORTED" : "TARGET_LOST",
-      `process maps: /proc/${pid}/maps cannot be read (${code})${refused ? "; run fsl as root, or as QEMU's user" : ""}`,
-      { pid, errno: code },
-      error,
-    );
-  }
-}
-
-/**
- * The files among `files` that a process other than `pid` has mapped shared. Processes whose maps may not be read are
- * left out. Reads /proc/PID/maps of every process: some 0.1 ms each, so only for guests with shared memory.
- */
-export function mappedByOthers(files: ReadonlySet<string>, pid: number): Set<string> {
-  const found = new Set<string>();
-  for (const name of readdirSync("/proc")) {
-    if (!/^\d+$/.test(name) || Number(name) === pid) continue;
-    let areas: MemoryArea[];
-    try {
-      areas = parseMaps(readFileSync(`/proc/${name}/maps`, "latin1"));
-    } catch {
-      continue; // It has ended, or belongs to somebody else.
-    }
-    for (const area of areas) {
-      if (area.shared && area.inode !== 0 && files.has(fileIdentity(area))) found.add(fileIdentity(area));
-    }
-  }
-  return found;
-}
-
-/** `major:minor:inode` */
-function fileIdentity(area: MemoryArea): string {
-  return `${area.device}:${area.inode}`;
 }
 
 /**
@@ -175,33 +200,63 @@ export function readHostPageLength(): number {
   return 4096;
 }
 
-function backingOf(area: MemoryArea, mountTypes: ReadonlyMap<string, string>): Backing {
-  if (area.inode === 0 || ANONYMOUS_NAME.test(area.path)) return "anonymous";
-  const type = mountTypes.get(area.device);
-  if (type === "tmpfs" || type === "devtmpfs") return "shmem";
-  if (type === "hugetlbfs") return "hugetlb";
-  if (type !== undefined) return "file";
-  // The kernel's own mounts are in nobody's mountinfo. The caller adds that of memfds and shared anonymous memory to
-  // `mountTypes`, so what is left of such names is on the kernel's own hugetlbfs.
-  return /^\/(?:anon_hugepage|memfd:|SYSV)/.test(area.path) ? "hugetlb" : "file";
+/** Splits a st_dev as the kernel encodes it into `major:minor`. @source makedev(3) */
+export function deviceName(dev: number): string {
+  const device = BigInt(dev);
+  const major = ((device >> 8n) & 0xfffn) | ((device >> 32n) & 0xfffff000n);
+  const minor = (device & 0xffn) | ((device >> 12n) & 0xffffff00n);
+  return `${major}:${minor}`;
 }
 
-/** Binary search: index of the first area whose end lies behind `addr`. */
-function firstAreaEndingAfter(areas: readonly MemoryArea[], addr: number): number {
-  let low = 0;
-  let high = areas.length;
-  while (low < high) {
-    const middle = (low + high) >>> 1;
-    if ((areas[middle]?.endAddr ?? 0) > addr) high = middle;
-    else low = middle + 1;
+function readMountTypes(pid: number): Map<string, string> {
+  const types = parseMountTypes(readProcessFile(pid, "mountinfo"));
+  const internal = internalShmemDevice();
+  if (internal !== null && !types.has(internal)) types.set(internal, "tmpfs");
+  return types;
+}
+
+/** The kernel's own tmpfs, of memfds and shared anonymous memory, is mounted nowhere. */
+function internalShmemDevice(): string | null {
+  const fd = native.memfdCreate("fsl-probe", MFD_CLOEXEC);
+  if (fd < 0) return null;
+  try {
+    return deviceName(fstatSync(fd).dev);
+  } finally {
+    native.close(fd);
   }
-  return low;
+}
+
+function readProcessFile(pid: number, name: "maps" | "mountinfo"): string {
+  try {
+    return readFileSync(`/proc/${pid}/${name}`, "latin1");
+  } catch (error) {
+    const errno = (error as NodeJS.ErrnoException).code ?? String(error);
+    const isRefused = errno === "EACCES" || errno === "EPERM";
+    const hint = isRefused ? "; run fsl as root, or as QEMU's user" : "";
+    throw new FslError(
+      isRefused ? "HOST_UNSUPPORTED" : "TARGET_LOST",
+      `process maps: /proc/${pid}/${name} cannot be read (${errno})${hint}`,
+      { pid, errno },
+      error,
+    );
+  }
+}
+
+/** `major:minor:inode` */
+function fileIdentity(area: MemoryArea): string {
+  return `${area.device}:${area.inode}`;
+}
+
+function unreadable(line: string): FslError {
+  const shown = JSON.stringify(line.slice(0, 160));
+  return new FslError("TARGET_LOST", `process maps: line ${shown} cannot be read`);
 }
 
 function mismatch(what: string, startAddr: number, endAddr: number, found: string): FslError {
   return new FslError(
     "TARGET_MISMATCH",
-    `${what}: QEMU says it is at ${hex(startAddr)}-${hex(endAddr)}, but in that process ${found}`,
+    `${what}: QEMU says it is at ${hex(startAddr)}-${hex(endAddr)}, ` +
+      `but in that process ${found}`,
     { startAddr, endAddr, found },
   );
 }

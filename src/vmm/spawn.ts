@@ -9,8 +9,9 @@ import { basename, join } from "node:path";
 import { FslError } from "../errors.ts";
 import { MFD_CLOEXEC, O_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
-import { preloadBytes, preloadEnvironment } from "../sys/preload.ts";
+import { preloadBytes } from "../sys/preload.ts";
 import { isGlibcInterpreter, readElfInterpreter } from "./elf.ts";
+import { preloadEnvironment } from "./preload-protocol.ts";
 import { checkQemuCommand, qemuCommandLine } from "./qemu-command.ts";
 import { type QemuProcess, QemuTarget } from "./qemu.ts";
 import { QmpClient } from "./qmp.ts";
@@ -18,7 +19,7 @@ import { makeRuntimeDirectory, removeRuntimeDirectory } from "./runtime-director
 import type { ExitStatus } from "./target.ts";
 import type { UserfaultfdWay } from "./userfaultfd.ts";
 
-export interface SpawnQemuOptions {
+export interface SpawnOptions {
   /** The user's command line, the binary first. */
   readonly argv: readonly string[];
   /** QEMU's environment; this process's when left out. */
@@ -43,7 +44,7 @@ const NO_FD = -1;
  * @throws FslError USAGE for a command line that is refused or a program that is not found,
  * HOST_UNSUPPORTED when no private directory can be made
  */
-export function spawnQemu(options: SpawnQemuOptions): QemuTarget {
+export function spawnQemu(options: SpawnOptions): QemuTarget {
   checkQemuCommand(options.argv);
   const env = options.env ?? process.env;
   const program = findProgram(options.argv[0] ?? "", env);
@@ -167,7 +168,7 @@ class Handles {
 }
 
 function startChild(
-  options: SpawnQemuOptions,
+  options: SpawnOptions,
   program: string,
   env: Readonly<Record<string, string | undefined>>,
   listener: number,
@@ -179,7 +180,7 @@ function startChild(
   const [, ...args] = qemuCommandLine(options.argv, qmpFd);
   return Bun.spawn([program, ...args], {
     argv0: options.argv[0] ?? program,
-    env: preload === null ? { ...env } : preloadEnvironment(childSocket, library, env),
+    env: preload === null ? { ...env } : preloadEnvironment(env, childSocket, library),
     stdio: [...(options.stdio ?? ["inherit", "inherit", "inherit"]), ...layout.slots],
   } as Bun.SpawnOptions.OptionsObject<"inherit", "inherit", "inherit">);
 }

@@ -23,7 +23,7 @@ import {
   USERFAULTFD_IOC_NEW,
 } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
-import { PRELOAD_MESSAGE_BYTES, parsePreloadMessage } from "../sys/preload.ts";
+import { PRELOAD_MESSAGE_LENGTH, parsePreloadMessage } from "./preload-protocol.ts";
 import type { QmpClient } from "./qmp.ts";
 
 export type UserfaultfdWay = "preload" | "ptrace" | "device";
@@ -61,7 +61,7 @@ const USERFAULTFD_LINK = "anon_inode:[userfaultfd]";
  * @returns null when there is no usable userfaultfd
  */
 export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd | null {
-  const bytes = Buffer.alloc(PRELOAD_MESSAGE_BYTES);
+  const bytes = Buffer.alloc(PRELOAD_MESSAGE_LENGTH);
   const fds = new Int32Array(1);
   const out = new Int32Array(2);
   const received = native.recv(socket, bytes, bytes.length, fds, fds.length, out, MSG_DONTWAIT);
