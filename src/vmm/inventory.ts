@@ -7,6 +7,7 @@
 import { readFileSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { alignUp } from "../pages.ts";
+import { freeFdset } from "./fdset.ts";
 import { MigrationSettings } from "./migration-settings.ts";
 import {
   ProcessMaps,
@@ -31,8 +32,6 @@ export interface Inventory {
 
 /** mapped-ram, and `file:` with an fdset: QEMU 9.0. */
 const VERSION_MAJOR_MIN = 9;
-/** Numbers below are for people, who count from 0 or 1. */
-const FDSET_MIN = 64;
 /** Smallest page of this host, bytes; QEMU reports it for ordinary memory. */
 const HOST_PAGE_LENGTH = readHostPageLength();
 /** QMP types of devices that hand guest memory back to the host. */
@@ -63,7 +62,7 @@ export async function takeInventory(qmp: QmpClient): Promise<Inventory> {
     ramblocks: parseRamblocks(await ramblockText(qmp, table)),
     canDiscard: [named, anonymous].some(hasDiscardingDevice),
     settings,
-    freeFdset: freeFdsetOf(fdsets),
+    freeFdset: freeFdset(fdsets),
   };
 }
 
@@ -180,14 +179,4 @@ function machineTypeOf(reply: QmpReply): string | null {
 function hasDiscardingDevice(reply: QmpReply): boolean {
   if (!reply.ok || !Array.isArray(reply.value)) return true;
   return reply.value.some((entry) => isRecord(entry) && DISCARDING_DEVICE.test(String(entry["type"])));
-}
-
-function freeFdsetOf(reply: QmpReply): number {
-  let free = FDSET_MIN;
-  if (!reply.ok || !Array.isArray(reply.value)) return free;
-  for (const entry of reply.value) {
-    const id = isRecord(entry) ? entry["fdset-id"] : undefined;
-    if (typeof id === "number" && id >= free && id < Number.MAX_SAFE_INTEGER) free = id + 1;
-  }
-  return free;
 }

@@ -92,7 +92,8 @@ export class QmpClient {
     this.ready.catch(() => {}); // Callers may look at their own commands only.
     const timeoutMs = options.greetingTimeoutMs ?? GREETING_TIMEOUT_MS;
     this.#greetingTimer = setTimeout(() => {
-      this.#lose(this.#lostError(`no QMP greeting within ${timeoutMs} ms`));
+      const hint = "; another client may be connected to it";
+      this.#lose(this.#lostError(`no QMP greeting within ${timeoutMs} ms${hint}`));
     }, timeoutMs);
   }
 

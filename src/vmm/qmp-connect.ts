@@ -1,0 +1,30 @@
+/** Connecting to the QMP socket of a QEMU that somebody else started. */
+import { FslError } from "../errors.ts";
+import * as native from "../sys/native.ts";
+import { QmpClient } from "./qmp.ts";
+
+export interface QmpConnectOptions {
+  /** How long the greeting may take. A monitor serves one client at a time, and another one may be there. */
+  readonly greetingTimeoutMs: number;
+}
+
+/**
+ * @param path of the socket
+ * @returns a client that is not greeted yet
+ * @throws FslError TARGET_LOST when nobody listens there
+ */
+export function connectQmp(path: string, options: QmpConnectOptions): QmpClient {
+  const fd = native.unixConnect(path);
+  if (fd >= 0) return QmpClient.open(fd, { peer: `QEMU at ${path}`, ...options });
+  const errno = native.errnoName(fd);
+  throw new FslError("TARGET_LOST", `QMP socket ${path}: cannot connect (${errno})${HINTS[errno] ?? ""}`, {
+    path,
+    errno,
+  });
+}
+
+const HINTS: Readonly<Record<string, string>> = {
+  ENOENT: "; start QEMU with -qmp unix:PATH,server=on,wait=off",
+  ECONNREFUSED: "; the QEMU that listened there has ended",
+  EACCES: "; run fsl as QEMU's user, or as root",
+};

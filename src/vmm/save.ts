@@ -1,0 +1,393 @@
+/**
+ * Saves a running QEMU as a mapped-ram snapshot.
+ *
+ * The file is written beside its final place under an unpredictable name, checked, brought to the disk
+ * and renamed: at its path there is the old file or the whole new one, never a part. QEMU gets an open
+ * descriptor (so it may run as another user or see other mounts), and the path only if it cannot.
+ * Whatever fails: the migration is cancelled, the file removed, QEMU's settings put back, and a guest
+ * that ran before runs again.
+ */
+import { randomBytes } from "node:crypto";
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  fsyncSync,
+  openSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+} from "node:fs";
+import { basename, dirname, join, resolve } from "node:path";
+import { FslError, isFslError } from "../errors.ts";
+import { freeFdset } from "./fdset.ts";
+import {
+  CAPABILITIES_IN_THE_WAY,
+  type MigrationChanges,
+  MigrationSettings,
+  PARAMETERS_IN_THE_WAY,
+} from "./migration-settings.ts";
+import { connectQmp } from "./qmp-connect.ts";
+import { type QmpClient, isRecord } from "./qmp.ts";
+
+export interface SaveOptions {
+  /** QMP socket of the QEMU; nobody else may be connected to it. */
+  readonly qmpPath: string;
+  /** File to write; replaced when the new one is complete. */
+  readonly path: string;
+  /** The guest runs on while its RAM is saved, and is stopped for the rest only. */
+  readonly live: boolean;
+  /** 1..255: RAM is saved by so many channels at once; one stream when left out. */
+  readonly multifdChannels?: number;
+  /** What QEMU does afterwards: end, run on, or stay stopped. */
+  readonly then: "quit" | "cont" | "stay";
+  /** Checks the complete file before it is renamed; throws when it is not sound. */
+  readonly verify: (path: string) => void | Promise<void>;
+  /** Called a few times a second. */
+  readonly onProgress?: (progress: SaveProgress) => void;
+  /** Aborting it ends the save, and everything is as before. */
+  readonly signal?: AbortSignal;
+}
+
+export interface SaveProgress {
+  /** RAM that has been dealt with, zero pages counted too. */
+  readonly transferredBytes: number;
+  readonly totalBytes: number;
+}
+
+/** A client that is connected already keeps ours waiting without a word. */
+const GREETING_TIMEOUT_MS = 10_000;
+const PROGRESS_PERIOD_MS = 200;
+/** A guest that writes faster than the disk is stopped after so many rounds through its RAM. */
+const LIVE_ROUNDS_MAX = 5;
+/** How long QEMU may take to give a migration up. */
+const CANCEL_TIMEOUT_MS = 30_000;
+const CANCEL_CHECK_MS = 50;
+/** How long QEMU may take to end after `quit`. */
+const QUIT_TIMEOUT_MS = 30_000;
+
+/** Run states in which a guest can be saved. @source QEMU qapi/run-state.json RunState */
+const SAVABLE_STATES = ["running", "paused", "prelaunch", "suspended", "watchdog", "io-error"];
+/** States of a migration in which nothing is under way. */
+const IDLE_MIGRATIONS = ["none", "completed", "failed", "cancelled"];
+
+/**
+ * Saves the guest. Returns when the snapshot is complete at its path and QEMU is as `then` says.
+ * @throws FslError SAVE_FAILED when it cannot be saved (`details.aborted` when `signal` said so);
+ * TARGET_LOST when QEMU cannot be reached or ends; TARGET_MISMATCH when its version cannot do it
+ */
+export async function saveSnapshot(options: SaveOptions): Promise<void> {
+  const output = SaveFile.create(options.path);
+  try {
+    using qmp = connectQmp(options.qmpPath, { greetingTimeoutMs: GREETING_TIMEOUT_MS });
+    const save = new Save(qmp, options);
+    await save.prepare();
+    try {
+      await save.run(output);
+      await options.verify(output.path);
+      throwIfAborted(options.signal);
+      output.commit();
+    } catch (error) {
+      await save.undo();
+      throw error;
+    }
+    await save.finish();
+  } finally {
+    output.close();
+  }
+}
+
+/** The new file, under its temporary name. */
+class SaveFile {
+  readonly path: string;
+  /** Open for reading and writing; the file position does not matter. */
+  readonly fd: number;
+  readonly #finalPath: string;
+  #isCommitted = false;
+
+  private constructor(path: string, fd: number, finalPath: string) {
+    this.path = path;
+    this.fd = fd;
+    this.#finalPath = finalPath;
+  }
+
+  static create(path: string): SaveFile {
+    const finalPath = followLink(resolve(path));
+    const name = `.${basename(finalPath).slice(0, 200)}.fsl-${randomBytes(12).toString("hex")}`;
+    const temporaryPath = join(dirname(finalPath), name);
+    const { O_CREAT, O_EXCL, O_RDWR, O_NOFOLLOW } = constants;
+    try {
+      const fd = openSync(temporaryPath, O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW, 0o600);
+      return new SaveFile(temporaryPath, fd, finalPath);
+    } catch (error) {
+      throw fileError("create a file beside it", finalPath, error);
+    }
+  }
+
+  /** Brings the file to the disk and gives it its name. */
+  commit(): void {
+    try {
+      fsyncSync(this.fd);
+      renameSync(this.path, this.#finalPath);
+      this.#isCommitted = true;
+      const directory = openSync(dirname(this.#finalPath), "r");
+      try {
+        fsyncSync(directory);
+      } finally {
+        closeSync(directory);
+      }
+    } catch (error) {
+      throw fileError("write it", this.#finalPath, error);
+    }
+  }
+
+  /** Removes what was not committed. */
+  close(): void {
+    closeSync(this.fd);
+    if (!this.#isCommitted) rmSync(this.path, { force: true });
+  }
+}
+
+/** One save: what it changed in QEMU, and how to put that back. */
+class Save {
+  readonly #qmp: QmpClient;
+  readonly #options: SaveOptions;
+  #settings: MigrationSettings | null = null;
+  #fdset = 0;
+  #isFdsetUsed = false;
+  #wasRunning = false;
+
+  constructor(qmp: QmpClient, options: SaveOptions) {
+    this.#qmp = qmp;
+    this.#options = options;
+  }
+
+  /** Asks; changes nothing. */
+  async prepare(): Promise<void> {
+    const [, settings, state, migration, fdsets] = await Promise.all([
+      this.#qmp.ready,
+      MigrationSettings.read(this.#qmp),
+      this.#runState(),
+      this.#qmp.request("query-migrate"),
+      this.#qmp.execute("query-fdsets"),
+    ]);
+    checkSavable(state, statusOf(migration));
+    this.#settings = settings;
+    this.#fdset = freeFdset(fdsets);
+    this.#wasRunning = state === "running";
+    throwIfAborted(this.#options.signal);
+  }
+
+  /** Writes the snapshot. The guest is stopped when this returns. */
+  async run(output: SaveFile): Promise<void> {
+    await this.#settings?.apply(saveChanges(this.#options.multifdChannels));
+    if (!this.#options.live) await this.#request("stop");
+    const uri = await this.#handOver(output);
+    const watch = this.#watch();
+    try {
+      await this.#request("migrate", { uri });
+      await watch.ended;
+    } finally {
+      watch.stop();
+    }
+    if (fstatSync(output.fd).size > 0) return;
+    throw new FslError("SAVE_FAILED", "save: QEMU wrote the snapshot somewhere else: it sees other files");
+  }
+
+  /** After success. */
+  async finish(): Promise<void> {
+    await this.#putBack();
+    const { then } = this.#options;
+    if (then === "cont") await this.#request("cont");
+    if (then !== "quit") return;
+    await this.#request("quit").catch((error: unknown) => {
+      if (!this.#qmp.isClosed) throw error; // It may be gone before it has answered.
+    });
+    const closed = await Promise.race([this.#qmp.closed, Bun.sleep(QUIT_TIMEOUT_MS)]);
+    if (closed !== undefined) return;
+    throw new FslError("SAVE_FAILED", `save: QEMU did not end within ${QUIT_TIMEOUT_MS} ms of quit`);
+  }
+
+  /**
+   * After failure: as before. What goes wrong here is not reported; the error that led here is, and a
+   * lost connection leaves nothing to do.
+   */
+  async undo(): Promise<void> {
+    try {
+      await this.#cancel();
+      await this.#putBack();
+      if (this.#wasRunning && (await this.#runState()) !== "running") await this.#request("cont");
+    } catch (error) {
+      if (!isFslError(error)) throw error;
+    }
+  }
+
+  /** @returns the URI that QEMU is to write to */
+  async #handOver(output: SaveFile): Promise<string> {
+    const fd = openSync(`/proc/self/fd/${output.fd}`, constants.O_WRONLY);
+    try {
+      const args = { "fdset-id": this.#fdset };
+      const reply = await this.#qmp.execute("add-fd", args, { fd });
+      this.#isFdsetUsed = reply.ok;
+      if (reply.ok) return `file:/dev/fdset/${this.#fdset}`;
+    } finally {
+      closeSync(fd);
+    }
+    // A relay between the two has dropped the descriptor, so QEMU is given the path.
+    if (!output.path.includes(",offset=")) return `file:${output.path}`;
+    throw new FslError("SAVE_FAILED", "save: QEMU takes no path that holds `,offset=`");
+  }
+
+  /** Waits for the end of the migration, reports how far it is, and ends a live save in time. */
+  #watch(): { ended: Promise<void>; stop: () => void } {
+    const { promise, resolve: end, reject } = Promise.withResolvers<void>();
+    promise.catch(() => {});
+    let isAsking = false;
+    let isStopping = false;
+    const look = async (): Promise<void> => {
+      if (isAsking) return;
+      isAsking = true;
+      try {
+        const progress = await this.#qmp.request("query-migrate");
+        const status = statusOf(progress);
+        if (status === "completed") end();
+        if (status === "failed" || status === "cancelled") reject(saveFailed(progress, status));
+        this.#report(progress);
+        if (this.#options.live && !isStopping && roundsOf(progress) > LIVE_ROUNDS_MAX) {
+          isStopping = true;
+          await this.#request("stop");
+        }
+      } catch (error) {
+        reject(error);
+      } finally {
+        isAsking = false;
+      }
+    };
+    const stopEvents = this.#qmp.onEvent(({ name, data }) => {
+      if (name === "MIGRATION" && data["status"] === "completed") end();
+      else if (name === "MIGRATION") look();
+    });
+    const timer = setInterval(look, PROGRESS_PERIOD_MS);
+    const onAbort = (): void => reject(aborted());
+    this.#options.signal?.addEventListener("abort", onAbort);
+    if (this.#options.signal?.aborted === true) onAbort();
+    this.#qmp.closed.then(reject);
+    const stop = (): void => {
+      stopEvents();
+      clearInterval(timer);
+      this.#options.signal?.removeEventListener("abort", onAbort);
+    };
+    return { ended: promise, stop };
+  }
+
+  #report(progress: unknown): void {
+    const ram = isRecord(progress) ? progress["ram"] : undefined;
+    if (!isRecord(ram)) return;
+    const totalBytes = Number(ram["total"] ?? 0);
+    const remainingBytes = Number(ram["remaining"] ?? 0);
+    this.#options.onProgress?.({ transferredBytes: totalBytes - remainingBytes, totalBytes });
+  }
+
+  async #cancel(): Promise<void> {
+    const deadlineMs = performance.now() + CANCEL_TIMEOUT_MS;
+    let status = statusOf(await this.#qmp.request("query-migrate"));
+    if (!IDLE_MIGRATIONS.includes(status)) await this.#request("migrate_cancel");
+    while (!IDLE_MIGRATIONS.includes(status) && performance.now() < deadlineMs) {
+      await Bun.sleep(CANCEL_CHECK_MS);
+      status = statusOf(await this.#qmp.request("query-migrate"));
+    }
+  }
+
+  async #putBack(): Promise<void> {
+    if (this.#isFdsetUsed) await this.#qmp.execute("remove-fd", { "fdset-id": this.#fdset });
+    this.#isFdsetUsed = false;
+    await this.#settings?.restore();
+  }
+
+  async #runState(): Promise<string> {
+    return statusOf(await this.#qmp.request("query-status"));
+  }
+
+  /** A command whose refusal means that the guest cannot be saved. */
+  async #request(command: string, args?: Record<string, unknown>): Promise<void> {
+    const reply = await this.#qmp.execute(command, args);
+    if (reply.ok) return;
+    throw new FslError("SAVE_FAILED", `save: QEMU refused ${command}: ${reply.description}`, {
+      command,
+      description: reply.description,
+    });
+  }
+}
+
+function saveChanges(multifdChannels: number | undefined): MigrationChanges {
+  const off = CAPABILITIES_IN_THE_WAY.map((name) => [name, false]);
+  const channels = multifdChannels === undefined ? {} : { "multifd-channels": multifdChannels };
+  return {
+    capabilities: {
+      ...Object.fromEntries(off),
+      "mapped-ram": true,
+      events: true,
+      multifd: multifdChannels !== undefined,
+    },
+    // 0 is no limit; the default is 128 MiB/s, meant for networks. Direct I/O (QEMU 9.1) would need a
+    // second descriptor.
+    parameters: { ...PARAMETERS_IN_THE_WAY, "max-bandwidth": 0, "direct-io": false, ...channels },
+  };
+}
+
+function checkSavable(runState: string, migration: string): void {
+  if (!IDLE_MIGRATIONS.includes(migration)) {
+    throw new FslError("SAVE_FAILED", `save: QEMU is busy with a migration (${migration})`, { migration });
+  }
+  if (SAVABLE_STATES.includes(runState)) return;
+  const hint = RUN_STATE_HINTS[runState] ?? "";
+  throw new FslError("SAVE_FAILED", `save: a guest in run state ${runState} cannot be saved${hint}`, {
+    runState,
+  });
+}
+
+const RUN_STATE_HINTS: Readonly<Record<string, string>> = {
+  inmigrate: ": it waits for a state itself",
+  postmigrate: ": it was saved or migrated already and has not run since; `cont` first",
+};
+
+/** The `status` member of an answer, `none` when there is none. */
+function statusOf(value: unknown): string {
+  return isRecord(value) && typeof value["status"] === "string" ? value["status"] : "none";
+}
+
+/** How often a live save has gone through the guest's RAM. */
+function roundsOf(progress: unknown): number {
+  const ram = isRecord(progress) ? progress["ram"] : undefined;
+  return isRecord(ram) ? Number(ram["dirty-sync-count"] ?? 0) : 0;
+}
+
+function saveFailed(progress: unknown, status: string): FslError {
+  const given = isRecord(progress) ? progress["error-desc"] : undefined;
+  const description = typeof given === "string" ? given : `the migration was ${status}`;
+  return new FslError("SAVE_FAILED", `save: QEMU could not write the snapshot: ${description}`, {
+    description,
+  });
+}
+
+function aborted(): FslError {
+  return new FslError("SAVE_FAILED", "save: interrupted; the guest is as it was", { aborted: true });
+}
+
+function throwIfAborted(signal: AbortSignal | undefined): void {
+  if (signal?.aborted === true) throw aborted();
+}
+
+function fileError(what: string, path: string, error: unknown): FslError {
+  const errno = (error as NodeJS.ErrnoException).code ?? String(error);
+  return new FslError("SAVE_FAILED", `save ${path}: cannot ${what} (${errno})`, { path, errno }, error);
+}
+
+/** A symbolic link stays; the file that it points to is replaced. */
+function followLink(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return path; // There is none yet.
+  }
+}
