@@ -15,6 +15,7 @@ import { basename, join } from "node:path";
 export const ROOT = join(import.meta.dir, "..");
 const SHIM = join(ROOT, "shim");
 export const BUILD = join(ROOT, "build");
+const CACHE = join(ROOT, ".cache", "zig");
 const EMBEDDED = join(BUILD, "libraries.json");
 const ARCHITECTURES = ["x86_64", "aarch64"] as const;
 const LIBRARIES = {
@@ -67,13 +68,30 @@ function zigPath(): string {
   return modifiedMs(direct) > 0 ? direct : (Bun.which("zig") ?? join(ROOT, "node_modules/.bin/zig"));
 }
 
+/** Compiles C for this host with a libc, for the tests. */
+export function compileProgram(
+  sources: readonly string[],
+  path: string,
+  libc: "gnu" | "musl",
+  flags: readonly string[] = [],
+): void {
+  const arch = process.arch === "arm64" ? "aarch64" : "x86_64";
+  const target = ["-target", `${arch}-linux-${libc}`];
+  const partPath = `${path}.${process.pid}`;
+  mkdirSync(BUILD, { recursive: true });
+  run([zigPath(), "cc", ...target, "-O2", "-Wall", "-Wextra", ...flags, ...sources, "-o", partPath], {
+    ZIG_GLOBAL_CACHE_DIR: CACHE,
+    ZIG_LOCAL_CACHE_DIR: CACHE,
+  });
+  renameSync(partPath, path);
+}
+
 function compile(library: keyof typeof LIBRARIES, arch: string, path: string): void {
-  const cache = join(ROOT, ".cache", "zig");
   const files = LIBRARIES[library].map((file) => join("shim", file));
   const partPath = `${path}.${process.pid}`;
   run([zigPath(), "cc", "-target", `${arch}-linux-gnu`, ...FLAGS, ...files, "-o", partPath], {
-    ZIG_GLOBAL_CACHE_DIR: cache,
-    ZIG_LOCAL_CACHE_DIR: cache,
+    ZIG_GLOBAL_CACHE_DIR: CACHE,
+    ZIG_LOCAL_CACHE_DIR: CACHE,
   });
   // In one step: whoever runs meanwhile has the old library or the new one.
   renameSync(partPath, path);

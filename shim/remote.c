@@ -48,6 +48,9 @@
 #define WNOWAIT 0x01000000
 #define WNOTHREAD 0x20000000
 #define WALL 0x40000000
+#define CLD_EXITED 1
+#define CLD_KILLED 2
+#define CLD_DUMPED 3
 
 #define CLONE_THREAD_FLAGS                                                              \
   (0x00000100 /* VM */ | 0x00000200 /* FS */ | 0x00000400 /* FILES */ |                 \
@@ -272,11 +275,15 @@ static void pause_shortly(void) {
   sys(NR_nanosleep, &pause, 0);
 }
 
-/* True when the target has ended. WNOWAIT: its exit status belongs to whoever started it. */
+/*
+ * True when the target has ended. WNOWAIT: its exit status belongs to whoever started it. A tracer is told of stops too,
+ * asked for or not; those are CLD_TRAPPED.
+ */
 static int has_ended(int32_t pid) {
-  struct siginfo_head info = {.signo = 0};
-  long result = sys(NR_waitid, P_PID, pid, &info, WEXITED | WNOHANG | WNOWAIT | WNOTHREAD | WALL, 0);
-  return result < 0 || info.signo != 0;
+  struct siginfo_head info = {.signo = 0, .code = 0};
+  const long options = WEXITED | WNOHANG | WNOWAIT | WNOTHREAD | WALL;
+  if (sys(NR_waitid, P_PID, pid, &info, options, 0) < 0) return 1;
+  return info.code == CLD_EXITED || info.code == CLD_KILLED || info.code == CLD_DUMPED;
 }
 
 /* Waits until the target stands in a ptrace stop and tells which; 0, -ESRCH or -ETIMEDOUT. deadline 0 = none. */
