@@ -76,6 +76,11 @@ export interface MigrationStream {
   readonly deviceStateOffset: number;
   /** Null when it was saved with suppress-vmdesc=on. */
   readonly vmdescription: Vmdescription | null;
+  /**
+   * True when the description was there, every section was checked against it, and the file ends with it. False only
+   * with suppress-vmdesc=on: then the device state was not looked at, and damage in it shows when QEMU loads it.
+   */
+  readonly isVerifiedComplete: boolean;
   /** Null when the file has none where it is looked for. */
   readonly globalState: GlobalState | null;
 }
@@ -130,6 +135,7 @@ export function readMigrationStream(source: ByteSource, streamOffset: number): M
     tailOffset: ramStart.fileOffset + ramStart.length,
     deviceStateOffset: ramEnd.fileOffset + ramEnd.length,
     vmdescription,
+    isVerifiedComplete: vmdescription !== null,
     globalState,
   };
 }
@@ -258,7 +264,7 @@ class SectionWalk {
   run(): void {
     for (;;) {
       const fileOffset = this.#reader.offset;
-      if (this.ramEnd !== null && this.#describe() === null) return this.#acceptUndescribed(fileOffset);
+      if (this.ramEnd !== null && this.#describe(fileOffset) === null) return this.#acceptUndescribed(fileOffset);
       const type = this.#reader.readU8("section type");
       if (type === QEMU_VM_EOF) return this.#finish(fileOffset);
       if (type === QEMU_VM_SECTION_START) this.#ramStart(fileOffset);
@@ -321,7 +327,7 @@ class SectionWalk {
   }
 
   #full(fileOffset: number): void {
-    const vmdescription = this.#describe();
+    const vmdescription = this.#describe(fileOffset);
     if (vmdescription === null) {
       const expected = "the RAM END section (is it a background-snapshot, or an early device without vmdescription?)";
       throw unsupported(this.#source, fileOffset, "device section", expected, "a FULL section");
@@ -391,19 +397,22 @@ class SectionWalk {
     return section;
   }
 
-  /** The description at the end of the file, sought once, when the first device section needs it. */
-  #describe(): Vmdescription | null {
+  /**
+   * The description at the end of the file, sought once, when the first device section needs it.
+   * @param fileOffset where the walk is; the description lies behind it
+   */
+  #describe(fileOffset: number): Vmdescription | null {
     if (!this.#tailWasSought) {
       this.#tailWasSought = true;
-      this.vmdescription = findVmdescription(this.#source, this.#reader.offset);
-      if (this.vmdescription === null) this.#checkUndescribedTail();
+      this.vmdescription = findVmdescription(this.#source, fileOffset);
+      if (this.vmdescription === null) this.#checkUndescribedTail(fileOffset);
     }
     return this.vmdescription;
   }
 
   /** EOF byte where the description says, every described device seen, and the RAM section ended. */
   #finish(eofOffset: number): void {
-    const vmdescription = this.#describe();
+    const vmdescription = this.#describe(eofOffset);
     if (vmdescription === null || eofOffset !== vmdescription.eofOffset) {
       const expected = vmdescription === null ? "a section" : `EOF at ${hex(vmdescription.eofOffset)}`;
       throw damaged(this.#source, eofOffset, "end of the device state", expected, "EOF");
@@ -425,10 +434,10 @@ class SectionWalk {
    * Without a description the file must at least end as one does: footer of the last section, EOF. Anything else is a
    * file whose saver did not reach the end.
    */
-  #checkUndescribedTail(): void {
+  #checkUndescribedTail(fileOffset: number): void {
     const { byteLength } = this.#source;
     const tailOffset = byteLength - FOOTER_LENGTH - 1;
-    if (tailOffset >= this.#reader.offset) {
+    if (tailOffset >= fileOffset) {
       const tail = this.#source.read(tailOffset, FOOTER_LENGTH + 1);
       if (tail[0] === QEMU_VM_SECTION_FOOTER && tail[FOOTER_LENGTH] === QEMU_VM_EOF) return;
     }
