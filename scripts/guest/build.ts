@@ -8,8 +8,18 @@
  *   guest.json     what it was made of; tests use it as a part of the key of their cached snapshots
  */
 import { createHash } from "node:crypto";
-import { copyFileSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { basename, join } from "node:path";
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { basename, join, resolve } from "node:path";
 
 const ROOT = join(import.meta.dir, "../..");
 const SOURCES = import.meta.dir;
@@ -31,7 +41,7 @@ const MODULES = [
 ];
 
 async function run(command: string[]): Promise<Uint8Array> {
-  const child = Bun.spawn(command, { stdout: "pipe", stderr: "inherit" });
+  const child = Bun.spawn(command, { cwd: SOURCES, stdout: "pipe", stderr: "inherit" });
   const output = await new Response(child.stdout).bytes();
   if ((await child.exited) !== 0) throw new Error(`${command[0]} failed (${command.join(" ")})`);
   return output;
@@ -103,8 +113,24 @@ function cpio(entries: readonly CpioEntry[]): Uint8Array {
     const name = Buffer.from(`${entry.name}\0`);
     const bytes = entry.bytes ?? new Uint8Array();
     const [major, minor] = entry.device ?? [0, 0];
-    const fields = [inode, entry.mode, 0, 0, 1, 0, bytes.length, 0, 0, major, minor, name.length, 0];
-    const header = Buffer.from(`070701${fields.map((field) => field.toString(16).padStart(8, "0")).join("")}`);
+    const fields = [
+      inode,
+      entry.mode,
+      0,
+      0,
+      1,
+      0,
+      bytes.length,
+      0,
+      0,
+      major,
+      minor,
+      name.length,
+      0,
+    ];
+    const header = Buffer.from(
+      `070701${fields.map((field) => field.toString(16).padStart(8, "0")).join("")}`,
+    );
     parts.push(header, name, pad(header.length + name.length), bytes, pad(bytes.length));
   };
   entries.forEach((entry, index) => add(entry, index + 1));
@@ -130,38 +156,52 @@ function initramfs(guest: Uint8Array, modules: ReadonlyMap<string, Uint8Array>):
 
 // -- compiling --------------------------------------------------------------------------------------------------------
 
-const WARNINGS = ["-Wall", "-Wextra", "-Werror"];
+const WARNINGS = "-Wall -Wextra -Werror";
 
 /** No vector instructions: they are slow under emulation. */
-const linuxGuest = (output: string): string[] => [
-  ...["zig", "cc", "-target", "x86_64-linux-musl", "-static", "-std=gnu11", "-O2", "-fno-vectorize"],
-  ...["-fno-slp-vectorize", ...WARNINGS, "-s", "-o", output, join(SOURCES, "linux-guest.c")],
-];
+const LINUX_FLAGS =
+  "-target x86_64-linux-musl -static -std=gnu11 -O2 -fno-vectorize -fno-slp-vectorize -s";
 
 /** Nothing may set up SSE, a stack guard or a thread pointer there, so none may be used. */
-const bareGuest = (output: string): string[] => [
-  ...["zig", "cc", "-target", "x86-freestanding", "-march=i686", "-std=c11", "-O2", "-ffreestanding", "-nostdlib"],
-  ...["-static", "-mno-sse", "-mno-mmx", "-fno-stack-protector", "-fno-pic", "-fno-pie", ...WARNINGS],
-  ...[`-Wl,-T,${join(SOURCES, "bare.ld")}`, "-s", "-o", output, join(SOURCES, "bare.c")],
-];
+const BARE_FLAGS =
+  "-target x86-freestanding -march=i686 -std=c11 -O2 -ffreestanding -nostdlib -static -mno-sse " +
+  "-mno-mmx -fno-stack-protector -fno-pic -fno-pie -Wl,-T,bare.ld -s";
 
-const [kernelTree, busyboxTree] = process.argv.slice(2);
-if (kernelTree === undefined || busyboxTree === undefined) throw new Error("usage: build.ts KERNEL BUSYBOX");
-const busybox = ["bin/busybox", "usr/bin/busybox"].map((path) => join(busyboxTree, path)).find(existsSync) ?? "";
+async function compile(flags: string, source: string, output: string): Promise<void> {
+  const options = `${flags} ${WARNINGS}`.split(" ");
+  await run(["zig", "cc", ...options, "-o", output, source]);
+}
+
+const [kernelTree, busyboxTree] = process.argv.slice(2).map((path) => resolve(path));
+if (kernelTree === undefined || busyboxTree === undefined) {
+  throw new Error("usage: build.ts KERNEL BUSYBOX");
+}
+const busybox =
+  ["bin/busybox", "usr/bin/busybox"].map((path) => join(busyboxTree, path)).find(existsSync) ?? "";
 const kernel = readdirSync(join(kernelTree, "boot")).find((name) => name.startsWith("vmlinuz-"));
 if (kernel === undefined) throw new Error(`no kernel in ${kernelTree}/boot`);
 
 mkdirSync(join(ROOT, ".cache"), { recursive: true });
 const staging = mkdtempSync(join(ROOT, ".cache/guest-"));
 try {
-  await Promise.all([run(linuxGuest(join(staging, "linux-guest"))), run(bareGuest(join(staging, "bare.elf")))]);
+  const guest = join(staging, "linux-guest");
+  await Promise.all([
+    compile(LINUX_FLAGS, "linux-guest.c", guest),
+    compile(BARE_FLAGS, "bare.c", join(staging, "bare.elf")),
+  ]);
   const modules = await collectModules(kernelTree);
   copyFileSync(join(kernelTree, "boot", kernel), join(staging, "bzImage"));
-  writeFileSync(join(staging, "initrd.cpio"), initramfs(readFileSync(join(staging, "linux-guest")), modules));
-  rmSync(join(staging, "linux-guest"));
+  writeFileSync(join(staging, "initrd.cpio"), initramfs(readFileSync(guest), modules));
+  rmSync(guest);
   const hash = createHash("sha256");
-  for (const name of ["bzImage", "initrd.cpio", "bare.elf"]) hash.update(readFileSync(join(staging, name)));
-  const description = { kernel: kernel.slice("vmlinuz-".length), modules: [...modules.keys()], sha256: hash.digest("hex") };
+  for (const name of ["bzImage", "initrd.cpio", "bare.elf"]) {
+    hash.update(readFileSync(join(staging, name)));
+  }
+  const description = {
+    kernel: kernel.slice("vmlinuz-".length),
+    modules: [...modules.keys()],
+    sha256: hash.digest("hex"),
+  };
   writeFileSync(join(staging, "guest.json"), `${JSON.stringify(description, null, 2)}\n`);
   rmSync(OUTPUT, { recursive: true, force: true });
   renameSync(staging, OUTPUT);

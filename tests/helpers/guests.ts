@@ -7,7 +7,19 @@
  * nothing is polled. Every QEMU dies with this process, whatever ends it.
  */
 import { createHash } from "node:crypto";
-import { closeSync, existsSync, mkdirSync, mkdtempSync, openSync, readFileSync, readSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  readSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -56,7 +68,8 @@ class Arrivals<T> {
           if (matches(item)) return finish(() => resolve(item));
         }
         const failure = this.#failure;
-        if (failure !== null) finish(() => reject(new Error(`waiting for ${what}: ${failure.message}`)));
+        if (failure !== null)
+          finish(() => reject(new Error(`waiting for ${what}: ${failure.message}`)));
       };
       const timer = setTimeout(
         () => finish(() => reject(new Error(`waiting for ${what}: nothing after ${timeoutMs} ms`))),
@@ -108,7 +121,12 @@ export class SerialConsole {
   #unsent = "";
 
   private constructor(path: string) {
-    this.args = ["-chardev", `socket,id=fsl-test-serial,path=${path}`, "-serial", "chardev:fsl-test-serial"];
+    this.args = [
+      "-chardev",
+      `socket,id=fsl-test-serial,path=${path}`,
+      "-serial",
+      "chardev:fsl-test-serial",
+    ];
   }
 
   static async listen(path: string): Promise<SerialConsole> {
@@ -133,7 +151,12 @@ export class SerialConsole {
 
   /** The first line that matches, among those with index >= `from` (default: all, those that came before too). */
   waitFor(pattern: RegExp, timeoutMs = 60_000, from = 0): Promise<SerialLine> {
-    return this.#lines.waitFor((line) => pattern.test(line.text), `${pattern} on the serial line`, timeoutMs, from);
+    return this.#lines.waitFor(
+      (line) => pattern.test(line.text),
+      `${pattern} on the serial line`,
+      timeoutMs,
+      from,
+    );
   }
 
   /** The first line that matches and comes after this call. */
@@ -187,7 +210,10 @@ export class QmpClient {
   readonly args: readonly string[];
   readonly ready: Promise<void>;
   readonly #events = new Arrivals<QmpEvent>();
-  readonly #pending = new Map<number, { resolve: (value: unknown) => void; reject: (error: Error) => void; what: string }>();
+  readonly #pending = new Map<
+    number,
+    { resolve: (value: unknown) => void; reject: (error: Error) => void; what: string }
+  >();
   #socket: Socket | null = null;
   #server: Server | null = null;
   #nextId = 1;
@@ -196,7 +222,12 @@ export class QmpClient {
   #isNotReady: (error: Error) => void = () => {};
 
   private constructor(path: string) {
-    this.args = ["-chardev", `socket,id=fsl-test-qmp,path=${path}`, "-mon", "chardev=fsl-test-qmp,mode=control"];
+    this.args = [
+      "-chardev",
+      `socket,id=fsl-test-qmp,path=${path}`,
+      "-mon",
+      "chardev=fsl-test-qmp,mode=control",
+    ];
     this.ready = new Promise((resolve, reject) => {
       this.#isReady = resolve;
       this.#isNotReady = reject;
@@ -225,7 +256,8 @@ export class QmpClient {
     } else if (message.id !== undefined) {
       const call = this.#pending.get(message.id);
       this.#pending.delete(message.id);
-      if (message.error !== undefined) call?.reject(new Error(`QMP ${call.what}: ${message.error.desc}`));
+      if (message.error !== undefined)
+        call?.reject(new Error(`QMP ${call.what}: ${message.error.desc}`));
       else call?.resolve(message.return);
     }
   }
@@ -236,7 +268,11 @@ export class QmpClient {
         return reject(new Error(`QMP ${command}: ${this.#failure?.message ?? "not connected"}`));
       }
       const id = this.#nextId++;
-      this.#pending.set(id, { resolve: resolve as (value: unknown) => void, reject, what: command });
+      this.#pending.set(id, {
+        resolve: resolve as (value: unknown) => void,
+        reject,
+        what: command,
+      });
       this.#socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`);
     });
   }
@@ -250,13 +286,24 @@ export class QmpClient {
     return this.#events.all;
   }
 
-  waitEvent(event: string, matches: (data: Record<string, unknown>) => boolean = () => true, timeoutMs = 60_000, from = 0): Promise<QmpEvent> {
-    return this.#events.waitFor((e) => e.event === event && matches(e.data), `the QMP event ${event}`, timeoutMs, from);
+  waitEvent(
+    event: string,
+    matches: (data: Record<string, unknown>) => boolean = () => true,
+    timeoutMs = 60_000,
+    from = 0,
+  ): Promise<QmpEvent> {
+    return this.#events.waitFor(
+      (e) => e.event === event && matches(e.data),
+      `the QMP event ${event}`,
+      timeoutMs,
+      from,
+    );
   }
 
   /** Waits until a migration has completed; rejects with QEMU's words when it failed. */
   async waitMigrated(from: number, timeoutMs = 300_000): Promise<QmpEvent> {
-    const isFinal = (data: Record<string, unknown>): boolean => data.status === "completed" || data.status === "failed";
+    const isFinal = (data: Record<string, unknown>): boolean =>
+      data.status === "completed" || data.status === "failed";
     const end = await this.waitEvent("MIGRATION", isFinal, timeoutMs, from);
     if (end.data.status === "completed") return end;
     const state = await this.execute<Record<string, unknown>>("query-migrate");
@@ -273,7 +320,8 @@ export class QmpClient {
     this.#failure ??= error;
     this.#events.fail(error);
     this.#isNotReady(error);
-    for (const call of this.#pending.values()) call.reject(new Error(`QMP ${call.what}: ${error.message}`));
+    for (const call of this.#pending.values())
+      call.reject(new Error(`QMP ${call.what}: ${error.message}`));
     this.#pending.clear();
   }
 
@@ -319,11 +367,14 @@ export async function startQemu(argv: readonly string[]): Promise<Qemu> {
   const qmp = await QmpClient.listen(join(directory, "qmp"));
   const startedAt = performance.now();
   // The kernel kills QEMU when we die, even by SIGKILL; setpriv executes QEMU in its own place, so the pid is QEMU's.
-  const child = Bun.spawn(["setpriv", "--pdeathsig", "KILL", ...argv, ...serial.args, ...qmp.args], {
-    stdin: "ignore",
-    stdout: "ignore",
-    stderr: "pipe",
-  });
+  const child = Bun.spawn(
+    ["setpriv", "--pdeathsig", "KILL", ...argv, ...serial.args, ...qmp.args],
+    {
+      stdin: "ignore",
+      stdout: "ignore",
+      stderr: "pipe",
+    },
+  );
   living.set(child.pid, () => child.kill("SIGKILL"));
   let errors = "";
   const reading = (async () => {
@@ -333,7 +384,9 @@ export async function startQemu(argv: readonly string[]): Promise<Qemu> {
   const exited = child.exited.then(async (code) => {
     living.delete(child.pid);
     await reading.catch(() => {});
-    const reason = new Error(`QEMU ended with ${child.signalCode ?? `exit code ${code}`}: ${errors.trim() || "no message"}`);
+    const reason = new Error(
+      `QEMU ended with ${child.signalCode ?? `exit code ${code}`}: ${errors.trim() || "no message"}`,
+    );
     serial.fail(reason);
     qmp.fail(reason);
     serial.close();
@@ -352,7 +405,16 @@ export async function startQemu(argv: readonly string[]): Promise<Qemu> {
     throw error;
   }
   const { pid } = child;
-  return { pid, serial, qmp, startedAt, exited, stderr: () => errors, kill, [Symbol.asyncDispose]: kill };
+  return {
+    pid,
+    serial,
+    qmp,
+    startedAt,
+    exited,
+    stderr: () => errors,
+    kill,
+    [Symbol.asyncDispose]: kill,
+  };
 }
 
 let versionCache: Promise<string> | undefined;
@@ -373,7 +435,8 @@ export function qemuVersion(): Promise<string> {
 /** Why guests cannot be run here, or null when they can. */
 export function whyNoGuests(): string | null {
   if (Bun.which(QEMU) === null) return `${QEMU} is not installed; run: npm run setup`;
-  if (!existsSync(join(GUEST_DIR, "guest.json"))) return "the test guests are not built; run: npm run setup";
+  if (!existsSync(join(GUEST_DIR, "guest.json")))
+    return "the test guests are not built; run: npm run setup";
   return null;
 }
 
@@ -448,20 +511,36 @@ function bareArgs(spec: FullSpec): string[] {
   // Where KVM emulates 32-bit code, a page with all its words takes 6 ms to fill.
   const words = spec.accel === "kvm" ? "words=4 beat=1024" : "";
   const size = spec.dataMiB === undefined ? "" : `size=${spec.dataMiB}`;
-  const options = [words, size, spec.guestOptions ?? ""].filter((option) => option !== "").join(" ");
+  const options = [words, size, spec.guestOptions ?? ""]
+    .filter((option) => option !== "")
+    .join(" ");
   return ["-kernel", guestFile("bare.elf"), "-append", options];
 }
 
 /** The command line of a guest: program and arguments, without any for serial port, QMP and `-incoming`. */
 export function guestArgv(guestSpec: GuestSpec): string[] {
   const spec = fullSpec(guestSpec);
-  const cpu = spec.cpu ?? (spec.guest === "bare" ? "qemu32,-pni" : spec.accel === "tcg" ? "qemu64" : "host");
+  const cpu =
+    spec.cpu ?? (spec.guest === "bare" ? "qemu32,-pni" : spec.accel === "tcg" ? "qemu64" : "host");
   const backend =
-    spec.memoryBackend === undefined ? [] : ["-object", `${spec.memoryBackend},id=ram0,size=${spec.memoryMiB}M`];
-  const machine = [spec.machine, spec.machineOptions, backend.length > 0 ? "memory-backend=ram0" : undefined];
+    spec.memoryBackend === undefined
+      ? []
+      : ["-object", `${spec.memoryBackend},id=ram0,size=${spec.memoryMiB}M`];
+  const machine = [
+    spec.machine,
+    spec.machineOptions,
+    backend.length > 0 ? "memory-backend=ram0" : undefined,
+  ];
   return [
     ...[QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"],
-    ...["-machine", machine.filter((part) => part !== undefined).join(","), "-accel", spec.accel, "-cpu", cpu],
+    ...[
+      "-machine",
+      machine.filter((part) => part !== undefined).join(","),
+      "-accel",
+      spec.accel,
+      "-cpu",
+      cpu,
+    ],
     ...["-m", `${spec.memoryMiB}`, "-smp", `${spec.smp ?? 1}`, ...backend],
     ...(spec.guest === "linux" ? linuxArgs(spec) : bareArgs(spec)),
     ...(spec.extraArgs ?? []),
@@ -495,7 +574,9 @@ export async function bootGuest(spec: GuestSpec): Promise<BootedGuest> {
       await qemu.kill();
       const isHang = /nothing after/.test((error as Error).message);
       if (!isHang || attempt === BOOT_ATTEMPTS) throw error;
-      console.error(`guests: no READY within ${timeoutMs} ms, booting again (${attempt} of ${BOOT_ATTEMPTS})`);
+      console.error(
+        `guests: no READY within ${timeoutMs} ms, booting again (${attempt} of ${BOOT_ATTEMPTS})`,
+      );
     }
   }
 }
@@ -512,11 +593,20 @@ export interface SaveOptions {
 }
 
 /** Saves a mapped-ram snapshot of a running QEMU; QEMU is in the state `postmigrate` afterwards. */
-export async function saveSnapshot(qemu: Qemu, path: string, options: SaveOptions = {}): Promise<void> {
+export async function saveSnapshot(
+  qemu: Qemu,
+  path: string,
+  options: SaveOptions = {},
+): Promise<void> {
   const { qmp } = qemu;
-  await qmp.setCapabilities(options.multifd === undefined ? ["mapped-ram"] : ["mapped-ram", "multifd"]);
+  await qmp.setCapabilities(
+    options.multifd === undefined ? ["mapped-ram"] : ["mapped-ram", "multifd"],
+  );
   const channels = options.multifd === undefined ? {} : { "multifd-channels": options.multifd };
-  await qmp.execute("migrate-set-parameters", { "max-bandwidth": (options.bandwidthMiB ?? 0) * MIB, ...channels });
+  await qmp.execute("migrate-set-parameters", {
+    "max-bandwidth": (options.bandwidthMiB ?? 0) * MIB,
+    ...channels,
+  });
   if (options.live !== true) await qmp.execute("stop");
   const from = qmp.events.length;
   await qmp.execute("migrate", { uri: `file:${path}` });
@@ -556,17 +646,32 @@ export interface GuestSnapshot {
  */
 export async function snapshotOf(spec: SnapshotSpec): Promise<GuestSnapshot> {
   const version = await qemuVersion();
-  const guest = (JSON.parse(readFileSync(guestFile("guest.json"), "utf8")) as { sha256: string }).sha256;
+  const guest = (JSON.parse(readFileSync(guestFile("guest.json"), "utf8")) as { sha256: string })
+    .sha256;
   // The argument list tells all about the guest, except what its files hold.
   const { live, bandwidthMiB, multifd, commands } = spec;
-  const key = JSON.stringify([RECIPE, version, guest, guestArgv(spec), live, bandwidthMiB, multifd, commands]);
+  const key = JSON.stringify([
+    RECIPE,
+    version,
+    guest,
+    guestArgv(spec),
+    live,
+    bandwidthMiB,
+    multifd,
+    commands,
+  ]);
   const { guest: kind, machine, accel, memoryMiB } = fullSpec(spec);
   const hash = createHash("sha256").update(key).digest("hex").slice(0, 12);
   const base = join(SNAPSHOT_DIR, `${kind}-${machine}-${accel}-${memoryMiB}M-${hash}`);
   mkdirSync(SNAPSHOT_DIR, { recursive: true });
   return withLock(`${base}.lock`, async () => {
     if (existsSync(`${base}.json`) && existsSync(`${base}.snap`)) {
-      return { ...(JSON.parse(readFileSync(`${base}.json`, "utf8")) as GuestSnapshot), path: `${base}.snap`, argv: guestArgv(spec), spec };
+      return {
+        ...(JSON.parse(readFileSync(`${base}.json`, "utf8")) as GuestSnapshot),
+        path: `${base}.snap`,
+        argv: guestArgv(spec),
+        spec,
+      };
     }
     const made = await makeSnapshot(spec, `${base}.snap`, version);
     writeFileSync(`${base}.json`, `${JSON.stringify(made, null, 2)}\n`);
@@ -574,7 +679,11 @@ export async function snapshotOf(spec: SnapshotSpec): Promise<GuestSnapshot> {
   });
 }
 
-async function makeSnapshot(spec: SnapshotSpec, path: string, version: string): Promise<GuestSnapshot> {
+async function makeSnapshot(
+  spec: SnapshotSpec,
+  path: string,
+  version: string,
+): Promise<GuestSnapshot> {
   const { guest, memoryMiB, dataMiB = 64 } = fullSpec(spec);
   const { qemu, ready, bootMs } = await bootGuest(spec);
   const unfinished = `${path}.${process.pid}`;
@@ -583,13 +692,17 @@ async function makeSnapshot(spec: SnapshotSpec, path: string, version: string): 
     for (const command of spec.commands ?? []) await serial.command(command);
     let checksum = "";
     if (guest === "linux") checksum = (await serial.command("info"))[1] ?? "";
-    const isQuiet = spec.commands?.includes("tick 0") === true || spec.guestOptions?.includes("fsl.tick=0") === true;
+    const isQuiet =
+      spec.commands?.includes("tick 0") === true ||
+      spec.guestOptions?.includes("fsl.tick=0") === true;
     if (!isQuiet) await serial.waitForNext(/^(tick|beat) /);
     const start = performance.now();
     await saveSnapshot(qemu, unfinished, spec);
     const saveMs = performance.now() - start;
     const machines = await qmp.execute<{ name: string; alias?: string }[]>("query-machines");
-    const machine = machines.find(({ name, alias }) => [name, alias].includes(fullSpec(spec).machine))?.name ?? "";
+    const machine =
+      machines.find(({ name, alias }) => [name, alias].includes(fullSpec(spec).machine))?.name ??
+      "";
     const { size, blocks } = statSync(unfinished);
     renameSync(unfinished, path);
     const pages = Number(ready.split(" ")[2] ?? 0);
@@ -602,7 +715,10 @@ async function makeSnapshot(spec: SnapshotSpec, path: string, version: string): 
       checksum,
       memoryMiB,
       dataMiB: guest === "linux" ? dataMiB : Math.round(pages / 256),
-      lastLine: spec.live === true ? "" : (serial.lines.findLast(({ text }) => /^(tick|beat) /.test(text))?.text ?? ""),
+      lastLine:
+        spec.live === true
+          ? ""
+          : (serial.lines.findLast(({ text }) => /^(tick|beat) /.test(text))?.text ?? ""),
       fileBytes: size,
       diskBytes: blocks * 512,
       bootMs: Math.round(bootMs),
@@ -675,13 +791,23 @@ export interface LoadedGuest {
 }
 
 /** Loads a snapshot as QEMU itself does it: all RAM first, then the guest runs. */
-export async function ordinaryLoad(snapshot: GuestSnapshot, options: OrdinaryLoadOptions = {}): Promise<LoadedGuest> {
+export async function ordinaryLoad(
+  snapshot: GuestSnapshot,
+  options: OrdinaryLoadOptions = {},
+): Promise<LoadedGuest> {
   const pausedArgs = options.paused === true ? ["-S"] : [];
-  const qemu = await startQemu([...(options.argv ?? snapshot.argv), ...pausedArgs, "-incoming", "defer"]);
+  const qemu = await startQemu([
+    ...(options.argv ?? snapshot.argv),
+    ...pausedArgs,
+    "-incoming",
+    "defer",
+  ]);
   try {
     const { qmp } = qemu;
     const readyAt = performance.now();
-    await qmp.setCapabilities(options.multifd === undefined ? ["mapped-ram"] : ["mapped-ram", "multifd"]);
+    await qmp.setCapabilities(
+      options.multifd === undefined ? ["mapped-ram"] : ["mapped-ram", "multifd"],
+    );
     if (options.multifd !== undefined) {
       await qmp.execute("migrate-set-parameters", { "multifd-channels": options.multifd });
     }
@@ -724,7 +850,8 @@ const UNIT: Readonly<Record<string, number>> = { KiB: 1024, MiB: 1024 ** 2, GiB:
 
 /** All RAMBlocks of a QEMU, by its own account. */
 export async function ramBlocks(qmp: QmpClient): Promise<RamBlock[]> {
-  const row = /^\s*(\S.*?)\s+(\d+) ([KMG]iB)\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(0x[0-9a-f]+)\s+(0x[0-9a-f]+)\s+(ro|rw)\s*$/;
+  const row =
+    /^\s*(\S.*?)\s+(\d+) ([KMG]iB)\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(0x[0-9a-f]+)\s+(0x[0-9a-f]+)\s+(ro|rw)\s*$/;
   const blocks: RamBlock[] = [];
   for (const line of (await qmp.hmp("info ramblock")).split("\n")) {
     const [, name, size, unit, used, total, address, access] = row.exec(line) ?? [];
@@ -764,10 +891,17 @@ export function readBlock(pid: number, block: RamBlock): BlockPages {
   const memory = openSync(`/proc/${pid}/mem`, "r");
   let zeroPages = 0;
   try {
-    for (let offset = 0; offset < block.used; ) {
-      const length = readSync(memory, chunk, 0, Math.min(CHUNK, block.used - offset), block.address + offset);
+    for (let offset = 0; offset < block.used;) {
+      const length = readSync(
+        memory,
+        chunk,
+        0,
+        Math.min(CHUNK, block.used - offset),
+        block.address + offset,
+      );
       const pages = Math.floor(length / PAGE);
-      if (pages === 0) throw new Error(`${block.name}: cannot read at offset 0x${offset.toString(16)}`);
+      if (pages === 0)
+        throw new Error(`${block.name}: cannot read at offset 0x${offset.toString(16)}`);
       for (let page = 0; page < pages; page++) {
         const hash = Bun.hash.wyhash(chunk.subarray(page * PAGE, (page + 1) * PAGE));
         hashes[offset / PAGE + page] = hash;
@@ -776,7 +910,9 @@ export function readBlock(pid: number, block: RamBlock): BlockPages {
       offset += pages * PAGE;
     }
   } catch (error) {
-    throw new Error(`reading ${block.name} of process ${pid}: ${(error as Error).message}`, { cause: error });
+    throw new Error(`reading ${block.name} of process ${pid}: ${(error as Error).message}`, {
+      cause: error,
+    });
   } finally {
     closeSync(memory);
   }
@@ -784,7 +920,10 @@ export function readBlock(pid: number, block: RamBlock): BlockPages {
 }
 
 /** All of a QEMU's RAM, by block name. Stop the guest first. */
-export async function dumpMemory(qemu: { readonly pid: number; readonly qmp: QmpClient }): Promise<Map<string, BlockPages>> {
+export async function dumpMemory(qemu: {
+  readonly pid: number;
+  readonly qmp: QmpClient;
+}): Promise<Map<string, BlockPages>> {
   return dumpBlocks(qemu.pid, await ramBlocks(qemu.qmp));
 }
 
@@ -794,19 +933,28 @@ export function dumpBlocks(pid: number, blocks: readonly RamBlock[]): Map<string
 }
 
 /** What differs between two dumps, one line each, at most `limit` lines; empty = all memory is equal. */
-export function memoryDifferences(left: Map<string, BlockPages>, right: Map<string, BlockPages>, limit = 20): string[] {
+export function memoryDifferences(
+  left: Map<string, BlockPages>,
+  right: Map<string, BlockPages>,
+  limit = 20,
+): string[] {
   const differences: string[] = [];
   for (const name of new Set([...left.keys(), ...right.keys()])) {
     const a = left.get(name);
     const b = right.get(name);
     if (a === undefined || b === undefined || a.hashes.length !== b.hashes.length) {
-      differences.push(`${name}: ${a?.hashes.length ?? "no"} pages against ${b?.hashes.length ?? "no"} pages`);
+      differences.push(
+        `${name}: ${a?.hashes.length ?? "no"} pages against ${b?.hashes.length ?? "no"} pages`,
+      );
       continue;
     }
     for (let page = 0; page < a.hashes.length; page++) {
       if (a.hashes[page] === b.hashes[page]) continue;
-      const describe = (hash: bigint | undefined): string => (hash === ZERO_HASH ? "zero" : `${hash?.toString(16)}`);
-      differences.push(`${name} page ${page}: ${describe(a.hashes[page])} against ${describe(b.hashes[page])}`);
+      const describe = (hash: bigint | undefined): string =>
+        hash === ZERO_HASH ? "zero" : `${hash?.toString(16)}`;
+      differences.push(
+        `${name} page ${page}: ${describe(a.hashes[page])} against ${describe(b.hashes[page])}`,
+      );
       if (differences.length >= limit) return differences;
     }
   }
