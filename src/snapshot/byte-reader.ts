@@ -64,7 +64,13 @@ function refusal(
   details: ErrorDetails,
 ): FslError {
   const message = `${what}: expected ${expected}, found ${found} (${source.name} at ${hex(fileOffset)})`;
-  return new FslError(code, message, { path: source.name, fileOffset, expected, found, ...details });
+  return new FslError(code, message, {
+    path: source.name,
+    fileOffset,
+    expected,
+    found,
+    ...details,
+  });
 }
 
 /** Reads an open descriptor with pread; does not own it. */
@@ -81,7 +87,10 @@ export class FileByteSource implements ByteSource {
 
   /** @throws FslError SNAPSHOT_OPEN on an I/O error, SNAPSHOT_FORMAT when the file became shorter since it was opened */
   read(offset: number, length: number): Uint8Array {
-    assert(offset >= 0 && length >= 0 && offset + length <= this.byteLength, "read within the file");
+    assert(
+      offset >= 0 && length >= 0 && offset + length <= this.byteLength,
+      "read within the file",
+    );
     const bytes = new Uint8Array(length);
     let doneLength = 0;
     while (doneLength < length) {
@@ -102,7 +111,13 @@ export class FileByteSource implements ByteSource {
 }
 
 /** One pread; EINTR and the like surface as SNAPSHOT_OPEN with the system's own reason. */
-function preadSome(fd: number, bytes: Uint8Array, from: number, offset: number, name: string): number {
+function preadSome(
+  fd: number,
+  bytes: Uint8Array,
+  from: number,
+  offset: number,
+  name: string,
+): number {
   try {
     return readSync(fd, bytes, from, bytes.length - from, offset);
   } catch (cause) {
@@ -118,7 +133,8 @@ function preadSome(fd: number, bytes: Uint8Array, from: number, offset: number, 
 
 /** `ENOENT` of a Node system error; else its text. */
 export function systemReason(error: unknown): string {
-  if (error instanceof Error && "code" in error && typeof error.code === "string") return error.code;
+  if (error instanceof Error && "code" in error && typeof error.code === "string")
+    return error.code;
   return String(error);
 }
 
@@ -238,17 +254,23 @@ export class ByteReader {
     const endOffset = startOffset + length;
     if (endOffset > this.source.byteLength) throw this.pastEnd(startOffset, what, endOffset);
     const windowEnd = this.#windowOffset + this.#window.length;
-    if (startOffset < this.#windowOffset || endOffset > windowEnd) this.#fill(startOffset, windowEnd);
+    if (startOffset < this.#windowOffset || endOffset > windowEnd)
+      this.#fill(startOffset, windowEnd);
     this.#offset = endOffset;
     return startOffset - this.#windowOffset;
   }
 
   #fill(startOffset: number, windowEnd: number): void {
-    const isSequential = startOffset <= windowEnd && startOffset >= this.#windowOffset && windowEnd > 0;
+    const isSequential =
+      startOffset <= windowEnd && startOffset >= this.#windowOffset && windowEnd > 0;
     const wantedLength = isSequential ? SEQUENTIAL_WINDOW_LENGTH : JUMP_WINDOW_LENGTH;
     const length = Math.min(wantedLength, this.source.byteLength - startOffset);
     this.#window = this.source.read(startOffset, length);
-    this.#view = new DataView(this.#window.buffer, this.#window.byteOffset, this.#window.byteLength);
+    this.#view = new DataView(
+      this.#window.buffer,
+      this.#window.byteOffset,
+      this.#window.byteLength,
+    );
     this.#windowOffset = startOffset;
   }
 }

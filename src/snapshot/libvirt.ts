@@ -39,17 +39,31 @@ const DATA_LENGTH_MAX = 16 * 1024 * 1024;
 export function readLibvirtHeader(source: ByteSource): LibvirtHeader | null {
   if (source.byteLength < HEADER_LENGTH) return null;
   const header = source.read(0, HEADER_LENGTH);
-  const magic = Buffer.from(header.buffer, header.byteOffset, MAGIC_SAVED.length).toString("latin1");
-  if (magic === MAGIC_PARTIAL) throw damaged(source, 0, "libvirt save image", MAGIC_SAVED, `${magic}, an unfinished one`);
+  const magic = Buffer.from(header.buffer, header.byteOffset, MAGIC_SAVED.length).toString(
+    "latin1",
+  );
+  if (magic === MAGIC_PARTIAL)
+    throw damaged(source, 0, "libvirt save image", MAGIC_SAVED, `${magic}, an unfinished one`);
   if (magic !== MAGIC_SAVED) return null;
 
   const view = new DataView(header.buffer, header.byteOffset, header.byteLength);
   const isLittleEndian = view.getUint32(16, true) === VERSION;
   const word = (offset: number): number => view.getUint32(offset, isLittleEndian);
-  if (word(16) !== VERSION) throw unsupported(source, 16, "libvirt save image", "version 2", word(16));
+  if (word(16) !== VERSION)
+    throw unsupported(source, 16, "libvirt save image", "version 2", word(16));
   const dataLength = word(20);
-  if (dataLength === 0 || dataLength > DATA_LENGTH_MAX || HEADER_LENGTH + dataLength > source.byteLength) {
-    throw damaged(source, 20, "libvirt save image", "a domain XML within the file", `${dataLength} bytes`);
+  if (
+    dataLength === 0 ||
+    dataLength > DATA_LENGTH_MAX ||
+    HEADER_LENGTH + dataLength > source.byteLength
+  ) {
+    throw damaged(
+      source,
+      20,
+      "libvirt save image",
+      "a domain XML within the file",
+      `${dataLength} bytes`,
+    );
   }
   const format = word(28);
   if (format !== FORMAT_SPARSE && format !== FORMAT_RAW) {

@@ -86,21 +86,38 @@ export function readRamStartBody(reader: ByteReader, format: BlockRecordFormat):
   const word = reader.readU64BE("RAM size word");
   const flags = word % RAM_FLAGS_SPAN;
   if (flags !== RAM_FLAG_MEM_SIZE) {
-    throw damaged(reader.source, wordOffset, "RAM size word", "flags 0x4 (MEM_SIZE)", `flags ${hex(flags)}`);
+    throw damaged(
+      reader.source,
+      wordOffset,
+      "RAM size word",
+      "flags 0x4 (MEM_SIZE)",
+      `flags ${hex(flags)}`,
+    );
   }
   const totalLength = word - flags;
-  if (totalLength === 0) throw damaged(reader.source, wordOffset, "RAM size word", "RAM", "0 bytes");
+  if (totalLength === 0)
+    throw damaged(reader.source, wordOffset, "RAM size word", "RAM", "0 bytes");
 
   const blocks = readBlocks(reader, totalLength, format);
   const endOffset = reader.offset;
   const endWord = reader.readU64BE("end of the RAM START section");
   if (endWord !== RAM_FLAG_EOS) {
-    throw damaged(reader.source, endOffset, "end of the RAM START section", "word 0x10 (EOS)", hex(endWord));
+    throw damaged(
+      reader.source,
+      endOffset,
+      "end of the RAM START section",
+      "word 0x10 (EOS)",
+      hex(endWord),
+    );
   }
   return blocks;
 }
 
-function readBlocks(reader: ByteReader, totalLength: number, format: BlockRecordFormat): RAMBlock[] {
+function readBlocks(
+  reader: ByteReader,
+  totalLength: number,
+  format: BlockRecordFormat,
+): RAMBlock[] {
   const blocks: RAMBlock[] = [];
   const idstrs = new Set<string>();
   let pageSize = format.targetPageSize;
@@ -108,11 +125,23 @@ function readBlocks(reader: ByteReader, totalLength: number, format: BlockRecord
   while (remainingLength > 0) {
     const recordOffset = reader.offset;
     if (blocks.length === BLOCK_COUNT_MAX) {
-      throw unsupported(reader.source, recordOffset, "RAMBlock list", `at most ${BLOCK_COUNT_MAX} blocks`, "more");
+      throw unsupported(
+        reader.source,
+        recordOffset,
+        "RAMBlock list",
+        `at most ${BLOCK_COUNT_MAX} blocks`,
+        "more",
+      );
     }
     const block = readBlock(reader, remainingLength, pageSize, format.ignoreShared);
     if (idstrs.has(block.idstr)) {
-      throw damaged(reader.source, recordOffset, "RAMBlock list", "each name once", `${block.idstr} again`);
+      throw damaged(
+        reader.source,
+        recordOffset,
+        "RAMBlock list",
+        "each name once",
+        `${block.idstr} again`,
+      );
     }
     idstrs.add(block.idstr);
     // One target page size per machine: the first block speaks for all.
@@ -141,21 +170,34 @@ function readBlock(
     const expected = `used_length of 1 to ${remainingLength} bytes`;
     throw damaged(source, lengthOffset, what, expected, usedLength, { idstr });
   }
-  const guestPhysicalAddr = ignoreShared ? reader.readU64BE(`${what}: guest physical address`) : null;
+  const guestPhysicalAddr = ignoreShared
+    ? reader.readU64BE(`${what}: guest physical address`)
+    : null;
 
   const headerOffset = reader.offset;
   const header = readHeader(reader, what, idstr, pageSizeWanted);
   const { pageSize, bitmapOffset, pagesOffset } = header;
   if (usedLength % pageSize !== 0) {
-    throw damaged(source, lengthOffset, what, `used_length in pages of ${pageSize}`, usedLength, { idstr });
+    throw damaged(source, lengthOffset, what, `used_length in pages of ${pageSize}`, usedLength, {
+      idstr,
+    });
   }
   const pageCount = usedLength / pageSize;
   if (pageCount > BLOCK_PAGES_MAX) {
-    throw unsupported(source, lengthOffset, what, `at most ${BLOCK_PAGES_MAX} pages`, pageCount, { idstr });
+    throw unsupported(source, lengthOffset, what, `at most ${BLOCK_PAGES_MAX} pages`, pageCount, {
+      idstr,
+    });
   }
   const notSaved = bitmapOffset === 0 && pagesOffset === 0;
   if (notSaved && !ignoreShared) {
-    throw damaged(source, headerOffset, what, "bitmap and pages", "offsets 0 without x-ignore-shared", { idstr });
+    throw damaged(
+      source,
+      headerOffset,
+      what,
+      "bitmap and pages",
+      "offsets 0 without x-ignore-shared",
+      { idstr },
+    );
   }
   // QEMU: DIV_ROUND_UP(num_pages, BITS_PER_LONG) longs, 64-bit savers only.
   const bitmapLength = notSaved ? 0 : Math.ceil(pageCount / 64) * 8;
@@ -196,7 +238,9 @@ function readHeader(
   const version = reader.readU32BE(`${what}: mapped-ram header`);
   if (version !== MAPPED_RAM_VERSION) {
     const refuse = version > MAPPED_RAM_VERSION ? unsupported : damaged;
-    throw refuse(source, headerOffset, `${what}: mapped-ram header`, "version 1", version, { idstr });
+    throw refuse(source, headerOffset, `${what}: mapped-ram header`, "version 1", version, {
+      idstr,
+    });
   }
   const pageSize = reader.readU64BE(`${what}: page_size`);
   const isPowerOfTwo = Number.isInteger(Math.log2(pageSize));
@@ -205,7 +249,9 @@ function readHeader(
     throw damaged(source, headerOffset + 4, what, expected, pageSize, { idstr });
   }
   if (pageSizeWanted !== null && pageSize !== pageSizeWanted) {
-    throw damaged(source, headerOffset + 4, what, `page_size ${pageSizeWanted}`, pageSize, { idstr });
+    throw damaged(source, headerOffset + 4, what, `page_size ${pageSizeWanted}`, pageSize, {
+      idstr,
+    });
   }
   const bitmapOffset = reader.readU64BE(`${what}: bitmap_offset`);
   const pagesOffset = reader.readU64BE(`${what}: pages_offset`);
@@ -218,7 +264,8 @@ function readHeader(
  */
 function checkRegions(reader: ByteReader, block: RAMBlock): void {
   const { source } = reader;
-  const { idstr, headerOffset, bitmapOffset, bitmapLength, pagesOffset, usedLength, pageSize } = block;
+  const { idstr, headerOffset, bitmapOffset, bitmapLength, pagesOffset, usedLength, pageSize } =
+    block;
   const what = `RAMBlock ${idstr}`;
   const headerEnd = headerOffset + MAPPED_RAM_HEADER_LENGTH;
   const bitmapEnd = bitmapOffset + bitmapLength;
@@ -233,7 +280,14 @@ function checkRegions(reader: ByteReader, block: RAMBlock): void {
     throw damaged(source, at.pages, what, expected, hex(pagesOffset), { idstr });
   }
   if (pagesOffset !== alignUp(pagesOffset, pageSize)) {
-    throw damaged(source, at.pages, what, `pages_offset in steps of ${pageSize}`, hex(pagesOffset), { idstr });
+    throw damaged(
+      source,
+      at.pages,
+      what,
+      `pages_offset in steps of ${pageSize}`,
+      hex(pagesOffset),
+      { idstr },
+    );
   }
   const pagesEnd = pagesOffset + usedLength;
   if (pagesEnd > source.byteLength) throw reader.pastEnd(at.pages, `${what}: pages`, pagesEnd);

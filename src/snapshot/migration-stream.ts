@@ -143,7 +143,8 @@ export function readMigrationStream(source: ByteSource, streamOffset: number): M
 function readHeader(reader: ByteReader): void {
   const { source } = reader;
   const magicOffset = reader.offset;
-  if (source.byteLength - magicOffset < 8) throw notAStream(source, magicOffset, "the end of the file");
+  if (source.byteLength - magicOffset < 8)
+    throw notAStream(source, magicOffset, "the end of the file");
   const magic = reader.readU32BE("magic");
   if (magic !== QEMU_VM_FILE_MAGIC) throw notAStream(source, magicOffset, hex(magic));
   const version = reader.readU32BE("stream version");
@@ -153,7 +154,13 @@ function readHeader(reader: ByteReader): void {
 }
 
 function notAStream(source: ByteSource, magicOffset: number, found: string): Error {
-  return damaged(source, magicOffset, "not a QEMU migration stream", "magic 0x5145564d (QEVM)", found);
+  return damaged(
+    source,
+    magicOffset,
+    "not a QEMU migration stream",
+    "magic 0x5145564d (QEVM)",
+    found,
+  );
 }
 
 interface Configuration {
@@ -171,12 +178,24 @@ function readConfiguration(reader: ByteReader): Configuration {
     // Without it neither the machine type nor mapped-ram itself can be seen, and QEMU would have to be told as well.
     const isSection = type === QEMU_VM_SECTION_START || type === QEMU_VM_SECTION_FULL;
     const found = isSection ? "a stream saved with send-configuration=off" : `byte ${hex(type)}`;
-    throw (isSection ? unsupported : damaged)(source, startOffset, "CONFIGURATION section", "byte 0x7", found);
+    throw (isSection ? unsupported : damaged)(
+      source,
+      startOffset,
+      "CONFIGURATION section",
+      "byte 0x7",
+      found,
+    );
   }
   const lengthOffset = reader.offset;
   const nameLength = reader.readU32BE("length of the machine type");
   if (nameLength === 0 || nameLength > MACHINE_TYPE_LENGTH_MAX) {
-    throw damaged(source, lengthOffset, "machine type", `1 to ${MACHINE_TYPE_LENGTH_MAX} bytes`, nameLength);
+    throw damaged(
+      source,
+      lengthOffset,
+      "machine type",
+      `1 to ${MACHINE_TYPE_LENGTH_MAX} bytes`,
+      nameLength,
+    );
   }
   const machineType = reader.readString(nameLength, "machine type");
 
@@ -188,16 +207,30 @@ function readConfiguration(reader: ByteReader): Configuration {
   while (reader.peekU8("section type") === QEMU_VM_SUBSECTION) {
     const subsectionOffset = reader.offset;
     const name = readSubsectionHeader(reader);
-    if (seen.has(name)) throw damaged(source, subsectionOffset, "configuration", "each subsection once", name);
+    if (seen.has(name))
+      throw damaged(source, subsectionOffset, "configuration", "each subsection once", name);
     seen.add(name);
     if (name === "configuration/target-page-bits") targetPageBits = readTargetPageBits(reader);
     else if (name === "configuration/capabilities") capabilities = readCapabilities(reader);
     else if (name === "configuration/uuid") uuid = formatUuid(reader.readBytes(16, "uuid"));
-    else throw unsupported(source, subsectionOffset, "configuration", "a subsection that fsl knows", name);
+    else
+      throw unsupported(
+        source,
+        subsectionOffset,
+        "configuration",
+        "a subsection that fsl knows",
+        name,
+      );
   }
   if (!capabilities.includes("mapped-ram")) {
     const found = capabilities.length === 0 ? "none" : capabilities.join(", ");
-    throw unsupported(source, startOffset, "snapshot without mapped-ram", "capability mapped-ram", found);
+    throw unsupported(
+      source,
+      startOffset,
+      "snapshot without mapped-ram",
+      "capability mapped-ram",
+      found,
+    );
   }
   return { machineType, capabilities, uuid, targetPageBits };
 }
@@ -224,7 +257,13 @@ function readCapabilities(reader: ByteReader): string[] {
   const countOffset = reader.offset;
   const count = reader.readU32BE("capability count");
   if (count > CAPABILITY_COUNT_MAX) {
-    throw damaged(reader.source, countOffset, "capabilities", `at most ${CAPABILITY_COUNT_MAX}`, count);
+    throw damaged(
+      reader.source,
+      countOffset,
+      "capabilities",
+      `at most ${CAPABILITY_COUNT_MAX}`,
+      count,
+    );
   }
   const names: string[] = [];
   for (let index = 0; index < count; index++) names.push(reader.readString8("capability name"));
@@ -233,7 +272,13 @@ function readCapabilities(reader: ByteReader): string[] {
 
 function formatUuid(bytes: Uint8Array): string {
   const digits = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  const groups = [digits.slice(0, 8), digits.slice(8, 12), digits.slice(12, 16), digits.slice(16, 20), digits.slice(20)];
+  const groups = [
+    digits.slice(0, 8),
+    digits.slice(8, 12),
+    digits.slice(12, 16),
+    digits.slice(16, 20),
+    digits.slice(20),
+  ];
   return groups.join("-");
 }
 
@@ -264,7 +309,8 @@ class SectionWalk {
   run(): void {
     for (;;) {
       const fileOffset = this.#reader.offset;
-      if (this.ramEnd !== null && this.#describe(fileOffset) === null) return this.#acceptUndescribed(fileOffset);
+      if (this.ramEnd !== null && this.#describe(fileOffset) === null)
+        return this.#acceptUndescribed(fileOffset);
       const type = this.#reader.readU8("section type");
       if (type === QEMU_VM_EOF) return this.#finish(fileOffset);
       if (type === QEMU_VM_SECTION_START) this.#ramStart(fileOffset);
@@ -272,7 +318,8 @@ class SectionWalk {
       else if (type === QEMU_VM_SECTION_END) this.#ramEnd(fileOffset);
       else if (type === QEMU_VM_SECTION_FULL) this.#full(fileOffset);
       else if (type === QEMU_VM_COMMAND) this.#command(fileOffset);
-      else throw damaged(this.#source, fileOffset, "section", "a section type", `byte ${hex(type)}`);
+      else
+        throw damaged(this.#source, fileOffset, "section", "a section type", `byte ${hex(type)}`);
     }
   }
 
@@ -280,7 +327,8 @@ class SectionWalk {
     const { name, ...header } = this.#readSectionHeader();
     // Other iterable sections (dirty-bitmap, VFIO) have bodies that only their devices can delimit.
     if (name !== "ram") throw unsupported(this.#source, fileOffset, "START section", "ram", name);
-    if (this.ramStart !== null) throw damaged(this.#source, fileOffset, "RAM section", "one", "a second START");
+    if (this.ramStart !== null)
+      throw damaged(this.#source, fileOffset, "RAM section", "one", "a second START");
     if (header.instanceId !== 0 || header.version !== RAM_SECTION_VERSION) {
       const found = `instance ${header.instanceId} version ${header.version}`;
       throw unsupported(this.#source, fileOffset, "RAM section", "instance 0 version 4", found);
@@ -298,13 +346,23 @@ class SectionWalk {
   #ramPart(fileOffset: number): void {
     this.#partCount += 1;
     if (this.#partCount > PART_COUNT_MAX) {
-      throw unsupported(this.#source, fileOffset, "RAM PART sections", `at most ${PART_COUNT_MAX}`, "more");
+      throw unsupported(
+        this.#source,
+        fileOffset,
+        "RAM PART sections",
+        `at most ${PART_COUNT_MAX}`,
+        "more",
+      );
     }
     const section = this.#ramEosSection("part", fileOffset);
     const before = this.sections.at(-2);
     if (before?.kind !== "part") return;
     this.sections.length -= 2;
-    this.sections.push({ ...before, length: before.length + section.length, count: before.count + 1 });
+    this.sections.push({
+      ...before,
+      length: before.length + section.length,
+      count: before.count + 1,
+    });
   }
 
   #ramEnd(fileOffset: number): void {
@@ -315,21 +373,43 @@ class SectionWalk {
   #ramEosSection(kind: "part" | "end", fileOffset: number): StreamSection {
     const id = this.#reader.readU32BE("section id");
     if (this.ramStart === null || id !== this.ramStart.id || this.ramEnd !== null) {
-      const expected = this.ramEnd !== null ? "nothing of RAM behind its END" : "the id of a RAM START section";
-      throw damaged(this.#source, fileOffset, `${kind.toUpperCase()} section`, expected, `id ${id}`);
+      const expected =
+        this.ramEnd !== null ? "nothing of RAM behind its END" : "the id of a RAM START section";
+      throw damaged(
+        this.#source,
+        fileOffset,
+        `${kind.toUpperCase()} section`,
+        expected,
+        `id ${id}`,
+      );
     }
     const bodyOffset = this.#reader.offset;
     const word = this.#reader.readU64BE("RAM word");
     if (word !== RAM_FLAG_EOS) {
-      throw damaged(this.#source, bodyOffset, `RAM ${kind.toUpperCase()} section`, "word 0x10 (EOS)", hex(word));
+      throw damaged(
+        this.#source,
+        bodyOffset,
+        `RAM ${kind.toUpperCase()} section`,
+        "word 0x10 (EOS)",
+        hex(word),
+      );
     }
-    return this.#close({ kind, fileOffset, bodyOffset, id, name: "ram", instanceId: 0, version: RAM_SECTION_VERSION });
+    return this.#close({
+      kind,
+      fileOffset,
+      bodyOffset,
+      id,
+      name: "ram",
+      instanceId: 0,
+      version: RAM_SECTION_VERSION,
+    });
   }
 
   #full(fileOffset: number): void {
     const vmdescription = this.#describe(fileOffset);
     if (vmdescription === null) {
-      const expected = "the RAM END section (is it a background-snapshot, or an early device without vmdescription?)";
+      const expected =
+        "the RAM END section (is it a background-snapshot, or an early device without vmdescription?)";
       throw unsupported(this.#source, fileOffset, "device section", expected, "a FULL section");
     }
     const { name, ...header } = this.#readSectionHeader();
@@ -349,7 +429,8 @@ class SectionWalk {
     device: DeviceDescription | undefined,
   ): void {
     const found = `${name} instance ${header.instanceId} version ${header.version}`;
-    if (device === undefined) throw damaged(this.#source, fileOffset, "device section", "no further device", found);
+    if (device === undefined)
+      throw damaged(this.#source, fileOffset, "device section", "no further device", found);
     const isSame = name === device.name && header.instanceId === device.instanceId;
     // A handler of the old style has no version in the description.
     const isSameVersion = device.version === -1 || header.version === device.version;
@@ -363,13 +444,26 @@ class SectionWalk {
     const command = this.#reader.readU16BE("command");
     const bodyLength = this.#reader.readU16BE("length of the command");
     if (command === MIG_CMD_PACKAGED || this.#commandCount > COMMAND_COUNT_MAX) {
-      throw unsupported(this.#source, fileOffset, "COMMAND", "one that belongs into a file", command);
+      throw unsupported(
+        this.#source,
+        fileOffset,
+        "COMMAND",
+        "one that belongs into a file",
+        command,
+      );
     }
     const bodyOffset = this.#reader.offset;
     this.#reader.skip(bodyLength, `command ${command}`);
     const length = this.#reader.offset - fileOffset;
     const place = { fileOffset, length, bodyOffset, bodyLength, count: 1, command };
-    this.sections.push({ kind: "command", id: null, name: null, instanceId: 0, version: 0, ...place });
+    this.sections.push({
+      kind: "command",
+      id: null,
+      name: null,
+      instanceId: 0,
+      version: 0,
+      ...place,
+    });
   }
 
   #readSectionHeader(): { id: number; name: string; instanceId: number; version: number } {
@@ -414,19 +508,33 @@ class SectionWalk {
   #finish(eofOffset: number): void {
     const vmdescription = this.#describe(eofOffset);
     if (vmdescription === null || eofOffset !== vmdescription.eofOffset) {
-      const expected = vmdescription === null ? "a section" : `EOF at ${hex(vmdescription.eofOffset)}`;
+      const expected =
+        vmdescription === null ? "a section" : `EOF at ${hex(vmdescription.eofOffset)}`;
       throw damaged(this.#source, eofOffset, "end of the device state", expected, "EOF");
     }
     const { devices } = vmdescription;
     if (this.#deviceCount !== devices.length) {
       const found = `${this.#deviceCount} before EOF`;
-      throw damaged(this.#source, eofOffset, "device sections", `${devices.length} as described`, found);
+      throw damaged(
+        this.#source,
+        eofOffset,
+        "device sections",
+        `${devices.length} as described`,
+        found,
+      );
     }
-    if (this.ramStart === null) throw damaged(this.#source, eofOffset, "RAM section", "one", "none");
+    if (this.ramStart === null)
+      throw damaged(this.#source, eofOffset, "RAM section", "one", "none");
     if (this.ramEnd === null) {
       // The saver wrote device state but never the bitmaps: every page would be taken for zero.
       const expected = "a RAM END section";
-      throw unsupported(this.#source, eofOffset, "snapshot saved with background-snapshot", expected, "none");
+      throw unsupported(
+        this.#source,
+        eofOffset,
+        "snapshot saved with background-snapshot",
+        expected,
+        "none",
+      );
     }
   }
 
@@ -442,7 +550,13 @@ class SectionWalk {
       if (tail[0] === QEMU_VM_SECTION_FOOTER && tail[FOOTER_LENGTH] === QEMU_VM_EOF) return;
     }
     const expected = "the vmdescription, or a section footer and EOF, at its end";
-    throw damaged(this.#source, byteLength, "unfinished or truncated snapshot", expected, "neither");
+    throw damaged(
+      this.#source,
+      byteLength,
+      "unfinished or truncated snapshot",
+      expected,
+      "neither",
+    );
   }
 
   /** suppress-vmdesc=on: device sections cannot be told apart; QEMU writes `globalstate` last, so look for it there. */
@@ -455,7 +569,10 @@ class SectionWalk {
     const name = Buffer.from(header).toString("latin1", 6, 6 + "globalstate".length);
     if (header[0] !== QEMU_VM_SECTION_FULL || name !== "globalstate") return;
     const bodyOffset = fileOffset + headerLength;
-    this.globalState = readGlobalState(this.#source, { bodyOffset, bodyLength: GLOBAL_STATE_BODY_LENGTH });
+    this.globalState = readGlobalState(this.#source, {
+      bodyOffset,
+      bodyLength: GLOBAL_STATE_BODY_LENGTH,
+    });
   }
 }
 
@@ -465,7 +582,13 @@ function readGlobalState(
   { bodyOffset, bodyLength }: Pick<StreamSection, "bodyOffset" | "bodyLength">,
 ): GlobalState {
   if (bodyLength !== GLOBAL_STATE_BODY_LENGTH) {
-    throw unsupported(source, bodyOffset, "globalstate", `${GLOBAL_STATE_BODY_LENGTH} bytes`, bodyLength);
+    throw unsupported(
+      source,
+      bodyOffset,
+      "globalstate",
+      `${GLOBAL_STATE_BODY_LENGTH} bytes`,
+      bodyLength,
+    );
   }
   const reader = new ByteReader(source, bodyOffset);
   const size = reader.readU32BE("globalstate");

@@ -30,7 +30,10 @@ export class PageBitmap {
   constructor(bytes: Uint8Array, pageCount: number) {
     assert(Number.isSafeInteger(pageCount) && pageCount >= 0, `page count ${pageCount}`);
     const wordCount = Math.ceil(pageCount / 32);
-    assert(bytes.length >= Math.ceil(pageCount / 8), `bitmap of ${bytes.length} bytes for ${pageCount} pages`);
+    assert(
+      bytes.length >= Math.ceil(pageCount / 8),
+      `bitmap of ${bytes.length} bytes for ${pageCount} pages`,
+    );
     this.pageCount = pageCount;
     this.words = wordsOf(bytes, wordCount);
     const tailPages = pageCount % 32;
@@ -49,7 +52,10 @@ export class PageBitmap {
   /** @param pageIndex 0 <= pageIndex < pageCount */
   has(pageIndex: number): boolean {
     const word = this.words[pageIndex >>> 5];
-    assert(word !== undefined && pageIndex < this.pageCount, `page index ${pageIndex} of ${this.pageCount}`);
+    assert(
+      word !== undefined && pageIndex < this.pageCount,
+      `page index ${pageIndex} of ${this.pageCount}`,
+    );
     return (word & (1 << (pageIndex & 31))) !== 0;
   }
 
@@ -74,7 +80,10 @@ export class PageBitmap {
 
   /** First page at or after `fromIndex` whose bit differs from the bits of `flip` (0 or ~0); pageCount when none. */
   #find(fromIndex: number, flip: number): number {
-    assert(fromIndex >= 0 && fromIndex <= this.pageCount, `page index ${fromIndex} of ${this.pageCount}`);
+    assert(
+      fromIndex >= 0 && fromIndex <= this.pageCount,
+      `page index ${fromIndex} of ${this.pageCount}`,
+    );
     const { words, pageCount } = this;
     const wordCount = words.length;
     let wordIndex = fromIndex >>> 5;

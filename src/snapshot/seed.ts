@@ -47,7 +47,8 @@ const BUFFER_LENGTH = 256 * 1024;
  */
 export function planSeed(snapshot: SeedSource, lazyIdstrs: ReadonlySet<string>): SeedPlan {
   const known = new Set(snapshot.blocks.map((block) => block.idstr));
-  for (const idstr of lazyIdstrs) assert(known.has(idstr), `lazy block ${idstr} is in the snapshot`);
+  for (const idstr of lazyIdstrs)
+    assert(known.has(idstr), `lazy block ${idstr} is in the snapshot`);
 
   const pieces: SeedPiece[] = [];
   let streamOffset = snapshot.streamOffset;
@@ -79,9 +80,15 @@ function addPiece(pieces: SeedPiece[], startOffset: number, endOffset: number, g
   if (endOffset === startOffset) return;
   const last = pieces.at(-1);
   const lastEnd = last === undefined ? 0 : last.fileOffset + last.length;
-  assert(startOffset >= lastEnd && endOffset > startOffset, `seed pieces in order at ${hex(startOffset)}`);
+  assert(
+    startOffset >= lastEnd && endOffset > startOffset,
+    `seed pieces in order at ${hex(startOffset)}`,
+  );
   if (last !== undefined && startOffset - lastEnd <= gapMax) {
-    pieces[pieces.length - 1] = { fileOffset: last.fileOffset, length: endOffset - last.fileOffset };
+    pieces[pieces.length - 1] = {
+      fileOffset: last.fileOffset,
+      length: endOffset - last.fileOffset,
+    };
   } else {
     pieces.push({ fileOffset: startOffset, length: endOffset - startOffset });
   }
@@ -127,11 +134,21 @@ function copyPiece(piece: SeedPiece, buffer: Uint8Array, snapshotFd: number, out
   }
 }
 
-function attempt<T>(code: "HOST_UNSUPPORTED" | "SNAPSHOT_OPEN", what: string, fileOffset: number, action: () => T): T {
+function attempt<T>(
+  code: "HOST_UNSUPPORTED" | "SNAPSHOT_OPEN",
+  what: string,
+  fileOffset: number,
+  action: () => T,
+): T {
   try {
     return action();
   } catch (cause) {
     const reason = systemReason(cause);
-    throw new FslError(code, `${what}: ${reason} (at ${hex(fileOffset)})`, { fileOffset, reason }, cause);
+    throw new FslError(
+      code,
+      `${what}: ${reason} (at ${hex(fileOffset)})`,
+      { fileOffset, reason },
+      cause,
+    );
   }
 }

@@ -41,11 +41,19 @@ export interface SnapshotLayout extends MigrationStream {
  * Parses a snapshot from any byte source.
  * @throws FslError SNAPSHOT_FORMAT, SNAPSHOT_UNSUPPORTED
  */
-export function parseSnapshot(source: ByteSource, options: OpenSnapshotOptions = {}): SnapshotLayout {
+export function parseSnapshot(
+  source: ByteSource,
+  options: OpenSnapshotOptions = {},
+): SnapshotLayout {
   const libvirt = options.offset === undefined ? readLibvirtHeader(source) : null;
   const streamOffset = options.offset ?? libvirt?.streamOffset ?? 0;
   assert(Number.isSafeInteger(streamOffset) && streamOffset >= 0, `stream offset ${streamOffset}`);
-  return { ...readMigrationStream(source, streamOffset), streamOffset, fileLength: source.byteLength, libvirt };
+  return {
+    ...readMigrationStream(source, streamOffset),
+    streamOffset,
+    fileLength: source.byteLength,
+    libvirt,
+  };
 }
 
 /**
@@ -73,7 +81,13 @@ export class Snapshot {
   readonly #source: ByteSource;
   #fd: number;
 
-  constructor(path: string, fd: number, identity: FileIdentity, source: ByteSource, layout: SnapshotLayout) {
+  constructor(
+    path: string,
+    fd: number,
+    identity: FileIdentity,
+    source: ByteSource,
+    layout: SnapshotLayout,
+  ) {
     this.path = path;
     this.identity = identity;
     this.layout = layout;
@@ -155,7 +169,12 @@ function openFile(path: string): number {
     return openSync(path, flags);
   } catch (cause) {
     const reason = systemReason(cause);
-    throw new FslError("SNAPSHOT_OPEN", `snapshot: cannot open: ${reason} (${path})`, { path, reason }, cause);
+    throw new FslError(
+      "SNAPSHOT_OPEN",
+      `snapshot: cannot open: ${reason} (${path})`,
+      { path, reason },
+      cause,
+    );
   }
 }
 
@@ -165,7 +184,11 @@ const O_CLOEXEC = 0o2000000;
 function identify(fd: number, path: string): FileIdentity {
   const stat = fstatSync(fd, { bigint: true });
   if (!stat.isFile()) {
-    const found = stat.isDirectory() ? "a directory" : stat.isBlockDevice() ? "a block device" : "something else";
+    const found = stat.isDirectory()
+      ? "a directory"
+      : stat.isBlockDevice()
+        ? "a block device"
+        : "something else";
     const message = `snapshot: expected a regular file, found ${found} (${path})`;
     throw new FslError("SNAPSHOT_OPEN", message, { path, expected: "a regular file", found });
   }

@@ -90,13 +90,26 @@ function matchPrefix(tail: Uint8Array, lastNul: number, tailOffset: number): Jso
     if (prefix < 0 || prefix + PREFIX_LENGTH > tail.length) continue;
     const jsonStart = prefix + PREFIX_LENGTH;
     const isPrefix = tail[prefix] === 0x00 && tail[prefix + 1] === 0x06;
-    if (!isPrefix || view.getUint32(prefix + 2) !== tail.length - jsonStart || tail[jsonStart] !== 0x7b) continue;
-    return { jsonOffset: tailOffset + jsonStart, jsonLength: tail.length - jsonStart, text: tail.subarray(jsonStart) };
+    if (
+      !isPrefix ||
+      view.getUint32(prefix + 2) !== tail.length - jsonStart ||
+      tail[jsonStart] !== 0x7b
+    )
+      continue;
+    return {
+      jsonOffset: tailOffset + jsonStart,
+      jsonLength: tail.length - jsonStart,
+      text: tail.subarray(jsonStart),
+    };
   }
   return null;
 }
 
-function describeDevices(source: ByteSource, jsonOffset: number, text: Uint8Array): DeviceDescription[] {
+function describeDevices(
+  source: ByteSource,
+  jsonOffset: number,
+  text: Uint8Array,
+): DeviceDescription[] {
   const bad = (where: string, expected: string, found: string): FslError =>
     damaged(source, jsonOffset, `vmdescription: ${where}`, expected, found);
 
@@ -116,7 +129,11 @@ function describeDevices(source: ByteSource, jsonOffset: number, text: Uint8Arra
     const version = entry["version"];
     const bodyLength = bodyLengthOf(entry, 0);
     if (bodyLength === null || bodyLength > source.byteLength) {
-      throw bad(`device ${name}`, "sizes that add up", bodyLength === null ? "a field without" : String(bodyLength));
+      throw bad(
+        `device ${name}`,
+        "sizes that add up",
+        bodyLength === null ? "a field without" : String(bodyLength),
+      );
     }
     return { name, instanceId, version: isCount(version) ? version : -1, bodyLength };
   });
@@ -125,7 +142,13 @@ function describeDevices(source: ByteSource, jsonOffset: number, text: Uint8Arra
 function parseJson(source: ByteSource, jsonOffset: number, text: Uint8Array): unknown {
   // The engine's parser takes seconds and a GiB for millions of open brackets.
   if (text.length > JSON_LENGTH_HARMLESS && nestsDeeper(text, JSON_DEPTH_MAX)) {
-    throw damaged(source, jsonOffset, "vmdescription", `nesting of at most ${JSON_DEPTH_MAX}`, "more");
+    throw damaged(
+      source,
+      jsonOffset,
+      "vmdescription",
+      `nesting of at most ${JSON_DEPTH_MAX}`,
+      "more",
+    );
   }
   try {
     return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(text));
@@ -133,7 +156,12 @@ function parseJson(source: ByteSource, jsonOffset: number, text: Uint8Array): un
     // A SyntaxError, bad UTF-8, or the engine's own limit on nesting.
     const reason = cause instanceof Error ? cause.message : String(cause);
     const message = `vmdescription: not JSON: ${reason} (${source.name} at ${hex(jsonOffset)})`;
-    throw new FslError("SNAPSHOT_FORMAT", message, { path: source.name, fileOffset: jsonOffset, reason }, cause);
+    throw new FslError(
+      "SNAPSHOT_FORMAT",
+      message,
+      { path: source.name, fileOffset: jsonOffset, reason },
+      cause,
+    );
   }
 }
 

@@ -97,15 +97,18 @@ export function buildSnapshot(spec: BuilderSpec = {}): BuiltSnapshot {
   writeFooter(writer, "ram.start", ramId);
 
   let nextId = 3;
-  for (const device of devices.filter((each) => each.early === true)) writeDevice(writer, nextId++, device);
-  for (let part = 0; part < (spec.parts ?? 2); part++) writeRamEos(writer, `part${part}`, 0x02, ramId);
+  for (const device of devices.filter((each) => each.early === true))
+    writeDevice(writer, nextId++, device);
+  for (let part = 0; part < (spec.parts ?? 2); part++)
+    writeRamEos(writer, `part${part}`, 0x02, ramId);
   if (spec.switchoverCommand ?? true) {
     writer.u8("command.type", 0x08);
     writer.be16("command.number", 11);
     writer.be16("command.length", 0);
   }
   if (spec.ramEnd ?? true) writeRamEos(writer, "end", 0x03, ramId);
-  for (const device of devices.filter((each) => each.early !== true)) writeDevice(writer, nextId++, device);
+  for (const device of devices.filter((each) => each.early !== true))
+    writeDevice(writer, nextId++, device);
   writer.u8("eof", 0x00);
   if (spec.vmdescription ?? true) {
     const json = spec.json ?? describe(devices);
@@ -114,14 +117,16 @@ export function buildSnapshot(spec: BuilderSpec = {}): BuiltSnapshot {
     writer.raw("vmdescription.json", new TextEncoder().encode(json));
   }
   const bytes = writer.finish();
-  for (const [name, value] of Object.entries(spec.corrupt ?? {})) patch(bytes, writer.fields, name, value);
+  for (const [name, value] of Object.entries(spec.corrupt ?? {}))
+    patch(bytes, writer.fields, name, value);
   return { bytes, fields: writer.fields, blocks: built };
 }
 
 /** Offset of a named field; the test is wrong when there is none. */
 export function fieldOffset(built: BuiltSnapshot, name: string): number {
   const field = built.fields.get(name);
-  if (field === undefined) throw new Error(`no field ${name}; there are ${[...built.fields.keys()].join(" ")}`);
+  if (field === undefined)
+    throw new Error(`no field ${name}; there are ${[...built.fields.keys()].join(" ")}`);
   return field.offset;
 }
 
@@ -150,7 +155,10 @@ function allDevices(spec: BuilderSpec): readonly PlacedDevice[] {
   const devices = spec.devices ?? DEFAULT_DEVICES;
   const runState = spec.runState === undefined ? "paused" : spec.runState;
   if (runState === null) return devices;
-  return [...devices, { name: "globalstate", version: 1, state: { fields: [4, 32, 1, 1, 66] }, runState }];
+  return [
+    ...devices,
+    { name: "globalstate", version: 1, state: { fields: [4, 32, 1, 1, 66] }, runState },
+  ];
 }
 
 function writeConfiguration(writer: Writer, spec: BuilderSpec): void {
@@ -198,7 +206,9 @@ function writeBlocks(writer: Writer, spec: BuilderSpec, built: BuiltBlock[]): vo
     const alignment = spec.pagesAlignment ?? 4096;
     const bitmapOffset = block.notSaved === true ? 0 : headerOffset + 28;
     const pagesOffset =
-      block.notSaved === true ? 0 : Math.ceil((bitmapOffset + bitmapLength) / alignment) * alignment;
+      block.notSaved === true
+        ? 0
+        : Math.ceil((bitmapOffset + bitmapLength) / alignment) * alignment;
     writer.be32(`${idstr}.version`, 1);
     writer.be64(`${idstr}.pageSize`, pageSize);
     writer.be64(`${idstr}.bitmapOffset`, bitmapOffset);
@@ -273,7 +283,8 @@ function writeRunState(writer: Writer, runState: string): void {
 function writeState(writer: Writer, state: BuilderState): void {
   for (const field of state.fields) {
     const [size, count] = typeof field === "number" ? [field, 1] : field;
-    for (let index = 0; index < size * count; index++) writer.fill(1, [0x00, 0x06, 0x7e, 0x04, 0x03][index % 5] ?? 0);
+    for (let index = 0; index < size * count; index++)
+      writer.fill(1, [0x00, 0x06, 0x7e, 0x04, 0x03][index % 5] ?? 0);
   }
   for (const subsection of state.subsections ?? []) {
     writer.fill(1, 0x05);
@@ -285,16 +296,31 @@ function writeState(writer: Writer, state: BuilderState): void {
 }
 
 function describe(devices: readonly BuilderDevice[]): string {
-  const inStreamOrder = [...devices.filter((each) => each.early), ...devices.filter((each) => !each.early)];
+  const inStreamOrder = [
+    ...devices.filter((each) => each.early),
+    ...devices.filter((each) => !each.early),
+  ];
   const entries = inStreamOrder.map((device) => {
     const { name, instanceId = 0, version = 1, state = { fields: [4] } } = device;
     if (device.oldStyle === true) {
-      const size = state.fields.reduce<number>((sum, f) => sum + (typeof f === "number" ? f : f[0] * f[1]), 0);
-      return { name, instance_id: instanceId, size, fields: [{ name: "data", size, type: "buffer" }] };
+      const size = state.fields.reduce<number>(
+        (sum, f) => sum + (typeof f === "number" ? f : f[0] * f[1]),
+        0,
+      );
+      return {
+        name,
+        instance_id: instanceId,
+        size,
+        fields: [{ name: "data", size, type: "buffer" }],
+      };
     }
     return { name, instance_id: instanceId, vmsd_name: name, version, ...describeState(state) };
   });
-  return JSON.stringify({ configuration: { vmsd_name: "configuration", version: 1 }, page_size: 4096, devices: entries });
+  return JSON.stringify({
+    configuration: { vmsd_name: "configuration", version: 1 },
+    page_size: 4096,
+    devices: entries,
+  });
 }
 
 function describeState(state: BuilderState): object {
@@ -317,7 +343,8 @@ function patch(
   value: number | bigint,
 ): void {
   const field = fields.get(name);
-  if (field === undefined) throw new Error(`no field ${name}; there are ${[...fields.keys()].join(" ")}`);
+  if (field === undefined)
+    throw new Error(`no field ${name}; there are ${[...fields.keys()].join(" ")}`);
   let rest = BigInt(value);
   for (let index = field.size - 1; index >= 0; index--) {
     bytes[field.offset + index] = Number(rest & 0xffn);
@@ -348,7 +375,10 @@ class Writer {
     this.text(name, text);
   }
   text(name: string, text: string): void {
-    this.raw(name, Uint8Array.from(text, (letter) => letter.charCodeAt(0)));
+    this.raw(
+      name,
+      Uint8Array.from(text, (letter) => letter.charCodeAt(0)),
+    );
   }
   raw(name: string, bytes: Uint8Array): void {
     this.mark(name, bytes.length);

@@ -20,13 +20,17 @@ describe("ByteReader numbers", () => {
   });
 
   test("reads a 64-bit field beyond 2^32 exactly", () => {
-    expect(readerOf(0x00, 0x1f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff).readU64BE("x")).toBe(2 ** 53 - 1);
+    expect(readerOf(0x00, 0x1f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff).readU64BE("x")).toBe(
+      2 ** 53 - 1,
+    );
   });
 
   test("refuses a 64-bit field of 2^53 and names its offset", () => {
     const error = refusalOf(() => readerOf(0x00, 0x20, 0, 0, 0, 0, 0, 0).readU64BE("pages_offset"));
     expect(error.code).toBe("SNAPSHOT_FORMAT");
-    expect(error.message).toBe("pages_offset: expected a number below 2^53, found 0x20000000000000 (test.snap at 0x0)");
+    expect(error.message).toBe(
+      "pages_offset: expected a number below 2^53, found 0x20000000000000 (test.snap at 0x0)",
+    );
   });
 
   test("refuses a field that ends past the file", () => {

@@ -34,7 +34,9 @@ function imageOf(fields: HeaderFields = {}): CountingSource {
     fields.format ?? 6,
     XML.length + 1,
   ];
-  words.forEach((word, index) => view.setUint32(16 + index * 4, word, !(fields.isBigEndian ?? false)));
+  words.forEach((word, index) =>
+    view.setUint32(16 + index * 4, word, !(fields.isBigEndian ?? false)),
+  );
   text(92, XML);
   text(92 + XML.length + 1, COOKIE);
   return new CountingSource(bytes);
@@ -42,7 +44,11 @@ function imageOf(fields: HeaderFields = {}): CountingSource {
 
 describe("readLibvirtHeader", () => {
   test("gives the stream's offset and the domain XML without its cookie", () => {
-    expect(readLibvirtHeader(imageOf())).toEqual({ streamOffset: STREAM_OFFSET, wasRunning: true, domainXml: XML });
+    expect(readLibvirtHeader(imageOf())).toEqual({
+      streamOffset: STREAM_OFFSET,
+      wasRunning: true,
+      domainXml: XML,
+    });
   });
 
   test("reads a header of the other byte order", () => {

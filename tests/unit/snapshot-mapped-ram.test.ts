@@ -49,7 +49,9 @@ describe("RAMBlock records", () => {
     const built = buildSnapshot({ streamOffset: 4097 });
     const layout = parseSnapshot(new CountingSource(built.bytes), { offset: 4097 });
     expect(layout.streamOffset).toBe(4097);
-    expect(layout.blocks.map((block) => block.pagesOffset)).toEqual(built.blocks.map((block) => block.pagesOffset));
+    expect(layout.blocks.map((block) => block.pagesOffset)).toEqual(
+      built.blocks.map((block) => block.pagesOffset),
+    );
   });
 
   test("have 64 KiB pages when header and configuration say so", () => {
@@ -61,7 +63,9 @@ describe("RAMBlock records", () => {
 
   test("have an address with x-ignore-shared", () => {
     const blocks = [{ idstr: "pc.bios", pages: "D", guestPhysicalAddr: 0xfffc0000 }];
-    const layout = parse(buildSnapshot({ capabilities: ["x-ignore-shared", "mapped-ram"], blocks }));
+    const layout = parse(
+      buildSnapshot({ capabilities: ["x-ignore-shared", "mapped-ram"], blocks }),
+    );
     expect(layout.blocks[0]?.guestPhysicalAddr).toBe(0xfffc0000);
     expect(layout.capabilities).toEqual(["x-ignore-shared", "mapped-ram"]);
   });
@@ -71,8 +75,15 @@ describe("RAMBlock records", () => {
       { idstr: "shared", pages: "DDDD", notSaved: true },
       { idstr: "pc.ram", pages: "D." },
     ];
-    const layout = parse(buildSnapshot({ capabilities: ["x-ignore-shared", "mapped-ram"], blocks }));
-    expect(layout.blocks[0]).toMatchObject({ idstr: "shared", notSaved: true, bitmapLength: 0, usedLength: 16384 });
+    const layout = parse(
+      buildSnapshot({ capabilities: ["x-ignore-shared", "mapped-ram"], blocks }),
+    );
+    expect(layout.blocks[0]).toMatchObject({
+      idstr: "shared",
+      notSaved: true,
+      bitmapLength: 0,
+      usedLength: 16384,
+    });
     expect(layout.blocks[1]).toMatchObject({ idstr: "pc.ram", notSaved: false, bitmapLength: 8 });
   });
 });
@@ -80,44 +91,104 @@ describe("RAMBlock records", () => {
 describe("RAMBlock records are refused", () => {
   const farAway = 2 ** 40;
   const cases: [string, BuilderSpec, ErrorCode, string][] = [
-    ["header version 2", { corrupt: { "pc.ram.version": 2 } }, "SNAPSHOT_UNSUPPORTED", "pc.ram.version"],
+    [
+      "header version 2",
+      { corrupt: { "pc.ram.version": 2 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "pc.ram.version",
+    ],
     ["header version 0", { corrupt: { "pc.ram.version": 0 } }, "SNAPSHOT_FORMAT", "pc.ram.version"],
     ["page_size 0", { corrupt: { "pc.ram.pageSize": 0 } }, "SNAPSHOT_FORMAT", "pc.ram.pageSize"],
-    ["page_size 4097", { corrupt: { "pc.ram.pageSize": 4097 } }, "SNAPSHOT_FORMAT", "pc.ram.pageSize"],
-    ["page_size 2 MiB", { corrupt: { "pc.ram.pageSize": 2 ** 21 } }, "SNAPSHOT_FORMAT", "pc.ram.pageSize"],
-    ["page_size unlike the configuration", { targetPageBits: 14 }, "SNAPSHOT_FORMAT", "pc.ram.pageSize"],
+    [
+      "page_size 4097",
+      { corrupt: { "pc.ram.pageSize": 4097 } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.pageSize",
+    ],
+    [
+      "page_size 2 MiB",
+      { corrupt: { "pc.ram.pageSize": 2 ** 21 } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.pageSize",
+    ],
+    [
+      "page_size unlike the configuration",
+      { targetPageBits: 14 },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.pageSize",
+    ],
     [
       "page_size unlike the block before",
       { corrupt: { "pc.bios.pageSize": 8192 } },
       "SNAPSHOT_FORMAT",
       "pc.bios.pageSize",
     ],
-    ["used_length 0", { corrupt: { "pc.ram.usedLength": 0 } }, "SNAPSHOT_FORMAT", "pc.ram.usedLength"],
-    ["used_length past the total", { corrupt: { "pc.ram.usedLength": farAway } }, "SNAPSHOT_FORMAT", "pc.ram.usedLength"],
+    [
+      "used_length 0",
+      { corrupt: { "pc.ram.usedLength": 0 } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.usedLength",
+    ],
+    [
+      "used_length past the total",
+      { corrupt: { "pc.ram.usedLength": farAway } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.usedLength",
+    ],
     [
       "used_length that is no number of pages",
       { corrupt: { "pc.ram.usedLength": 4095 } },
       "SNAPSHOT_FORMAT",
       "pc.ram.usedLength",
     ],
-    ["a bitmap inside the header", { corrupt: { "pc.ram.bitmapOffset": 8 } }, "SNAPSHOT_FORMAT", "pc.ram.bitmapOffset"],
+    [
+      "a bitmap inside the header",
+      { corrupt: { "pc.ram.bitmapOffset": 8 } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.bitmapOffset",
+    ],
     [
       "a bitmap past the file",
       { corrupt: { "pc.ram.bitmapOffset": farAway } },
       "SNAPSHOT_FORMAT",
       "pc.ram.bitmapOffset",
     ],
-    ["pages before the bitmap", { corrupt: { "pc.ram.pagesOffset": 0 } }, "SNAPSHOT_FORMAT", "pc.ram.pagesOffset"],
-    ["pages past the file", { corrupt: { "pc.ram.pagesOffset": farAway } }, "SNAPSHOT_FORMAT", "pc.ram.pagesOffset"],
-    ["unaligned pages", { corrupt: { "pc.ram.pagesOffset": 4097 } }, "SNAPSHOT_FORMAT", "pc.ram.pagesOffset"],
+    [
+      "pages before the bitmap",
+      { corrupt: { "pc.ram.pagesOffset": 0 } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.pagesOffset",
+    ],
+    [
+      "pages past the file",
+      { corrupt: { "pc.ram.pagesOffset": farAway } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.pagesOffset",
+    ],
+    [
+      "unaligned pages",
+      { corrupt: { "pc.ram.pagesOffset": 4097 } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.pagesOffset",
+    ],
     [
       "an offset of 2^63",
       { corrupt: { "pc.ram.pagesOffset": 1n << 63n } },
       "SNAPSHOT_FORMAT",
       "pc.ram.pagesOffset",
     ],
-    ["an empty name", { corrupt: { "pc.ram.name.length": 0 } }, "SNAPSHOT_FORMAT", "pc.ram.name.length"],
-    ["a total without the flag", { corrupt: { "ram.total": 0x11000 } }, "SNAPSHOT_FORMAT", "ram.total"],
+    [
+      "an empty name",
+      { corrupt: { "pc.ram.name.length": 0 } },
+      "SNAPSHOT_FORMAT",
+      "pc.ram.name.length",
+    ],
+    [
+      "a total without the flag",
+      { corrupt: { "ram.total": 0x11000 } },
+      "SNAPSHOT_FORMAT",
+      "ram.total",
+    ],
     ["a total of 0", { corrupt: { "ram.total": 4 } }, "SNAPSHOT_FORMAT", "ram.total"],
     ["a wrong last word", { corrupt: { "ram.eos": 0x210 } }, "SNAPSHOT_FORMAT", "ram.eos"],
   ];
@@ -164,17 +235,30 @@ describe("RAMBlock records are refused", () => {
   });
 
   test("with more blocks than any guest has", () => {
-    const blocks = Array.from({ length: 4097 }, (_, index) => ({ idstr: `b${index}`, pages: "D", notSaved: true }));
-    const error = refusalOf(() => parse(buildSnapshot({ capabilities: ["x-ignore-shared", "mapped-ram"], blocks })));
+    const blocks = Array.from({ length: 4097 }, (_, index) => ({
+      idstr: `b${index}`,
+      pages: "D",
+      notSaved: true,
+    }));
+    const error = refusalOf(() =>
+      parse(buildSnapshot({ capabilities: ["x-ignore-shared", "mapped-ram"], blocks })),
+    );
     expect(error.code).toBe("SNAPSHOT_UNSUPPORTED");
     expect(error.message).toContain("at most 4096 blocks");
   });
 
   test("and the message says what, expected, found, and where", () => {
-    const error = refusalOf(() => parse(buildSnapshot({ corrupt: { "pc.ram.pagesOffset": 0x100000 } })));
+    const error = refusalOf(() =>
+      parse(buildSnapshot({ corrupt: { "pc.ram.pagesOffset": 0x100000 } })),
+    );
     expect(error.message).toBe(
       "RAMBlock pc.ram: pages: ends at 0x111000 but the file is 83217 bytes (test.snap at 0x83)",
     );
-    expect(error.details).toEqual({ path: "test.snap", fileOffset: 0x83, expected: 83217, found: 0x111000 });
+    expect(error.details).toEqual({
+      path: "test.snap",
+      fileOffset: 0x83,
+      expected: 83217,
+      found: 0x111000,
+    });
   });
 });

@@ -33,21 +33,63 @@ describe("configuration", () => {
   });
 
   test("gives the uuid in its canonical form", () => {
-    const uuid = [0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff];
+    const uuid = [
+      0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff,
+    ];
     expect(parse(buildSnapshot({ uuid })).uuid).toBe("00112233-4455-6677-8899-aabbccddeeff");
   });
 
   const cases: [string, BuilderSpec, ErrorCode, string][] = [
     ["another magic", { corrupt: { magic: 0x7f454c46 } }, "SNAPSHOT_FORMAT", "magic"],
-    ["stream version 2", { corrupt: { streamVersion: 2 } }, "SNAPSHOT_UNSUPPORTED", "streamVersion"],
-    ["stream version 4", { corrupt: { streamVersion: 4 } }, "SNAPSHOT_UNSUPPORTED", "streamVersion"],
+    [
+      "stream version 2",
+      { corrupt: { streamVersion: 2 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "streamVersion",
+    ],
+    [
+      "stream version 4",
+      { corrupt: { streamVersion: 4 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "streamVersion",
+    ],
     ["no capability mapped-ram", { capabilities: [] }, "SNAPSHOT_UNSUPPORTED", "configuration"],
-    ["only another capability", { capabilities: ["x-ignore-shared"] }, "SNAPSHOT_UNSUPPORTED", "configuration"],
-    ["a section where it should be (send-configuration=off)", { corrupt: { configuration: 1 } }, "SNAPSHOT_UNSUPPORTED", "configuration"],
-    ["nonsense where it should be", { corrupt: { configuration: 0x33 } }, "SNAPSHOT_FORMAT", "configuration"],
-    ["an empty machine type", { corrupt: { "machineType.length": 0 } }, "SNAPSHOT_FORMAT", "machineType.length"],
-    ["a machine type of 4 GiB", { corrupt: { "machineType.length": 0xffffffff } }, "SNAPSHOT_FORMAT", "machineType.length"],
-    ["4 billion capabilities", { corrupt: { "capabilities.count": 0xffffffff } }, "SNAPSHOT_FORMAT", "capabilities.count"],
+    [
+      "only another capability",
+      { capabilities: ["x-ignore-shared"] },
+      "SNAPSHOT_UNSUPPORTED",
+      "configuration",
+    ],
+    [
+      "a section where it should be (send-configuration=off)",
+      { corrupt: { configuration: 1 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "configuration",
+    ],
+    [
+      "nonsense where it should be",
+      { corrupt: { configuration: 0x33 } },
+      "SNAPSHOT_FORMAT",
+      "configuration",
+    ],
+    [
+      "an empty machine type",
+      { corrupt: { "machineType.length": 0 } },
+      "SNAPSHOT_FORMAT",
+      "machineType.length",
+    ],
+    [
+      "a machine type of 4 GiB",
+      { corrupt: { "machineType.length": 0xffffffff } },
+      "SNAPSHOT_FORMAT",
+      "machineType.length",
+    ],
+    [
+      "4 billion capabilities",
+      { corrupt: { "capabilities.count": 0xffffffff } },
+      "SNAPSHOT_FORMAT",
+      "capabilities.count",
+    ],
     [
       "a newer subsection",
       { corrupt: { "configuration/capabilities.version": 2 } },
@@ -79,7 +121,9 @@ describe("configuration", () => {
 
   test("at an offset past the end is refused as no migration stream", () => {
     const source = new CountingSource(buildSnapshot().bytes);
-    expect(refusalOf(() => parseSnapshot(source, { offset: 2 ** 40 })).code).toBe("SNAPSHOT_FORMAT");
+    expect(refusalOf(() => parseSnapshot(source, { offset: 2 ** 40 })).code).toBe(
+      "SNAPSHOT_FORMAT",
+    );
   });
 });
 
@@ -114,28 +158,46 @@ describe("sections", () => {
   });
 
   test("of devices have the size that fields, arrays and subsections add up to", () => {
-    const subsections = [{ name: "s/one", fields: [3], subsections: [{ name: "s/two", fields: [[2, 5] as const] }] }];
-    const built = buildSnapshot({ devices: [{ name: "dev", instanceId: 7, version: 9, state: { fields: [8], subsections } }] });
+    const subsections = [
+      { name: "s/one", fields: [3], subsections: [{ name: "s/two", fields: [[2, 5] as const] }] },
+    ];
+    const built = buildSnapshot({
+      devices: [{ name: "dev", instanceId: 7, version: 9, state: { fields: [8], subsections } }],
+    });
     const section = parse(built).sections.find((each) => each.name === "dev");
     // u8 type, str8 name, be32 version, body: 6 + 5 + 3 and 6 + 5 + 10.
     const subsectionsLength = 1 + 1 + 5 + 4 + 3 + (1 + 1 + 5 + 4 + 10);
-    expect(section).toMatchObject({ kind: "full", instanceId: 7, version: 9, bodyLength: 8 + subsectionsLength });
+    expect(section).toMatchObject({
+      kind: "full",
+      instanceId: 7,
+      version: 9,
+      bodyLength: 8 + subsectionsLength,
+    });
     expect(section?.bodyOffset).toBe(fieldOffset(built, "device.dev.body"));
   });
 
   test("of old-style devices have the size of their data field", () => {
-    const built = buildSnapshot({ devices: [{ name: "slirp", version: 5, oldStyle: true, state: { fields: [321] } }] });
+    const built = buildSnapshot({
+      devices: [{ name: "slirp", version: 5, oldStyle: true, state: { fields: [321] } }],
+    });
     expect(parse(built).sections.find((each) => each.name === "slirp")?.bodyLength).toBe(321);
   });
 
   test("of early devices stand between RAM START and the first PART", () => {
     const early = { name: "0000:00:10.0/virtio-mem-device-early", early: true };
-    const kinds = parse(buildSnapshot({ devices: [{ name: "timer" }, early] })).sections.map((each) => each.kind);
+    const kinds = parse(buildSnapshot({ devices: [{ name: "timer" }, early] })).sections.map(
+      (each) => each.kind,
+    );
     expect(kinds).toEqual(["start", "full", "part", "command", "end", "full", "full"]);
   });
 
   test("may lack PARTs, COMMAND and devices", () => {
-    const built = buildSnapshot({ parts: 0, switchoverCommand: false, devices: [], runState: null });
+    const built = buildSnapshot({
+      parts: 0,
+      switchoverCommand: false,
+      devices: [],
+      runState: null,
+    });
     expect(parse(built).sections.map((each) => each.kind)).toEqual(["start", "end"]);
     expect(parse(built).globalState).toBeNull();
   });
@@ -150,22 +212,87 @@ describe("sections", () => {
 
 describe("sections are refused", () => {
   const cases: [string, BuilderSpec, ErrorCode, string][] = [
-    ["with RAM version 3", { corrupt: { "ram.start.version": 3 } }, "SNAPSHOT_UNSUPPORTED", "ram.start.type"],
-    ["with another RAM instance", { corrupt: { "ram.start.instanceId": 1 } }, "SNAPSHOT_UNSUPPORTED", "ram.start.type"],
-    ["with a START that is not RAM", { corrupt: { "ram.start.name": 0x726170 } }, "SNAPSHOT_UNSUPPORTED", "ram.start.type"],
-    ["with a PART of another section", { corrupt: { "part0.id": 9 } }, "SNAPSHOT_FORMAT", "part0.type"],
-    ["with pages in a PART", { corrupt: { "part1.word": 0x1008 } }, "SNAPSHOT_FORMAT", "part1.word"],
+    [
+      "with RAM version 3",
+      { corrupt: { "ram.start.version": 3 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "ram.start.type",
+    ],
+    [
+      "with another RAM instance",
+      { corrupt: { "ram.start.instanceId": 1 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "ram.start.type",
+    ],
+    [
+      "with a START that is not RAM",
+      { corrupt: { "ram.start.name": 0x726170 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "ram.start.type",
+    ],
+    [
+      "with a PART of another section",
+      { corrupt: { "part0.id": 9 } },
+      "SNAPSHOT_FORMAT",
+      "part0.type",
+    ],
+    [
+      "with pages in a PART",
+      { corrupt: { "part1.word": 0x1008 } },
+      "SNAPSHOT_FORMAT",
+      "part1.word",
+    ],
     ["with an END of another section", { corrupt: { "end.id": 9 } }, "SNAPSHOT_FORMAT", "end.type"],
     ["with RAM behind its END", { corrupt: { "part1.type": 3 } }, "SNAPSHOT_FORMAT", "end.type"],
-    ["with a wrong footer", { corrupt: { "ram.start.footer": 0 } }, "SNAPSHOT_FORMAT", "ram.start.footer"],
-    ["with a footer of another section", { corrupt: { "end.footerId": 1 } }, "SNAPSHOT_FORMAT", "end.footer"],
+    [
+      "with a wrong footer",
+      { corrupt: { "ram.start.footer": 0 } },
+      "SNAPSHOT_FORMAT",
+      "ram.start.footer",
+    ],
+    [
+      "with a footer of another section",
+      { corrupt: { "end.footerId": 1 } },
+      "SNAPSHOT_FORMAT",
+      "end.footer",
+    ],
     ["with an unknown type", { corrupt: { "end.type": 0x42 } }, "SNAPSHOT_FORMAT", "end.type"],
-    ["with a postcopy package", { corrupt: { "command.number": 7 } }, "SNAPSHOT_UNSUPPORTED", "command.type"],
-    ["with a device that is not described", { corrupt: { "device.cpu.name": 0x787878 } }, "SNAPSHOT_FORMAT", "device.cpu.type"],
-    ["with another instance than described", { corrupt: { "device.cpu.instanceId": 1 } }, "SNAPSHOT_FORMAT", "device.cpu.type"],
-    ["with another version than described", { corrupt: { "device.cpu.version": 2 } }, "SNAPSHOT_FORMAT", "device.cpu.type"],
-    ["with a damaged device footer", { corrupt: { "device.cpu.footer": 0 } }, "SNAPSHOT_FORMAT", "device.cpu.footer"],
-    ["with an early EOF", { corrupt: { "device.cpu.type": 0 } }, "SNAPSHOT_FORMAT", "device.cpu.type"],
+    [
+      "with a postcopy package",
+      { corrupt: { "command.number": 7 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "command.type",
+    ],
+    [
+      "with a device that is not described",
+      { corrupt: { "device.cpu.name": 0x787878 } },
+      "SNAPSHOT_FORMAT",
+      "device.cpu.type",
+    ],
+    [
+      "with another instance than described",
+      { corrupt: { "device.cpu.instanceId": 1 } },
+      "SNAPSHOT_FORMAT",
+      "device.cpu.type",
+    ],
+    [
+      "with another version than described",
+      { corrupt: { "device.cpu.version": 2 } },
+      "SNAPSHOT_FORMAT",
+      "device.cpu.type",
+    ],
+    [
+      "with a damaged device footer",
+      { corrupt: { "device.cpu.footer": 0 } },
+      "SNAPSHOT_FORMAT",
+      "device.cpu.footer",
+    ],
+    [
+      "with an early EOF",
+      { corrupt: { "device.cpu.type": 0 } },
+      "SNAPSHOT_FORMAT",
+      "device.cpu.type",
+    ],
   ];
   test.each(cases)("%s", (_name, spec, code, field) => {
     const built = buildSnapshot(spec);
@@ -175,7 +302,8 @@ describe("sections are refused", () => {
   });
 
   test("when a described device is missing", () => {
-    const json = '{"devices":[{"name":"timer","instance_id":0,"version":1,"fields":[{"size":4}]},{"name":"x","instance_id":0,"size":1}]}';
+    const json =
+      '{"devices":[{"name":"timer","instance_id":0,"version":1,"fields":[{"size":4}]},{"name":"x","instance_id":0,"size":1}]}';
     const built = buildSnapshot({ devices: [{ name: "timer" }], runState: null, json });
     const error = refusalOf(() => parse(built));
     expect(error.code).toBe("SNAPSHOT_FORMAT");
@@ -186,7 +314,9 @@ describe("sections are refused", () => {
     const built = buildSnapshot({ devices: [], runState: null });
     const at = fieldOffset(built, "ram.start.type");
     const json = [...'{"devices":[]}'].map((letter) => letter.charCodeAt(0));
-    const error = refusalOf(() => parseSnapshot(withBytes(built, at, 0, 6, 0, 0, 0, json.length, ...json)));
+    const error = refusalOf(() =>
+      parseSnapshot(withBytes(built, at, 0, 6, 0, 0, 0, json.length, ...json)),
+    );
     expect(error.code).toBe("SNAPSHOT_FORMAT");
     expect(error.message).toContain("RAM section: expected one, found none");
   });

@@ -1,11 +1,27 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { closeSync, fstatSync, mkdtempSync, openSync, readFileSync, readSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  fstatSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
 import { planSeed, writeSeed } from "../../src/snapshot/seed.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
-import { buildSnapshot, fieldOffset, refusalOf, type BuilderSpec, type BuiltSnapshot } from "../helpers/snapshot-builder.ts";
+import {
+  buildSnapshot,
+  fieldOffset,
+  refusalOf,
+  type BuilderSpec,
+  type BuiltSnapshot,
+} from "../helpers/snapshot-builder.ts";
 
 let directory = "";
 beforeAll(() => {
@@ -45,11 +61,15 @@ describe("planSeed", () => {
     const bitmapOffset = fieldOffset(built, "pc.ram.bitmap");
     const pagesEnd = (built.blocks[0]?.pagesOffset ?? 0) + (built.blocks[0]?.usedLength ?? 0);
     expect(seed.length).toBe(built.bytes.length);
-    expect(seed.subarray(0, bitmapOffset)).toEqual(Buffer.from(built.bytes.subarray(0, bitmapOffset)));
+    expect(seed.subarray(0, bitmapOffset)).toEqual(
+      Buffer.from(built.bytes.subarray(0, bitmapOffset)),
+    );
     expect(isZero(seed.subarray(bitmapOffset, pagesEnd))).toBe(true);
     const record = fieldOffset(built, "pc.bios.name.length");
     const biosPages = built.blocks[1]?.pagesOffset ?? 0;
-    expect(seed.subarray(record, biosPages)).toEqual(Buffer.from(built.bytes.subarray(record, biosPages)));
+    expect(seed.subarray(record, biosPages)).toEqual(
+      Buffer.from(built.bytes.subarray(record, biosPages)),
+    );
     expect(seed.at(biosPages)).toBe(built.bytes[biosPages] ?? -1);
   });
 

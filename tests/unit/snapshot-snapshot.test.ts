@@ -52,7 +52,8 @@ describe("openSnapshot", () => {
 
   test("opens its descriptor close-on-exec and read-only", () => {
     using snapshot = openSnapshot(join(directory, "good.snap"));
-    const flags = /flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${snapshot.fd}`, "utf8"))?.[1] ?? "";
+    const flags =
+      /flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${snapshot.fd}`, "utf8"))?.[1] ?? "";
     expect(Number.parseInt(flags, 8) & 0o2000000).toBe(0o2000000);
     expect(Number.parseInt(flags, 8) & 0o3).toBe(0);
   });
@@ -115,7 +116,9 @@ describe("parseSnapshot", () => {
 describe("readPageBitmap", () => {
   test("has one bit per page of the block, set for data", () => {
     const pages = "D..DS.D";
-    const source = new CountingSource(buildSnapshot({ blocks: [{ idstr: "pc.ram", pages }] }).bytes);
+    const source = new CountingSource(
+      buildSnapshot({ blocks: [{ idstr: "pc.ram", pages }] }).bytes,
+    );
     const [block] = parseSnapshot(source).blocks;
     const bitmap = block && readPageBitmap(source, block);
     expect([...pages].map((_letter, page) => bitmap?.has(page))).toEqual(
@@ -124,7 +127,10 @@ describe("readPageBitmap", () => {
   });
 
   test("is an assertion failure for a block that was not saved", () => {
-    const spec = { capabilities: ["x-ignore-shared", "mapped-ram"], blocks: [{ idstr: "s", pages: "D", notSaved: true }] };
+    const spec = {
+      capabilities: ["x-ignore-shared", "mapped-ram"],
+      blocks: [{ idstr: "s", pages: "D", notSaved: true }],
+    };
     const source = new CountingSource(buildSnapshot(spec).bytes);
     const [block] = parseSnapshot(source).blocks;
     expect(() => block && readPageBitmap(source, block)).toThrow("has no bitmap");

@@ -22,15 +22,23 @@ function lengthOf(device: object): number | undefined {
 describe("findVmdescription", () => {
   test("finds EOF byte and JSON, and reads the tail once", () => {
     const source = tailWith(devicesOf());
-    expect(findVmdescription(source, 0)).toEqual({ eofOffset: 5, jsonOffset: 11, jsonLength: 31, devices: [] });
+    expect(findVmdescription(source, 0)).toEqual({
+      eofOffset: 5,
+      jsonOffset: 11,
+      jsonLength: 31,
+      devices: [],
+    });
     expect(source.reads).toBe(1);
   });
 
-  test.each([1, 0x100, 0x6000, 0x10000, 0x20600])("finds a JSON whose length has zero bytes in it: %i", (length) => {
-    const padding = Math.max(0, length - devicesOf({ name: "", instance_id: 0, size: 1 }).length);
-    const json = devicesOf({ name: "x".repeat(padding), instance_id: 0, size: 1 });
-    expect(findVmdescription(tailWith(json), 0)?.jsonLength).toBe(json.length);
-  });
+  test.each([1, 0x100, 0x6000, 0x10000, 0x20600])(
+    "finds a JSON whose length has zero bytes in it: %i",
+    (length) => {
+      const padding = Math.max(0, length - devicesOf({ name: "", instance_id: 0, size: 1 }).length);
+      const json = devicesOf({ name: "x".repeat(padding), instance_id: 0, size: 1 });
+      expect(findVmdescription(tailWith(json), 0)?.jsonLength).toBe(json.length);
+    },
+  );
 
   test("is not misled by device state that looks like a prefix", () => {
     const before = [0x00, 0x06, 0x00, 0x00, 0x00, 0x2a, 0x7b, 0x00, 0x00, 0x06];
@@ -38,7 +46,12 @@ describe("findVmdescription", () => {
   });
 
   test("reads further back when the JSON is longer than the first window", () => {
-    const json = devicesOf({ name: "d", instance_id: 0, version: 1, fields: [{ name: "x".repeat(700_000), size: 3 }] });
+    const json = devicesOf({
+      name: "d",
+      instance_id: 0,
+      version: 1,
+      fields: [{ name: "x".repeat(700_000), size: 3 }],
+    });
     const source = tailWith(json);
     expect(findVmdescription(source, 0)?.devices[0]?.bodyLength).toBe(3);
     expect(source.reads).toBe(2);
@@ -67,12 +80,27 @@ describe("findVmdescription", () => {
     ["a device without name", '{"devices":[{"instance_id":0,"size":1}]}'],
     ["a device without instance", '{"devices":[{"name":"d","size":1}]}'],
     ["a negative size", '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":-1}]}]}'],
-    ["a size that is no integer", '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":1.5}]}]}'],
+    [
+      "a size that is no integer",
+      '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":1.5}]}]}',
+    ],
     ["a field without size", '{"devices":[{"name":"d","instance_id":0,"fields":[{"name":"a"}]}]}'],
-    ["a negative array_len", '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":1,"array_len":-2}]}]}'],
-    ["a size beyond the file", '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":999999999}]}]}'],
-    ["sizes beyond 2^53", '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":9e15,"array_len":9000}]}]}'],
-    ["a subsection without name", '{"devices":[{"name":"d","instance_id":0,"subsections":[{"fields":[]}]}]}'],
+    [
+      "a negative array_len",
+      '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":1,"array_len":-2}]}]}',
+    ],
+    [
+      "a size beyond the file",
+      '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":999999999}]}]}',
+    ],
+    [
+      "sizes beyond 2^53",
+      '{"devices":[{"name":"d","instance_id":0,"fields":[{"size":9e15,"array_len":9000}]}]}',
+    ],
+    [
+      "a subsection without name",
+      '{"devices":[{"name":"d","instance_id":0,"subsections":[{"fields":[]}]}]}',
+    ],
   ])("refuses %s", (_name, json) => {
     const error = refusalOf(() => findVmdescription(tailWith(json), 0));
     expect(error.code).toBe("SNAPSHOT_FORMAT");
@@ -84,12 +112,15 @@ describe("findVmdescription", () => {
     const source = tailWith(json);
     const bytes = source.read(0, source.byteLength);
     bytes[30] = 0xff;
-    expect(refusalOf(() => findVmdescription(new CountingSource(bytes), 0)).code).toBe("SNAPSHOT_FORMAT");
+    expect(refusalOf(() => findVmdescription(new CountingSource(bytes), 0)).code).toBe(
+      "SNAPSHOT_FORMAT",
+    );
   });
 
   test("refuses subsections nested beyond reason", () => {
     let state: object = { fields: [] };
-    for (let depth = 0; depth < 40; depth++) state = { subsections: [{ vmsd_name: "s", ...state }] };
+    for (let depth = 0; depth < 40; depth++)
+      state = { subsections: [{ vmsd_name: "s", ...state }] };
     const json = devicesOf({ name: "d", instance_id: 0, ...state });
     expect(refusalOf(() => findVmdescription(tailWith(json), 0)).code).toBe("SNAPSHOT_FORMAT");
   });
@@ -116,7 +147,14 @@ describe("findVmdescription", () => {
 
 describe("length of a device's state", () => {
   test("is the sum of its fields", () => {
-    expect(lengthOf({ fields: [{ name: "a", size: 4 }, { name: "b", size: 10 }] })).toBe(14);
+    expect(
+      lengthOf({
+        fields: [
+          { name: "a", size: 4 },
+          { name: "b", size: 10 },
+        ],
+      }),
+    ).toBe(14);
   });
 
   test("counts an array field once per element", () => {
@@ -124,7 +162,14 @@ describe("length of a device's state", () => {
   });
 
   test("takes indexed elements one by one", () => {
-    expect(lengthOf({ fields: [{ name: "a", index: 0, size: 4 }, { name: "a", index: 1, size: 5 }] })).toBe(9);
+    expect(
+      lengthOf({
+        fields: [
+          { name: "a", index: 0, size: 4 },
+          { name: "a", index: 1, size: 5 },
+        ],
+      }),
+    ).toBe(9);
   });
 
   test("takes a struct's own size and nothing nested", () => {
@@ -133,7 +178,12 @@ describe("length of a device's state", () => {
   });
 
   test("adds the header of a subsection", () => {
-    expect(lengthOf({ fields: [{ size: 1 }], subsections: [{ vmsd_name: "abc", fields: [{ size: 2 }] }] })).toBe(12);
+    expect(
+      lengthOf({
+        fields: [{ size: 1 }],
+        subsections: [{ vmsd_name: "abc", fields: [{ size: 2 }] }],
+      }),
+    ).toBe(12);
   });
 
   test("is the device's size when it has no fields", () => {
