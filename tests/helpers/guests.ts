@@ -44,13 +44,13 @@ class Arrivals<T> {
 
   add(item: T): void {
     this.all.push(item);
-    for (const look of [...this.#waiting]) look();
+    for (const look of this.#waiting) look();
   }
 
   /** Nothing will arrive any more: everybody who waits, now or later, gets the error. */
   fail(error: Error): void {
     this.#failure ??= error;
-    for (const look of [...this.#waiting]) look();
+    for (const look of this.#waiting) look();
   }
 
   /** The first item with index >= `from` that matches. Rejects after `timeoutMs`, or when nothing can come any more. */
@@ -532,16 +532,11 @@ export function guestArgv(guestSpec: GuestSpec): string[] {
     backend.length > 0 ? "memory-backend=ram0" : undefined,
   ];
   return [
-    ...[QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"],
-    ...[
-      "-machine",
-      machine.filter((part) => part !== undefined).join(","),
-      "-accel",
-      spec.accel,
-      "-cpu",
-      cpu,
-    ],
-    ...["-m", `${spec.memoryMiB}`, "-smp", `${spec.smp ?? 1}`, ...backend],
+    QEMU,
+    ..."-nodefaults -no-user-config -no-reboot -display none -machine".split(" "),
+    machine.filter((part) => part !== undefined).join(","),
+    ...`-accel ${spec.accel} -cpu ${cpu} -m ${spec.memoryMiB} -smp ${spec.smp ?? 1}`.split(" "),
+    ...backend,
     ...(spec.guest === "linux" ? linuxArgs(spec) : bareArgs(spec)),
     ...(spec.extraArgs ?? []),
   ];
