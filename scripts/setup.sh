@@ -2,7 +2,7 @@
 # Sets up what this repository needs on Debian 12 or 13 with Node.js. What is there already is left alone, and nothing of
 # the machine's own package configuration is changed.
 #
-#   sh scripts/setup.sh [tools] [qemu] [guest]      default: all
+#   sh scripts/setup.sh [tools] [qemu] [guest]      default: all; what comes behind the word `try` may fail
 #
 #   tools   node_modules: Bun, zig, the type checker, the linter
 #   qemu    QEMU 9.0 or later; needs root and apt-get when it is missing (FSL_QEMU names another binary)
@@ -164,11 +164,20 @@ set_up() {
 
 locked=
 [ $# -gt 0 ] || set -- tools qemu guest
-for name in "$@"; do
-  case $name in
+while [ $# -gt 0 ]; do
+  case $1 in
   tools) set_up tools ;;
   qemu) set_up qemu ;;
-  guest) set_up qemu && set_up guest ;;
-  *) fail "unknown set '$name': expected tools, qemu or guest" ;;
+  guest)
+    set_up qemu
+    set_up guest
+    ;;
+  try)
+    shift
+    sh "$root/scripts/setup.sh" "$@" || say "going on without $*"
+    break
+    ;;
+  *) fail "unknown set '$1': expected tools, qemu or guest" ;;
   esac
+  shift
 done
