@@ -13,8 +13,9 @@
  *   4. put number and arguments into the registers, run to the entry of the call and to its exit; the result counts only
  *      if the instruction pointer is right behind that instruction; EINTR and ERESTART* are tried again
  *   5. stop it once more *on the signal path* (PTRACE_INTERRUPT), restore, detach
- * Step 5 matters: a main thread that sat in ppoll or nanosleep has -ERESTART* in its result register, and the kernel
- * turns that into a restart only on the signal path. Restored at the system call exit it would reach the program.
+ * Step 5: a main thread that sat in ppoll or nanosleep has -ERESTART* in its result register, and the kernel turns that
+ * into a restart only on the signal path; anywhere else it would reach the program. (Detaching happens to send the thread
+ * through that path in the kernels looked at. Nothing promises it.)
  *
  * Stops are told apart by PTRACE_GETSIGINFO and not by wait(2): the target may be a child of this very process, whose
  * runtime waits for it on another thread, and neither may take the other's news away.
