@@ -1,13 +1,19 @@
 /** The public API of fsl: everything that the command line uses, and nothing else. */
 export { EXIT_CODES, type ErrorCode, type ErrorDetails, FslError, isFslError } from "./errors.ts";
 export {
-  type EagerOptions,
   type LoadHandle,
   type LoadMode,
   type LoadOptions,
-  type Logger,
   loadSnapshot,
 } from "./load/loader.ts";
+export {
+  findLoads,
+  type FoundLoad,
+  resumeLoad,
+  type ResumeHandle,
+  type ResumeOptions,
+} from "./load/recovery.ts";
+export type { EagerOptions, Logger, OnError, ServingOptions } from "./load/serving.ts";
 export type { PageFailure } from "./load/fault-loop.ts";
 export type { BlockPlan, LoadPlan, LoadWay } from "./load/plan.ts";
 export type { FaultLatency, LoadProgress, LoadReport, LoadTimes, PageCounts } from "./load/report.ts";
@@ -24,6 +30,16 @@ export { SnapshotPageSource, type SnapshotSourceOptions } from "./source/snapsho
 export { allocatedBytes } from "./source/allocation.ts";
 export { checkHost, type HostSupport } from "./uffd/support.ts";
 export { findQemus, type FoundQemu } from "./vmm/find-qemu.ts";
+export { reattachQemu } from "./vmm/reattach.ts";
 export { saveSnapshot, type SaveOptions, type SaveProgress } from "./vmm/save.ts";
 export { spawnQemu, type SpawnOptions } from "./vmm/spawn.ts";
-export type { ExitStatus, GuestRegion, StateLoaded, Target, TargetInfo } from "./vmm/target.ts";
+export type {
+  ExitStatus,
+  FoundTarget,
+  GuestRegion,
+  ServedTarget,
+  StateLoaded,
+  Target,
+  TargetInfo,
+  TargetRecord,
+} from "./vmm/target.ts";

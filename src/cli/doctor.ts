@@ -24,7 +24,7 @@ export const doctorCommand = defineCommand({
     const problems = [...host.problems, ...qemuProblem];
     const works = host.works && qemuOk;
     if (flags.json) {
-      console.log(JSON.stringify({ works, ...host, qemus, problems }));
+      console.log(JSON.stringify({ ...host, works, qemus, problems }));
     } else {
       const rows = [
         ...host.facts.map(({ name, value }) => [name, value]),

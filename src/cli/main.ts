@@ -68,6 +68,11 @@ function usageError(error: unknown): FslError | undefined {
   return new FslError("USAGE", Bun.stripANSI(error.message).replace(/\.$/, ""));
 }
 
+/** citty colours whatever the output is. */
+function printUsage(usage: string, stream: NodeJS.WriteStream): void {
+  stream.write(`${stream.isTTY === true ? usage : Bun.stripANSI(usage)}\n`);
+}
+
 async function main(argv: readonly string[]): Promise<number> {
   const { own, behind } = splitAtDashes(argv);
   const [name, ...rest] = own;
@@ -77,8 +82,7 @@ async function main(argv: readonly string[]): Promise<number> {
   }
   if (name === undefined || name === "--help" || name === "-h" || name === "help") {
     const usage = await renderUsage(program);
-    if (name === undefined) console.error(usage);
-    else console.log(usage);
+    printUsage(usage, name === undefined ? process.stderr : process.stdout);
     return name === undefined ? 2 : 0;
   }
   const command = Object.hasOwn(entries, name) ? entries[name] : undefined;
@@ -88,7 +92,7 @@ async function main(argv: readonly string[]): Promise<number> {
       throw new FslError("USAGE", `unknown command '${name}', expected one of ${known}`);
     }
     if (rest.includes("--help") || rest.includes("-h")) {
-      console.log(await command.usage());
+      printUsage(await command.usage(), process.stdout);
       return 0;
     }
     if (behind !== null && name !== "load") {

@@ -46,19 +46,23 @@ export function findZeroRuns(bitmap: PageBitmap, pageSize: number): ZeroRun[] {
   return runs;
 }
 
+/** What of a block plan decides its registration. */
+export interface RegistrationSubject {
+  readonly block: Pick<BlockPlan["block"], "idstr" | "pageSize" | "pageCount">;
+  readonly region: Pick<BlockPlan["region"], "hostAddr" | "pageSize">;
+}
+
 /** What of a block to register: everything but its longest zero extents, cut at seams. By address. */
 export function planRegistration(
-  zeroRuns: readonly ZeroRun[],
-  hostAddr: number,
-  pageSize: number,
-  hostPageSize: number,
-  pageCount: number,
+  zeroRuns: ReadonlyMap<string, readonly ZeroRun[]>,
+  { block: { idstr, pageSize, pageCount }, region }: RegistrationSubject,
   extentsMax = EXTENTS_MAX,
 ): { registered: AddressRange[]; zero: AddressRange[] } {
+  const { hostAddr, pageSize: hostPageSize } = region;
   const seam = Math.max(SEAM, hostPageSize);
   const blockEnd = hostAddr + pageCount * pageSize;
   const extents: AddressRange[] = [];
-  for (const { first, end } of zeroRuns) {
+  for (const { first, end } of zeroRuns.get(idstr) ?? []) {
     const startAddr = first === 0 ? hostAddr : alignUp(hostAddr + first * pageSize, seam);
     const endAddr = end === pageCount ? blockEnd : alignDown(hostAddr + end * pageSize, seam);
     if (endAddr - startAddr >= seam) extents.push({ startAddr, endAddr });

@@ -8,7 +8,7 @@
  * were read (RETRY), when the source has news (PENDING), after a growing pause (FAILED).
  */
 import * as sys from "../sys/native.ts";
-import { EINTR, POLLIN } from "../sys/abi.ts";
+import { EINTR, F_SETFL, O_NONBLOCK, POLLERR, POLLIN } from "../sys/abi.ts";
 import type { PageSource } from "../source/page-source.ts";
 import { EVENT_PAGEFAULT, EVENT_REMOVE, type Uffd, UffdEvents } from "../uffd/uffd.ts";
 import { FslError } from "../errors.ts";
@@ -94,13 +94,12 @@ export class FaultLoop {
 
   /** Serves until it is told to stop, or the target has ended. @throws FslError INTERNAL on what cannot be */
   run(): LoopEnd {
-    const { state } = this.#options;
-    // A loop that died before us may have read events that nobody served.
+    const { state, uffd } = this.#options;
+    // A loop that died before us may have read events that nobody served, and may have left the gate closed.
     const left = state.eventCount;
-    if (left > 0) {
-      this.#markRemoved(left);
-      if (this.#serveBatch(left) === GONE) return "gone";
-    }
+    if (left > 0) this.#markRemoved(left);
+    state.openGate();
+    if (left > 0 && this.#serveBatch(left) === GONE) return "gone";
     for (;;) {
       const ready = sys.poll(this.#fds, this.#revents, this.#pollCount(), POLLIN, this.#timeoutMs());
       if (state.stopped || this.#revents[1]) return "stopped";
@@ -109,8 +108,13 @@ export class FaultLoop {
         throw new FslError("INTERNAL", `poll of the userfaultfd: ${sys.errnoText(-ready)}`);
       }
       if (this.#revents[2]) return "gone";
-      if (this.#revents[0] && this.#readAndServe() === GONE) return "gone";
-      if (this.#waiting.length > 0 && this.#retryWaiting() === GONE) return "gone";
+      const sourceHasNews = (this.#revents[3] ?? 0) !== 0;
+      if (sourceHasNews) this.#options.source.acknowledge?.();
+      // QEMU makes every descriptor blocking that it is given by `getfd`, which is the description that we have too. The
+      // kernel says POLLERR for a blocking userfaultfd, and a read would wait for the next fault.
+      if (((this.#revents[0] ?? 0) & POLLERR) !== 0) sys.fcntl(uffd.fd, F_SETFL, O_NONBLOCK);
+      else if (this.#revents[0] && this.#readAndServe() === GONE) return "gone";
+      if (this.#waiting.length > 0 && this.#retryWaiting(sourceHasNews) === GONE) return "gone";
     }
   }
 
@@ -355,10 +359,7 @@ export class FaultLoop {
   }
 
   /** Tries again what can be tried now. The waiters of a range that has come in by other means were woken then. */
-  #retryWaiting(): Outcome {
-    const { source } = this.#options;
-    const sourceHasNews = source.readyFd >= 0 && this.#revents[3] !== 0;
-    if (sourceHasNews) source.acknowledge?.();
+  #retryWaiting(sourceHasNews: boolean): Outcome {
     const nowMs = performance.now();
     for (let index = this.#waiting.length - 1; index >= 0; index -= 1) {
       const waiting = this.#waiting[index];

@@ -1,26 +1,24 @@
 /**
- * `loadSnapshot`: joins a snapshot, a page source and a target, and owns their life. Runs on the main thread and blocks on
- * nothing: faults are served by a Worker from before the device state is loaded until all RAM is in.
+ * `loadSnapshot`: joins a snapshot, a page source and a target. Runs on the main thread and blocks on nothing: faults are
+ * served by a Worker from before the device state is loaded until all RAM is in (serving.ts).
  *
  *   open and parse ─┐
  *   start Workers   ├─▶ plan ─▶ arm ─▶ serve faults ─▶ device state ─▶ resume ─▶ eager load ─▶ unregister, let go
  *   target starts  ─┘   every check is before this line ──┘ (it works once and cannot be undone)
  *
  * The userfaultfd is never closed and no range is unregistered while a page is missing: the kernel would let the guest go
- * on with zeros. If fsl dies, the target's own copy of the descriptor keeps the guest waiting.
+ * on with zeros. If fsl dies, the target's own copy of the descriptor keeps the guest waiting (recovery.ts).
  */
-import { closeSync, openSync } from "node:fs";
-import { availableParallelism } from "node:os";
+import { closeSync, fchmodSync, openSync } from "node:fs";
 import { resolve } from "node:path";
-import { FslError, isFslError } from "../errors.ts";
-import { hex, KiB } from "../pages.ts";
+import { FslError } from "../errors.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import { planSeed, writeSeed } from "../snapshot/seed.ts";
 import { openSnapshot, type Snapshot } from "../snapshot/snapshot.ts";
 import { makeSource } from "../source/make-source.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
+import { MFD_CLOEXEC, UFFD_FEATURES } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
-import { EFD_CLOEXEC, EFD_NONBLOCK, MFD_CLOEXEC, UFFD_FEATURES } from "../sys/abi.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { ExitStatus, Target, TargetInfo } from "../vmm/target.ts";
 import {
@@ -32,17 +30,17 @@ import {
   releaseZeroExtents,
   type ZeroRun,
 } from "./arm.ts";
-import { countMissing } from "./bits.ts";
-import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
-import type { EagerWorkerStart, FaultWorkerStart } from "./protocol.ts";
-import type { AddressRange } from "./resident.ts";
+import { lockState } from "./recovery.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
+import type { AddressRange } from "./resident.ts";
+import { eagerWorkerCount, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
 import {
   type BlockState,
   LoadState,
-  PHASE_FINISHED,
+  PHASE_HANDING_OVER,
+  PHASE_RUNNING,
   PHASE_STATE_LOADED,
   type StateBlock,
   WORKERS_MAX,
@@ -50,30 +48,9 @@ import {
 import { Supply } from "./supply.ts";
 import { Crew } from "./workers.ts";
 
-/** Names under which the target keeps copies of our descriptors. */
-const KEPT_STATE = "fsl-state";
-/** An eager pass that leaves pages behind (a Worker died with a chunk in hand) is followed by another one. */
-const EAGER_PASSES_MAX = 16;
-
 export type LoadMode = "lazy" | "copy";
 
-export interface Logger {
-  info(message: string): void;
-  warn(message: string): void;
-}
-
-export interface EagerOptions {
-  /** Eager Workers, 1..8. Default: the host's CPUs, at most 2. */
-  readonly workers?: number;
-  /** Largest single copy in bytes, 4 KiB..2 MiB. Default 256 KiB. */
-  readonly pieceLength?: number;
-  /** Limit of the eager load in bytes per second; 0 or absent = none. */
-  readonly bytesPerSecond?: number;
-  /** Nice value of the eager Workers, 0..19. Default 10. */
-  readonly nice?: number;
-}
-
-export interface LoadOptions {
+export interface LoadOptions extends ServingOptions {
   /** Path of the snapshot. */
   readonly snapshot: string;
   /** File offset in bytes of the stream within the file. */
@@ -83,14 +60,10 @@ export interface LoadOptions {
   readonly mode?: LoadMode;
   /** Leave the guest stopped after its state is loaded. */
   readonly paused?: boolean;
-  readonly eager?: EagerOptions;
   /** Where page bytes come from; absent = the snapshot file. */
   readonly source?: PageSourceSpec;
-  /** Data pages brought in around a faulting page, 1..512. Default 16. */
-  readonly clusterPages?: number;
   /** Shared memory and huge pages lazily, although discards of them cannot be noticed. */
   readonly lazyDespiteDiscards?: boolean;
-  readonly logger?: Logger;
   /** `performance.now()` from which the report's times count; default: the call. */
   readonly startedAtMs?: number;
 }
@@ -105,6 +78,8 @@ export interface LoadHandle {
   progress(): LoadProgress;
   /** Pages that cannot be read at this moment. */
   failures(): readonly PageFailure[];
+  /** A page stayed unreadable and `onError` was carried out. */
+  readonly supplyFailed: boolean;
   resume(): Promise<void>;
 }
 
@@ -130,17 +105,15 @@ class Load {
   readonly #target: Target;
   readonly #startedAtMs: number;
   readonly #times: Times = { qemuReadyMs: null, armedMs: null, resumedMs: null, residentMs: null };
-  readonly #failures = new Map<string, PageFailure>();
-  #snapshot: Snapshot | undefined;
   #prepared: Prepared | undefined;
   #crew: Crew | undefined;
   #info: TargetInfo | undefined;
   #plan: LoadPlan | undefined;
   #uffd: Uffd | undefined;
   #state: LoadState | undefined;
-  #stateFd = -1;
-  #stopFd = -1;
-  #registered: readonly AddressRange[] = [];
+  #serving: Serving | undefined;
+  /** The load state, and the open file that holds its lock. */
+  readonly #stateFds: number[] = [];
   #dataBytes = 0;
   #handedOver = false;
 
@@ -163,47 +136,27 @@ class Load {
   async #copy(): Promise<LoadHandle> {
     const { snapshot } = (await this.#meet()).prepared;
     const seedFd = openSync(`/proc/self/fd/${snapshot.fd}`, "r");
-    this.#handedOver = true;
-    try {
-      await this.#target.loadState(seedFd, snapshot.streamOffset);
-    } finally {
-      closeSync(seedFd);
-    }
+    await this.#handOver(seedFd, snapshot.streamOffset);
     this.#times.residentMs = this.#now();
     if (!this.#options.paused) await this.#resume();
     await this.#target.release();
+    this.#closeOwn();
     return this.#handle(Promise.resolve(this.#report(true)));
   }
 
   async #lazy(): Promise<LoadHandle> {
-    const eagerWorkers = this.#eagerWorkers();
-    this.#crew = new Crew(eagerWorkers, {
-      onFailure: (failure, demanded) => this.#fail(failure, demanded),
-      onRecovered: (failure) => this.#recover(failure),
-      onWorkerLost: (role, error, replaced) => {
-        const next = replaced ? "another one takes over" : "given up: the guest waits";
-        this.#options.logger?.warn(`${role} Worker failed: ${error.message}; ${next}`);
-      },
-      beforeReplacement: (start) => this.#state?.leaveCopy(start.workerIndex),
-      afterReplacement: (start) => {
-        if (start.role === "fault") this.#wakeAll();
-      },
-    });
+    this.#crew = new Crew(eagerWorkerCount(this.#options));
     const { prepared, plan } = await this.#meet();
-    const { snapshot } = prepared;
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
-    await this.#arm(prepared, lazy, fill);
+    const { state, serving } = await this.#arm(this.#crew, prepared, lazy, fill);
     const seedFd = takeSeed(prepared, [...lazy, ...fill]);
-    this.#handedOver = true;
-    try {
-      await this.#target.loadState(seedFd, snapshot.streamOffset);
-    } finally {
-      closeSync(seedFd);
-    }
-    if (this.#state) this.#state.phase = PHASE_STATE_LOADED;
+    state.phase = PHASE_HANDING_OVER;
+    await this.#handOver(seedFd, prepared.snapshot.streamOffset);
+    state.phase = PHASE_STATE_LOADED;
     if (!this.#options.paused) await this.#resume();
-    return this.#handle(this.#finish());
+    state.phase = PHASE_RUNNING;
+    return this.#handle(this.#finish(serving));
   }
 
   /** Opens the snapshot while the target starts, then holds the two against one another. */
@@ -216,7 +169,6 @@ class Load {
       resolve(this.#options.snapshot),
       snapshotOffset === undefined ? {} : { offset: snapshotOffset },
     );
-    this.#snapshot = snapshot;
     const prepared = prepare(snapshot, this.#options.mode ?? "lazy");
     this.#prepared = prepared;
     const info = await connected;
@@ -236,36 +188,32 @@ class Load {
   }
 
   /** Registers, serves faults, and corrects what was in memory already; all before the state is handed over. */
-  async #arm(prepared: Prepared, lazy: BlockPlan[], fill: BlockPlan[]): Promise<void> {
-    const info = this.#info;
-    if (info === undefined) throw new FslError("INTERNAL", "arming before the target is known");
-    const { snapshot, zeroRuns } = prepared;
+  async #arm(
+    crew: Crew,
+    prepared: Prepared,
+    lazy: BlockPlan[],
+    fill: BlockPlan[],
+  ): Promise<{ state: LoadState; serving: Serving }> {
+    const { snapshot } = prepared;
+    const canDiscard = this.#info?.canDiscard ?? false;
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
-    uffd.api(info.canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
+    uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
     registerBlocks(uffd, lazy);
-
-    const registrations = lazy.map(({ region, block }) =>
-      planRegistration(
-        zeroRuns.get(block.idstr) ?? [],
-        region.hostAddr,
-        block.pageSize,
-        region.pageSize,
-        block.pageCount,
-      ),
-    );
-    this.#registered = registrations.flatMap((registration) => registration.registered);
-    const source = this.#options.source ?? { options: { fd: snapshot.fd } };
+    const registrations = lazy.map((plan) => planRegistration(prepared.zeroRuns, plan));
+    const registered = registrations.flatMap((registration) => registration.registered);
     const { state, fd } = LoadState.create({
+      target: this.#target.record(),
+      paused: this.#options.paused === true,
       snapshotPath: snapshot.path,
       snapshotIdentity: { ...snapshot.identity, streamOffset: snapshot.streamOffset },
       blocks: lazy.map(stateBlock),
-      registered: this.#registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
-      canDiscard: info.canDiscard,
-      source,
+      registered: registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
+      canDiscard,
+      source: this.#options.source ?? { options: { fd: snapshot.fd } },
     });
     this.#state = state;
-    this.#stateFd = fd;
+    this.#stateFds.push(fd, lockState(fd));
     for (const [index, { bitmap, block }] of lazy.entries()) {
       const { buffer, byteOffset, length } = bitmap.words;
       state.blocks[index]?.data.set(new Int32Array(buffer, byteOffset, length));
@@ -277,47 +225,38 @@ class Load {
       this.#options.logger?.info(`${corrected} bytes were in QEMU's memory already and were corrected`);
     }
     // The Worker gets ready and the target takes its copies while we go on here.
-    const serving = this.#serve();
-    const kept = this.#target.keepDescriptor(KEPT_STATE, fd);
-    serving.catch(() => {});
+    const serving = new Serving(this.#target, state, uffd, crew, this.#options);
+    this.#serving = serving;
+    const served = serving.serveFaults();
+    const kept = this.#keepState(fd);
+    served.catch(() => {});
     kept.catch(() => {});
-    await this.#releaseZeroExtents(uffd, state, registrations.map(({ zero }) => zero));
+    await letZeroExtentsGo(uffd, state, registrations.map(({ zero }) => zero));
     fillBlocks(pid, snapshot, fill);
-    await Promise.all([serving, kept]);
+    await Promise.all([served, kept]);
     this.#times.armedMs = this.#now();
+    return { state, serving };
   }
 
-  async #releaseZeroExtents(
-    uffd: Uffd,
-    state: LoadState,
-    zero: readonly (readonly AddressRange[])[],
-  ): Promise<void> {
-    const extents = new Map<BlockState, readonly AddressRange[]>();
-    for (const block of state.blocks) extents.set(block, zero[block.index] ?? []);
-    const source = await makeSource(state.metadata.source as PageSourceSpec, state.metadata.blocks);
-    const supply = new Supply(uffd, source, state.counters(WORKERS_MAX - 1));
+  /** Read-only, and not to be opened otherwise by QEMU's user: a later fsl believes what it says. */
+  async #keepState(fd: number): Promise<void> {
+    fchmodSync(fd, 0o600);
+    const readable = openSync(`/proc/self/fd/${fd}`, "r");
     try {
-      releaseZeroExtents(uffd, state, supply, extents);
+      await this.#target.keepDescriptor(KEPT_STATE, readable);
     } finally {
-      supply.close();
-      source.close();
+      closeSync(readable);
     }
   }
 
-  async #serve(): Promise<void> {
-    const { state, uffd, crew } = this.#armed();
-    this.#stopFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
-    const start: FaultWorkerStart = {
-      role: "fault",
-      handle: state.handle,
-      source: state.metadata.source as PageSourceSpec,
-      uffdFd: uffd.fd,
-      workerIndex: 0,
-      stopFd: this.#stopFd,
-      pidfd: this.#target.pidfd,
-      clusterPages: this.#options.clusterPages ?? 16,
-    };
-    await crew.serveFaults(start);
+  /** Gives the target its device state. Closes the seed. */
+  async #handOver(seedFd: number, streamOffset: number): Promise<void> {
+    this.#handedOver = true;
+    try {
+      await this.#target.loadState(seedFd, streamOffset);
+    } finally {
+      closeSync(seedFd);
+    }
   }
 
   async #resume(): Promise<void> {
@@ -326,111 +265,37 @@ class Load {
   }
 
   #handle(done: Promise<LoadReport>): LoadHandle {
-    const { plan, info } = { plan: this.#plan, info: this.#info };
+    const [plan, info] = [this.#plan, this.#info];
     if (plan === undefined || info === undefined) throw new FslError("INTERNAL", "no plan");
     // Who does not await it is told by `exited`.
     done.catch(() => {});
+    const supplyFailed = (): boolean => this.#serving?.supplyFailed ?? false;
     return {
       info,
       plan,
       done,
       exited: this.#target.exited,
       progress: () => this.#progress(),
-      failures: () => [...this.#failures.values()],
+      failures: () => this.#serving?.failures() ?? [],
+      get supplyFailed() {
+        return supplyFailed();
+      },
       resume: () => this.#resume(),
     };
   }
 
   /** Brings in the rest, then lets go of everything. */
-  async #finish(): Promise<LoadReport> {
-    const { state, crew } = this.#armed();
-    const gone = this.#target.exited.then(() => "gone" as const);
-    for (let pass = 0; pass < EAGER_PASSES_MAX && this.#missingPages() > 0; pass += 1) {
-      state.resetChunks();
-      const loading = crew.loadEagerly(this.#eagerStarts());
-      loading.catch(() => {});
-      const end = await Promise.race([loading, gone]);
-      if (end === "gone") break;
-    }
-    const complete = this.#missingPages() === 0;
+  async #finish(serving: Serving): Promise<LoadReport> {
+    const complete = await serving.bringRest();
     if (complete) {
       this.#times.residentMs = this.#now();
-      this.#unregister();
-      state.phase = PHASE_FINISHED;
-      this.#stopWorkers();
+      await serving.finish();
     } else {
-      // Pages are missing, so nothing may be closed while the target lives.
-      await gone;
-      this.#stopWorkers();
+      await serving.stop();
     }
-    await Promise.race([crew.faultLoopEnded.catch(() => {}), sleep(1000)]);
     const report = this.#report(complete);
-    await this.#letGo();
+    this.#closeOwn();
     return report;
-  }
-
-  #unregister(): void {
-    const { uffd } = this.#armed();
-    for (const { startAddr, endAddr } of this.#registered) {
-      // A target that ended meanwhile has nothing left to unregister.
-      if (!uffd.unregister(startAddr, endAddr - startAddr)) return;
-    }
-  }
-
-  #missingPages(): number {
-    let missing = 0;
-    for (const { data, done } of this.#armed().state.blocks) missing += countMissing(data, done);
-    return missing;
-  }
-
-  #eagerStarts(): EagerWorkerStart[] {
-    const { state, uffd } = this.#armed();
-    const eager = this.#options.eager ?? {};
-    const workers = this.#eagerWorkers();
-    const order = Uint32Array.from(planChunks(state).keys());
-    return Array.from({ length: workers }, (_, index) => ({
-      role: "eager" as const,
-      handle: state.handle,
-      source: state.metadata.source as PageSourceSpec,
-      uffdFd: uffd.fd,
-      workerIndex: index + 1,
-      pieceLength: eager.pieceLength ?? 256 * KiB,
-      order,
-      bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
-      nice: eager.nice ?? 10,
-    }));
-  }
-
-  #eagerWorkers(): number {
-    const wanted = this.#options.eager?.workers ?? Math.min(2, availableParallelism());
-    return Math.max(1, Math.min(wanted, WORKERS_MAX - 1));
-  }
-
-  /** Every thread that waits faults again: for faults that a dead reader had taken. */
-  #wakeAll(): void {
-    for (const { startAddr, endAddr } of this.#registered) {
-      this.#uffd?.wake(startAddr, endAddr - startAddr);
-    }
-  }
-
-  #fail(failure: PageFailure, demanded: boolean): void {
-    const key = `${failure.idstr}:${failure.pageIndex}`;
-    const known = this.#failures.has(key);
-    this.#failures.set(key, failure);
-    if (known) return;
-    const who = demanded ? "the vCPU that needs it waits" : "nobody waits for it yet";
-    this.#options.logger?.warn(
-      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} cannot be read at file offset ` +
-        `${hex(failure.fileOffset)}: ${sys.errnoText(failure.errno)}; ${who}, reading is tried again`,
-    );
-  }
-
-  #recover(failure: PageFailure): void {
-    this.#failures.delete(`${failure.idstr}:${failure.pageIndex}`);
-    this.#options.logger?.info(
-      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} could be read again after ` +
-        `${failure.attempts} attempts`,
-    );
   }
 
   #progress(): LoadProgress {
@@ -455,62 +320,50 @@ class Load {
     });
   }
 
-  #armed(): { state: LoadState; uffd: Uffd; crew: Crew } {
-    const [state, uffd, crew] = [this.#state, this.#uffd, this.#crew];
-    if (state === undefined || uffd === undefined || crew === undefined) {
-      throw new FslError("INTERNAL", "the load is not armed");
-    }
-    return { state, uffd, crew };
-  }
-
-  #stopWorkers(): void {
-    this.#state?.stop();
-    if (this.#stopFd >= 0) sys.write(this.#stopFd, ONE);
-  }
-
-  /** After the load: nothing of fsl stays in the target's way. */
-  async #letGo(): Promise<void> {
-    this.#crew?.dismiss();
-    try {
-      await this.#target.dropDescriptor(KEPT_STATE);
-      await this.#target.release();
-    } catch (error) {
-      // A target that has ended needs no more; anything else is worth a word, but the guest runs.
-      if (!isFslError(error) || error.code !== "TARGET_LOST") throw error;
-    }
-    this.#closeOwn();
-  }
-
-  /** Before the state was handed over: everything back as it was. After it: the target is lost or waits; it is kept. */
+  /**
+   * Before the state was handed over: everything back as it was. After it the device state failed to load: the guest has
+   * never run, and is ended before the userfaultfd goes.
+   */
   async #undo(): Promise<void> {
-    if (!this.#handedOver) {
-      this.#stopWorkers();
+    if (this.#handedOver) {
+      this.#target.kill();
+      await this.#target.exited;
+      await this.#serving?.stop();
+    } else {
+      await this.#serving?.stop();
       await this.#target.abandon().catch(() => {});
-      this.#crew?.dismiss();
-      this.#closeOwn();
-      return;
     }
-    // The device state failed to load: the guest has never run. It is ended before the userfaultfd goes.
-    this.#target.kill();
-    await this.#target.exited;
-    this.#stopWorkers();
     this.#crew?.dismiss();
     this.#closeOwn();
   }
 
   #closeOwn(): void {
     this.#uffd?.close();
-    if (this.#stateFd >= 0) sys.close(this.#stateFd);
-    if (this.#stopFd >= 0) sys.close(this.#stopFd);
+    for (const fd of this.#stateFds.splice(0)) sys.close(fd);
     if (this.#prepared && this.#prepared.seedFd >= 0) sys.close(this.#prepared.seedFd);
+    this.#prepared?.snapshot.close();
     this.#prepared = undefined;
-    this.#stateFd = -1;
-    this.#stopFd = -1;
-    this.#snapshot?.close();
   }
 
   #now(): number {
     return performance.now() - this.#startedAtMs;
+  }
+}
+
+async function letZeroExtentsGo(
+  uffd: Uffd,
+  state: LoadState,
+  zero: readonly (readonly AddressRange[])[],
+): Promise<void> {
+  const extents = new Map<BlockState, readonly AddressRange[]>();
+  for (const block of state.blocks) extents.set(block, zero[block.index] ?? []);
+  const source = await makeSource(state.metadata.source as PageSourceSpec, state.metadata.blocks);
+  const supply = new Supply(uffd, source, state.counters(WORKERS_MAX - 1));
+  try {
+    releaseZeroExtents(uffd, state, supply, extents);
+  } finally {
+    supply.close();
+    source.close();
   }
 }
 
@@ -564,9 +417,6 @@ function makeSeed(snapshot: Snapshot, without: ReadonlySet<string>): number {
 }
 
 const SIGXFSZ = 25;
-/** What an eventfd takes: a u64 of 1. */
-const ONE = new BigUint64Array([1n]);
-
 function stateBlock({ block, region }: BlockPlan): StateBlock {
   return {
     idstr: block.idstr,
@@ -576,8 +426,4 @@ function stateBlock({ block, region }: BlockPlan): StateBlock {
     hostPageSize: region.pageSize,
     pagesOffset: block.pagesOffset,
   };
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((done) => setTimeout(done, ms));
 }

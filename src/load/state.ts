@@ -12,6 +12,7 @@
  */
 import { assert, FslError } from "../errors.ts";
 import { alignUp, hex } from "../pages.ts";
+import type { TargetRecord } from "../vmm/target.ts";
 import * as sys from "../sys/native.ts";
 import { MAP_SHARED, MFD_CLOEXEC, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
 
@@ -44,14 +45,20 @@ const H_STOP = 7;
 const H_GATE = 8;
 const H_FAILED_PAGES = 9;
 const H_BUSY = 10;
+/** The last page that could not be read: block index, page index, errno. */
+const H_FAILURE = 11;
 /** One word per Worker: it is inside an announced copy. */
 const H_INFLIGHT = 16;
 const H_LENGTH = 64;
 
 /** How far a load has come; a later fsl reads it. */
 export const PHASE_ARMED = 1;
-export const PHASE_STATE_LOADED = 2;
-export const PHASE_FINISHED = 3;
+/** The state is being handed over: from here on nothing can be undone. */
+export const PHASE_HANDING_OVER = 2;
+export const PHASE_STATE_LOADED = 3;
+/** The guest was resumed, or is to stay stopped. */
+export const PHASE_RUNNING = 4;
+export const PHASE_FINISHED = 5;
 
 /** Counters of a Worker: float64 index within its area. Times are in ns. */
 export const C_FAULTS = 0;
@@ -86,6 +93,9 @@ export interface StateBlock {
 
 /** What a later fsl needs in order to go on. JSON. */
 export interface StateMetadata {
+  readonly target: TargetRecord;
+  /** The guest is to stay stopped after its state is loaded. */
+  readonly paused: boolean;
   readonly snapshotPath: string;
   readonly snapshotIdentity: Readonly<Record<string, string | number>>;
   readonly blocks: readonly StateBlock[];
@@ -181,8 +191,12 @@ export class LoadState {
     return { state, fd };
   }
 
-  /** Opens the state that another fsl left behind in `fd`. @throws FslError TARGET_LOST when it is not one */
-  static adopt(fd: number, fdLength: number): LoadState {
+  /**
+   * Opens the state that another fsl made.
+   * @param takeOver that fsl is dead, and this one goes on; false: only look
+   * @throws FslError TARGET_LOST when it is not a state of this version
+   */
+  static adopt(fd: number, fdLength: number, takeOver: boolean): LoadState {
     if (fdLength < BITMAPS_OFFSET) {
       throw new FslError("TARGET_LOST", `load state: expected at least ${BITMAPS_OFFSET} bytes, found ${fdLength}`);
     }
@@ -205,7 +219,14 @@ export class LoadState {
     if (stateLength(metadata.blocks) !== fdLength) {
       throw new FslError("TARGET_LOST", `load state: ${fdLength} bytes do not fit its blocks`);
     }
-    return new LoadState({ address, length: fdLength, metadata });
+    const state = new LoadState({ address, length: fdLength, metadata });
+    if (!takeOver) return state;
+    // Whoever was inside an announced copy, or told to stop, is dead.
+    state.#header.fill(0, H_INFLIGHT, H_INFLIGHT + WORKERS_MAX);
+    state.#header[H_GATE] = 0;
+    state.#header[H_STOP] = 0;
+    state.#header[H_FAILED_PAGES] = 0;
+    return state;
   }
 
   /** The same memory, seen from a Worker. */
@@ -293,6 +314,22 @@ export class LoadState {
   }
   set busy(value: boolean) {
     Atomics.store(this.#header, H_BUSY, value ? 1 : 0);
+  }
+
+  /** The page that was last found unreadable, whatever became of it; null when there was none. */
+  get lastFailure(): { idstr: string; pageIndex: number; fileOffset: number; errno: number } | null {
+    const errno = Atomics.load(this.#header, H_FAILURE + 2);
+    const block = this.blocks[Atomics.load(this.#header, H_FAILURE)]?.block;
+    if (errno === 0 || block === undefined) return null;
+    const pageIndex = Atomics.load(this.#header, H_FAILURE + 1);
+    const fileOffset = block.pagesOffset + pageIndex * block.pageSize;
+    return { idstr: block.idstr, pageIndex, fileOffset, errno };
+  }
+  set lastFailure(failure: { idstr: string; pageIndex: number; errno: number }) {
+    const index = this.blocks.findIndex(({ block }) => block.idstr === failure.idstr);
+    Atomics.store(this.#header, H_FAILURE, index);
+    Atomics.store(this.#header, H_FAILURE + 1, failure.pageIndex);
+    Atomics.store(this.#header, H_FAILURE + 2, failure.errno);
   }
 
   /** Pages that could not be read and are waited for now. */

@@ -46,8 +46,9 @@ export class Supply {
 
   /** Pages brought in by the last call, before it ended with its outcome. */
   pagesDone = 0;
-  /** Positive errno after FAILED. */
+  /** After FAILED: positive errno, and the page that cannot be read. After PENDING: the page that is not there yet. */
   errno = 0;
+  failedPage = 0;
 
   constructor(uffd: Uffd, source: PageSource, counters: Float64Array) {
     this.#uffd = uffd;
@@ -68,8 +69,8 @@ export class Supply {
     while (at < end) {
       const answer = this.#answer;
       this.#source.resolve(state.index, at, end - at, answer);
-      if (answer.state === "pending") return PENDING;
-      if (answer.state === "failed") return this.#failed(answer.errno);
+      if (answer.state === "pending") return this.#pending(at);
+      if (answer.state === "failed") return this.#failed(at, answer.errno);
       const address = block.hostAddr + at * block.pageSize;
       const length = answer.pages * block.pageSize;
       const copied = this.#uffd.copy(address, answer.address, length, 0);
@@ -97,9 +98,9 @@ export class Supply {
           // The range was unmapped, or unregistered because all its data is in.
           return SUPPLIED;
         case COPY_NO_MEMORY:
-          return this.#failed(ENOMEM);
+          return this.#failed(at, ENOMEM);
         case COPY_SOURCE:
-          return this.#failed(this.#source.diagnose?.(state.index, at) || EFAULT);
+          return this.#failed(at, this.#source.diagnose?.(state.index, at) || EFAULT);
         default:
           throw unexpected("UFFDIO_COPY", address, length, copied);
       }
@@ -162,15 +163,15 @@ export class Supply {
       const runEnd = nextMissing(state.data, state.done, at, end, false);
       const answer = this.#answer;
       this.#source.resolve(state.index, at, runEnd - at, answer);
-      if (answer.state === "pending") return PENDING;
-      if (answer.state === "failed") return this.#failed(answer.errno);
+      if (answer.state === "pending") return this.#pending(at);
+      if (answer.state === "failed") return this.#failed(at, answer.errno);
       const target = this.#assemblyAddress + (at - firstPage) * block.pageSize;
       const length = answer.pages * block.pageSize;
       // A copy within this process by the kernel: bytes that cannot be read give EFAULT, not SIGBUS.
       const copied = sys.processVmReadv(this.#selfPid, answer.address, target, length);
       if (copied !== length) {
         const failedPage = at + (copied > 0 ? Math.floor(copied / block.pageSize) : 0);
-        return this.#failed(this.#source.diagnose?.(state.index, failedPage) || EFAULT);
+        return this.#failed(failedPage, this.#source.diagnose?.(state.index, failedPage) || EFAULT);
       }
       at = nextMissing(state.data, state.done, at + answer.pages, end, true);
     }
@@ -194,7 +195,7 @@ export class Supply {
       case COPY_CHANGED:
         return SUPPLIED;
       case COPY_NO_MEMORY:
-        return this.#failed(ENOMEM);
+        return this.#failed(firstPage, ENOMEM);
       default:
         throw unexpected("UFFDIO_COPY", address, block.hostPageSize, copied);
     }
@@ -205,9 +206,15 @@ export class Supply {
     this.#assemblyAddress = 0;
   }
 
-  #failed(errno: number): Outcome {
+  #failed(page: number, errno: number): Outcome {
+    this.failedPage = page;
     this.errno = errno;
     return FAILED;
+  }
+
+  #pending(page: number): Outcome {
+    this.failedPage = page;
+    return PENDING;
   }
 
   #assembly(length: number): Uint8Array {

@@ -29,7 +29,8 @@ export type CrewEnd = "stopped" | "gone" | "finished";
 /** One place in the crew: the Worker that holds it may change. */
 class Post {
   readonly role: Role;
-  readonly #events: CrewEvents;
+  /** Null until somebody listens: nothing has been begun then. */
+  events: CrewEvents | null = null;
   #worker: Worker;
   #loaded: Promise<void>;
   #start: WorkerStart | undefined;
@@ -38,9 +39,8 @@ class Post {
   #serving = Promise.withResolvers<void>();
   #ended = Promise.withResolvers<CrewEnd>();
 
-  constructor(role: Role, events: CrewEvents) {
+  constructor(role: Role) {
     this.role = role;
-    this.#events = events;
     [this.#worker, this.#loaded] = this.#hire();
   }
 
@@ -96,13 +96,13 @@ class Post {
     switch (message.type) {
       case "serving":
         this.#serving.resolve();
-        if (this.#replacements > 0 && this.#start) this.#events.afterReplacement(this.#start);
+        if (this.#replacements > 0 && this.#start) this.events?.afterReplacement(this.#start);
         return;
       case "failure":
-        this.#events.onFailure(message.failure, this.role === "fault");
+        this.events?.onFailure(message.failure, this.role === "fault");
         return;
       case "recovered":
-        this.#events.onRecovered(message.failure);
+        this.events?.onRecovered(message.failure);
         return;
       case "ended":
         this.#start = undefined;
@@ -116,7 +116,7 @@ class Post {
   #replace(error: Error): void {
     this.#replacements += 1;
     const replaced = this.#start !== undefined && this.#replacements <= REPLACEMENTS_MAX;
-    this.#events.onWorkerLost(this.role, error, replaced);
+    this.events?.onWorkerLost(this.role, error, replaced);
     if (!replaced) {
       const failure = new FslError("INTERNAL", `${this.role} Worker failed: ${error.message}`, {}, error);
       this.#serving.reject(failure);
@@ -125,7 +125,7 @@ class Post {
     }
     const start = this.#start;
     if (start === undefined) return;
-    this.#events.beforeReplacement(start);
+    this.events?.beforeReplacement(start);
     const [worker, loaded] = this.#hire();
     this.#worker = worker;
     this.#loaded = loaded;
@@ -140,9 +140,13 @@ export class Crew {
   readonly #fault: Post;
   readonly #eager: readonly Post[];
 
-  constructor(eagerWorkers: number, events: CrewEvents) {
-    this.#fault = new Post("fault", events);
-    this.#eager = Array.from({ length: eagerWorkers }, () => new Post("eager", events));
+  constructor(eagerWorkers: number) {
+    this.#fault = new Post("fault");
+    this.#eager = Array.from({ length: eagerWorkers }, () => new Post("eager"));
+  }
+
+  listen(events: CrewEvents): void {
+    for (const post of [this.#fault, ...this.#eager]) post.events = events;
   }
 
   /** @returns when faults are served */

@@ -1,12 +1,13 @@
 /**
- * A userfaultfd and what the kernel answers on it. The errno of each ioctl becomes meaning here, once. Knows nothing of
- * snapshots. `copy`, `zeropage` and the reading of events allocate nothing.
+ * A userfaultfd and what the kernel answers on it. The errno of each ioctl becomes meaning here,
+ * once. Knows nothing of snapshots. `copy`, `zeropage` and the reading of events allocate nothing.
  *
- * Several threads may use one descriptor, each through an object of its own; only one may read events. The addresses are
- * those of the address space in which the userfaultfd was made, which is usually not this process's.
+ * Several threads may use one descriptor, each through an object of its own; only one may read
+ * events. The addresses are those of the address space in which the userfaultfd was made, which is
+ * usually not this process's.
  *
- * Closing is dangerous: when the last descriptor is closed, threads that wait for a page go on with a *zero page*, and
- * nobody is told (measured on Linux 6.18).
+ * Closing is dangerous: when the last descriptor is closed, threads that wait for a page go on with
+ * a *zero page*, and nobody is told (measured on Linux 6.18).
  * @source Linux fs/userfaultfd.c, mm/userfaultfd.c; ioctl_userfaultfd(2)
  */
 import { assert, FslError } from "../errors.ts";
@@ -20,8 +21,11 @@ import {
   ENOENT,
   ENOMEM,
   ESRCH,
+  F_GETFL,
+  F_SETFL,
   MODE_DONTWAKE,
   O_CLOEXEC,
+  O_NONBLOCK,
   O_RDWR,
   UFFD_EVENT_FORK,
   UFFD_EVENT_PAGEFAULT,
@@ -39,12 +43,15 @@ export const EVENT_REMOVE = UFFD_EVENT_REMOVE;
 export const EVENT_UNMAP = UFFD_EVENT_UNMAP;
 
 /**
- * What `copy`, `zeropage`, `continueRange` and `poison` answer when nothing was done; else the bytes done (> 0). They are
- * the negative errno, so that an unexpected one keeps its number.
+ * What `copy`, `zeropage`, `continueRange` and `poison` answer when nothing was done; else the
+ * bytes done (> 0). They are the negative errno, so that an unexpected one keeps its number.
  */
 /** The first page is there already. Wake the range: a waiter of a lost race may still sleep. */
 export const COPY_EXISTS = -EEXIST;
-/** The address space is changing (a REMOVE, UNMAP, REMAP or FORK event waits to be read): read events, try again. */
+/**
+ * The address space is changing (a REMOVE, UNMAP, REMAP or FORK event waits to be read): read
+ * events, try again.
+ */
 export const COPY_RETRY = -EAGAIN;
 /** The target has ended. */
 export const COPY_GONE = -ESRCH;
@@ -65,13 +72,16 @@ export interface UffdApi {
 }
 
 /**
- * Events as they were read, decoded in place: accessors over the buffer that `Uffd.readEvents` fills. Addresses below
- * 2^53, which every user address is.
+ * Events as they were read, decoded in place: accessors over the buffer that `Uffd.readEvents`
+ * fills. Addresses below 2^53, which every user address is.
  */
 export class UffdEvents {
   readonly #data: DataView;
 
-  /** @param data the buffer that events are read into; its length is the most events of one read, times 32 */
+  /**
+   * @param data the buffer that events are read into; its length is the most events of one read,
+   * times 32
+   */
   constructor(data: DataView) {
     this.#data = data;
   }
@@ -150,7 +160,8 @@ export class Uffd {
   /**
    * The handshake; works once per userfaultfd.
    * @param features bits of UFFD_FEATURES to switch on
-   * @throws FslError HOST_UNSUPPORTED when the kernel does not know one of them, or the handshake was done before
+   * @throws FslError HOST_UNSUPPORTED when the kernel does not know one of them, or the handshake
+   * was done before
    */
   api(features: number): UffdApi {
     const out = new BigUint64Array(2);
@@ -168,7 +179,8 @@ export class Uffd {
    * @param addr bytes, a multiple of the range's page size; `length` likewise
    * @param mode bits of REGISTER_MISSING, REGISTER_WP, REGISTER_MINOR
    * @returns mask of the ioctls that the range accepts, `1n << UFFDIO_COPY_BIT` …
-   * @throws FslError TARGET_LOST when the target has ended, HOST_UNSUPPORTED for memory that cannot be registered
+   * @throws FslError TARGET_LOST when the target has ended, HOST_UNSUPPORTED for memory that cannot
+   * be registered
    */
   register(addr: number, length: number, mode: number): bigint {
     const out = new BigUint64Array(1);
@@ -181,8 +193,8 @@ export class Uffd {
   }
 
   /**
-   * Lets a range go. Pages that are missing then are zero pages, without any error: only for ranges that are complete
-   * or meant to be zero.
+   * Lets a range go. Pages that are missing then are zero pages, without any error: only for ranges
+   * that are complete or meant to be zero.
    * @returns false when the target has ended (ESRCH; ENOMEM when its address space is gone)
    * @throws FslError INTERNAL for a range that was never registrable
    */
@@ -196,7 +208,8 @@ export class Uffd {
   /**
    * Reads what is queued, up to `eventsMax` events, into memory that stays where it is.
    * @param bufferAddr address in this process, `eventsMax` times 32 bytes
-   * @returns number of events, 0 when none is queued, COPY_GONE when the descriptor is of no use any more
+   * @returns number of events, 0 when none is queued, COPY_GONE when the descriptor is of no use
+   * any more
    */
   readEvents(bufferAddr: number, eventsMax: number): number {
     const result = sys.read(this.fd, bufferAddr, eventsMax * UFFD_MSG.BYTES);
@@ -233,11 +246,22 @@ export class Uffd {
   }
 
   /**
-   * Makes every thread that waits in the range fault again. Also brings back faults that a dead reader had read.
+   * Makes every thread that waits in the range fault again. Also brings back faults that a dead
+   * reader had read.
    * @returns false when the kernel refused, which happens only for a malformed range
    */
   wake(addr: number, length: number): boolean {
     return sys.uffdWake(this.#fd, addr, length) >= 0;
+  }
+
+  /**
+   * Makes reads return at once. A receiver of a copy may have cleared O_NONBLOCK (QEMU does, with every descriptor it is
+   * handed), and the flag belongs to the open file that all copies share; poll(2) answers POLLERR then.
+   * @source Linux fs/userfaultfd.c userfaultfd_poll
+   */
+  setNonblocking(): void {
+    const flags = sys.fcntl(this.fd, F_GETFL, 0);
+    if (flags >= 0) sys.fcntl(this.fd, F_SETFL, flags | O_NONBLOCK);
   }
 
   /** Closes this descriptor. See the module comment for what that means while pages are missing. */
@@ -256,7 +280,8 @@ export class Uffd {
 export type UffdWay = "syscall" | "device";
 
 /**
- * A userfaultfd of *this* process's address space, by userfaultfd(2) or by /dev/userfaultfd where that is refused.
+ * A userfaultfd of *this* process's address space, by userfaultfd(2) or by /dev/userfaultfd where
+ * that is refused.
  * @param flags O_CLOEXEC and O_NONBLOCK; never UFFD_USER_MODE_ONLY, see abi.ts
  * @throws FslError HOST_UNSUPPORTED with the reason of both
  */

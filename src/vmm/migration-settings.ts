@@ -62,6 +62,27 @@ export class MigrationSettings {
     return new MigrationSettings(qmp, parseCapabilities(capabilities), parseParameters(parameters));
   }
 
+  /** Settings that another fsl changed and did not put back. @param undo what its `undoRecord` said */
+  static changedBefore(qmp: QmpClient, undo: MigrationChanges): MigrationSettings {
+    const capabilities = new Map(Object.entries(undo.capabilities));
+    const parameters = new Map(Object.entries(undo.parameters));
+    const settings = new MigrationSettings(qmp, capabilities, parameters);
+    for (const name of capabilities.keys()) settings.#changedCapabilities.add(name);
+    for (const name of parameters.keys()) settings.#changedParameters.add(name);
+    return settings;
+  }
+
+  /** What `restore` would set now. JSON. */
+  undoRecord(): MigrationChanges {
+    const pick = <T>(names: Iterable<string>, values: ReadonlyMap<string, T>): [string, T | undefined][] =>
+      [...names].map((name) => [name, values.get(name)]);
+    const capabilities = pick(this.#changedCapabilities, this.#capabilities);
+    return {
+      capabilities: Object.fromEntries(capabilities.map(([name, state]) => [name, state ?? false])),
+      parameters: Object.fromEntries(pick(this.#changedParameters, this.#parameters)),
+    };
+  }
+
   knowsCapability(name: string): boolean {
     return this.#capabilities.has(name);
   }

@@ -12,7 +12,7 @@ import * as native from "../sys/native.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import { CAPABILITIES_IN_THE_WAY, type MigrationChanges, PARAMETERS_IN_THE_WAY } from "./migration-settings.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
-import type { ExitStatus, StateLoaded, Target, TargetInfo } from "./target.ts";
+import type { ExitStatus, StateLoaded, Target, TargetInfo, TargetRecord } from "./target.ts";
 import {
   type TakenUserfaultfd,
   type UserfaultfdRequest,
@@ -32,6 +32,8 @@ export interface QemuProcess {
   readonly exited: Promise<ExitStatus>;
   /** fsl's end of the preloaded library's socket, or -1. */
   readonly preloadSocket: number;
+  /** Path of a QMP socket that a later fsl can connect to; null when there is none. */
+  readonly controlPath: string | null;
   /** fsl started it: to abandon it is to end it. */
   readonly isSpawned: boolean;
   /** Called once QEMU has answered; the process may turn out to be another one (a wrapper script's child). */
@@ -119,6 +121,12 @@ export class QemuTarget implements Target {
       regions: locateRegions(known.ramblocks, this.pid),
       canDiscard: known.canDiscard,
     };
+  }
+
+  record(): TargetRecord {
+    assert(this.#known !== null, "record before connect");
+    const { controlPath } = this.#process;
+    return { pid: this.pid, controlPath, undo: this.#known.settings.undoRecord() };
   }
 
   async takeUserfaultfd(): Promise<number> {

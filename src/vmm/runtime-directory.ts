@@ -1,7 +1,7 @@
 /** A private directory for QMP sockets: made with an unpredictable name and mode 0700, in a place of the caller's own. */
-import { lstatSync, mkdtempSync, rmSync } from "node:fs";
+import { lstatSync, mkdtempSync, rmdirSync, rmSync, unlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
 
 /**
@@ -26,6 +26,21 @@ export function removeRuntimeDirectory(path: string): void {
     rmSync(path, { recursive: true, force: true });
   } catch {
     // Nothing depends on it any more; an empty 0700 directory is left, which the host's clean-up takes.
+  }
+}
+
+/**
+ * Removes the directory of a socket that a dead fsl made. The path comes out of what that fsl left behind, so only what
+ * has its shape goes, and only the socket and an empty directory.
+ */
+export function removeRuntimeDirectoryOf(socketPath: string): void {
+  const directory = dirname(socketPath);
+  if (!/^fsl-\w{6}$/.test(basename(directory))) return;
+  try {
+    unlinkSync(socketPath);
+    rmdirSync(directory);
+  } catch {
+    // See removeRuntimeDirectory.
   }
 }
 

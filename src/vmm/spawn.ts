@@ -119,6 +119,10 @@ class SpawnedQemu implements QemuProcess {
     return this.#pid;
   }
 
+  get controlPath(): string {
+    return this.#socketPath;
+  }
+
   get pidfd(): number {
     return this.#pidfd;
   }

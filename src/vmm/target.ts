@@ -51,7 +51,17 @@ export interface StateLoaded {
   readonly status: string;
 }
 
-export interface Target {
+/** What a later fsl needs in order to reach this target again, after this one has died. JSON, a few KiB. */
+export interface TargetRecord {
+  readonly pid: number;
+  /** Path of a control socket that somebody can connect to again; null when there is none. */
+  readonly controlPath: string | null;
+  /** Capabilities and parameters as they were, for `release`; the target's own business. */
+  readonly undo: unknown;
+}
+
+/** A target that has its state or is getting it: what serving its pages needs. */
+export interface ServedTarget {
   /** For messages: `qemu-system-x86_64 (pid 123)`. */
   readonly description: string;
   readonly pid: number;
@@ -59,27 +69,42 @@ export interface Target {
   readonly pidfd: number;
   /** Resolves when the target process has ended, by the kernel's account. Never rejects. */
   readonly exited: Promise<ExitStatus>;
-
-  /** Waits until the target can take the state, checks who it is, and learns its RAM. */
-  connect(): Promise<TargetInfo>;
-  /** A userfaultfd of the target's address space; the target keeps a copy of its own. Caller closes the returned one. */
-  takeUserfaultfd(): Promise<number>;
-  /** Leaves a copy of a descriptor in the target under a name, so that it outlives fsl. */
-  keepDescriptor(name: string, fd: number): Promise<void>;
-  /** Drops a kept descriptor. */
-  dropDescriptor(name: string): Promise<void>;
-  /** Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts). Works once.
-   * @param streamOffset file offset in bytes at which the stream begins */
-  loadState(seedFd: number, streamOffset: number): Promise<StateLoaded>;
   resume(): Promise<void>;
   /** Stops the guest's vCPUs. Must not be awaited while a vCPU may wait for a page. */
   pause(): Promise<void>;
-  /** Before `loadState`: puts everything back (a spawned target is ended). */
-  abandon(): Promise<void>;
+  /** Drops a kept descriptor. */
+  dropDescriptor(name: string): Promise<void>;
   /** After the load: puts capabilities and parameters back and lets go. */
   release(): Promise<void>;
   /** Sends a signal by pidfd; nothing when the target has ended. */
   signal(signal: NodeJS.Signals): void;
   /** SIGKILL by pidfd. */
   kill(): void;
+}
+
+export interface Target extends ServedTarget {
+  /** Waits until the target can take the state, checks who it is, and learns its RAM. */
+  connect(): Promise<TargetInfo>;
+  /** After `connect`. */
+  record(): TargetRecord;
+  /** A userfaultfd of the target's address space; the target keeps a copy of its own. Caller closes the returned one. */
+  takeUserfaultfd(): Promise<number>;
+  /** Leaves a copy of a descriptor in the target under a name, so that it outlives fsl. */
+  keepDescriptor(name: string, fd: number): Promise<void>;
+  /**
+   * Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts). Works once.
+   * @param streamOffset file offset in bytes at which the stream begins
+   */
+  loadState(seedFd: number, streamOffset: number): Promise<StateLoaded>;
+  /** Before `loadState`: puts everything back (a spawned target is ended). */
+  abandon(): Promise<void>;
+}
+
+/** How far a target that was found again has come with its state. */
+export type StateProgress = "none" | "loading" | "loaded" | "failed";
+
+/** A target whose fsl has died, found again. */
+export interface FoundTarget extends ServedTarget {
+  /** Asks the target; it can answer only when no thread of its main loop waits for a page. */
+  stateProgress(): Promise<StateProgress>;
 }

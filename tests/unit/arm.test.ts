@@ -6,6 +6,12 @@ import { MiB } from "../../src/pages.ts";
 
 const PAGE = 4096;
 const PAGES_2M = (2 * MiB) / PAGE;
+/** Zero runs of the one block, and the block. */
+function subject(runs: ReturnType<typeof findZeroRuns>, pageCount: number, hostAddr = BASE) {
+  const block = { idstr: "ram", pageSize: PAGE, pageCount };
+  return [new Map([["ram", runs]]), { block, region: { hostAddr, pageSize: PAGE } }] as const;
+}
+
 const BASE = 0x7f0000000000;
 
 /** The zero runs of a block that has data in `runs`. */
@@ -17,13 +23,13 @@ function bitmap(pageCount: number, ...runs: [number, number][]) {
 
 describe("arm.planRegistration", () => {
   test("registers everything of a block full of data", () => {
-    const plan = planRegistration(bitmap(1024, [0, 1024]), BASE, PAGE, PAGE, 1024);
+    const plan = planRegistration(...subject(bitmap(1024, [0, 1024]), 1024));
     expect(plan).toEqual({ registered: [{ startAddr: BASE, endAddr: BASE + 4 * MiB }], zero: [] });
   });
 
   test("leaves out a zero extent between data", () => {
     const data = bitmap(4 * PAGES_2M, [0, 10], [3 * PAGES_2M + 5, 4 * PAGES_2M]);
-    const plan = planRegistration(data, BASE, PAGE, PAGE, 4 * PAGES_2M);
+    const plan = planRegistration(...subject(data, 4 * PAGES_2M));
     expect(plan.zero).toEqual([{ startAddr: BASE + 2 * MiB, endAddr: BASE + 6 * MiB }]);
     expect(plan.registered).toEqual([
       { startAddr: BASE, endAddr: BASE + 2 * MiB },
@@ -33,25 +39,25 @@ describe("arm.planRegistration", () => {
 
   test("keeps a zero run that holds no whole 2 MiB registered", () => {
     const data = bitmap(3 * PAGES_2M, [0, 10], [2 * PAGES_2M - 1, 3 * PAGES_2M]);
-    expect(planRegistration(data, BASE, PAGE, PAGE, 3 * PAGES_2M).zero).toEqual([]);
+    expect(planRegistration(...subject(data, 3 * PAGES_2M)).zero).toEqual([]);
   });
 
   test("leaves out a zero tail to the very end of the block", () => {
     const pages = 3 * PAGES_2M + 7;
-    const plan = planRegistration(bitmap(pages, [0, 1]), BASE, PAGE, PAGE, pages);
+    const plan = planRegistration(...subject(bitmap(pages, [0, 1]), pages));
     expect(plan.zero).toEqual([{ startAddr: BASE + 2 * MiB, endAddr: BASE + pages * PAGE }]);
   });
 
   test("cuts at seams of the address space, not of the block", () => {
     const base = BASE + 0x1000;
     const pages = 3 * PAGES_2M;
-    const plan = planRegistration(bitmap(pages, [0, 1]), base, PAGE, PAGE, pages);
+    const plan = planRegistration(...subject(bitmap(pages, [0, 1]), pages, base));
     expect(plan.zero[0]?.startAddr).toBe(BASE + 2 * MiB);
   });
 
   test("keeps the longest extents when there are too many", () => {
     const data = bitmap(8 * PAGES_2M, [0, 1], [2 * PAGES_2M, 2 * PAGES_2M + 1], [7 * PAGES_2M, 8 * PAGES_2M]);
-    const plan = planRegistration(data, BASE, PAGE, PAGE, 8 * PAGES_2M, 1);
+    const plan = planRegistration(...subject(data, 8 * PAGES_2M), 1);
     expect(plan.zero).toEqual([{ startAddr: BASE + 6 * MiB, endAddr: BASE + 14 * MiB }]);
     expect(plan.registered).toHaveLength(2);
   });

@@ -1,0 +1,269 @@
+/**
+ * Loads whose fsl has died. The target keeps the load state and the userfaultfd, so its vCPUs wait and nothing is lost;
+ * another fsl finds both in /proc/PID/fd, takes the lock, wakes everybody who waits, and goes on where the first one was.
+ */
+import { closeSync, fstatSync, openSync, readdirSync, readlinkSync } from "node:fs";
+import { FslError } from "../errors.ts";
+import { openSnapshot } from "../snapshot/snapshot.ts";
+import { EAGAIN, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
+import * as sys from "../sys/native.ts";
+import { Uffd } from "../uffd/uffd.ts";
+import type { FoundTarget, TargetRecord } from "../vmm/target.ts";
+import { type LoadProgress, progressOf } from "./report.ts";
+import { eagerWorkerCount, Serving, type ServingOptions } from "./serving.ts";
+import {
+  LoadState,
+  PHASE_ARMED,
+  PHASE_FINISHED,
+  PHASE_HANDING_OVER,
+  PHASE_RUNNING,
+  PHASE_STATE_LOADED,
+} from "./state.ts";
+import { countBits } from "./bits.ts";
+import { Crew } from "./workers.ts";
+
+const STATE_LINK = "/memfd:fsl-state (deleted)";
+const UFFD_LINK = "anon_inode:[userfaultfd]";
+
+/** A load that some target is part of, served or not. */
+export interface FoundLoad {
+  readonly pid: number;
+  readonly snapshotPath: string;
+  readonly phase: "armed" | "handing over" | "loaded" | "running" | "finished";
+  /** A living fsl holds its lock. */
+  readonly served: boolean;
+  readonly progress: LoadProgress;
+  /** The page that was last found unreadable. */
+  readonly lastFailure: LoadState["lastFailure"];
+}
+
+/**
+ * Takes the lock of a load state: two loaders on one target would share its events in silence.
+ * @returns a descriptor that holds the lock until it is closed; also by the death of its owner
+ * @throws FslError TARGET_LOST when another fsl holds it
+ */
+export function lockState(stateFd: number): number {
+  // flock(2) belongs to the open file, and the target has a copy of ours: the lock needs an open file of its own.
+  const lockFd = openSync(`/proc/self/fd/${stateFd}`, "r+");
+  const result = sys.flock(lockFd, LOCK_EX | LOCK_NB);
+  if (result === 0) return lockFd;
+  closeSync(lockFd);
+  const why = result === -EAGAIN ? "another fsl serves it" : sys.errnoText(-result);
+  throw new FslError("TARGET_LOST", `load state: cannot be locked: ${why}`);
+}
+
+/** The loads of all processes whose descriptors this user may see. */
+export function findLoads(): FoundLoad[] {
+  const loads: FoundLoad[] = [];
+  for (const entry of readdirSync("/proc")) {
+    const pid = Number(entry);
+    if (!Number.isInteger(pid) || pid === process.pid) continue;
+    const stateNumber = descriptorsOf(pid, STATE_LINK)[0];
+    if (stateNumber === undefined) continue;
+    const load = lookAt(pid, stateNumber);
+    if (load !== null) loads.push(load);
+  }
+  return loads;
+}
+
+const PHASES: Readonly<Record<number, FoundLoad["phase"]>> = {
+  [PHASE_ARMED]: "armed",
+  [PHASE_HANDING_OVER]: "handing over",
+  [PHASE_STATE_LOADED]: "loaded",
+  [PHASE_RUNNING]: "running",
+  [PHASE_FINISHED]: "finished",
+};
+
+/** Null for a process that is not the target itself (the fsl that serves it has the state too), or has just ended. */
+function lookAt(pid: number, stateNumber: number): FoundLoad | null {
+  let fd: number;
+  try {
+    fd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
+  } catch {
+    return null;
+  }
+  try {
+    const state = LoadState.adopt(fd, fstatSync(fd).size, false);
+    try {
+      if (state.metadata.target.pid !== pid) return null;
+      const served = sys.flock(fd, LOCK_SH | LOCK_NB) !== 0;
+      return {
+        pid,
+        snapshotPath: state.metadata.snapshotPath,
+        phase: PHASES[state.phase] ?? "armed",
+        served,
+        progress: progressOf(state, dataBytesOf(state)),
+        lastFailure: state.lastFailure,
+      };
+    } finally {
+      state.unmap();
+    }
+  } finally {
+    closeSync(fd);
+  }
+}
+
+function dataBytesOf(state: LoadState): number {
+  return state.blocks.reduce((sum, { data, block }) => sum + countBits(data) * block.pageSize, 0);
+}
+
+/** Descriptor numbers of a process that link to `wanted`; empty when it cannot be looked at. */
+function descriptorsOf(pid: number, wanted: string): number[] {
+  try {
+    return readdirSync(`/proc/${pid}/fd`)
+      .filter((number) => linkOf(`/proc/${pid}/fd/${number}`) === wanted)
+      .map(Number);
+  } catch {
+    return [];
+  }
+}
+
+function linkOf(path: string): string {
+  try {
+    return readlinkSync(path);
+  } catch {
+    return "";
+  }
+}
+
+export interface ResumeOptions extends ServingOptions {
+  /** The target process. */
+  readonly pid: number;
+  /** Reaches the target again by the record that the first fsl left. */
+  readonly reattach: (record: TargetRecord) => FoundTarget;
+  /** Path of the snapshot, when it is not where it was. */
+  readonly snapshot?: string;
+}
+
+export interface ResumeHandle {
+  /** All RAM is in (true), or the target has ended before (false). */
+  readonly done: Promise<boolean>;
+  readonly exited: FoundTarget["exited"];
+  readonly target: FoundTarget;
+  progress(): LoadProgress;
+  readonly supplyFailed: boolean;
+}
+
+/**
+ * Goes on with the load of a target whose fsl has died.
+ * @returns when faults are served again and, if it was still to be, the guest was resumed
+ * @throws FslError TARGET_LOST when there is no such load, another fsl serves it, or the state was never handed over;
+ * TARGET_MISMATCH when the snapshot is not the same file any more
+ */
+export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> {
+  const { pid } = options;
+  const stateNumber = descriptorsOf(pid, STATE_LINK)[0];
+  if (stateNumber === undefined) {
+    throw new FslError("TARGET_LOST", `process ${pid}: has no load of fsl to go on with`, { pid });
+  }
+  const stateFd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
+  const opened: number[] = [stateFd];
+  try {
+    opened.push(lockState(stateFd));
+    const state = LoadState.adopt(stateFd, fstatSync(stateFd).size, true);
+    if (state.metadata.target.pid !== pid) {
+      throw new FslError("TARGET_LOST", `process ${pid}: its load state is that of process ${state.metadata.target.pid}`);
+    }
+    if (state.phase === PHASE_ARMED) {
+      throw new FslError(
+        "TARGET_LOST",
+        `process ${pid}: its fsl died before the state was handed over, so nothing is lost; end it and load again`,
+        { pid },
+      );
+    }
+    const target = options.reattach(state.metadata.target);
+    const uffd = new Uffd(takeUserfaultfd(target, pid));
+    opened.push(uffd.fd);
+    const snapshot = openSameSnapshot(state, options.snapshot);
+    // Sources other than the file are made from what was recorded; the file's descriptor is a new one.
+    const adopted = withSource(state, snapshot.fd);
+    const crew = new Crew(eagerWorkerCount(options));
+    const serving = new Serving(target, adopted, uffd, crew, options);
+    await serving.serveFaults();
+    serving.wakeAll();
+    await goOn(adopted, target);
+    const dataBytes = dataBytesOf(adopted);
+    const done = bringRest(serving).finally(() => {
+      snapshot.close();
+      for (const fd of opened) sys.close(fd);
+    });
+    done.catch(() => {});
+    return {
+      done,
+      target,
+      exited: target.exited,
+      progress: () => progressOf(adopted, dataBytes),
+      get supplyFailed() {
+        return serving.supplyFailed;
+      },
+    };
+  } catch (error) {
+    for (const fd of opened) sys.close(fd);
+    throw error;
+  }
+}
+
+async function bringRest(serving: Serving): Promise<boolean> {
+  const complete = await serving.bringRest();
+  if (complete) await serving.finish();
+  else await serving.stop();
+  return complete;
+}
+
+/** The first fsl may have died between handing over and resuming: what it had left to do is done now. */
+async function goOn(state: LoadState, target: FoundTarget): Promise<void> {
+  if (state.phase === PHASE_HANDING_OVER) {
+    let progress = await target.stateProgress();
+    while (progress === "loading") {
+      await Bun.sleep(STATE_PERIOD_MS);
+      progress = await target.stateProgress();
+    }
+    if (progress !== "loaded") {
+      throw new FslError("TARGET_LOST", `${target.description}: its state was not loaded (${progress}); end it and load again`);
+    }
+    state.phase = PHASE_STATE_LOADED;
+  }
+  if (state.phase === PHASE_STATE_LOADED) {
+    if (!state.metadata.paused) await target.resume();
+    state.phase = PHASE_RUNNING;
+  }
+}
+
+/** How often a target that is loading its device state is asked, ms. */
+const STATE_PERIOD_MS = 20;
+
+function takeUserfaultfd(target: FoundTarget, pid: number): number {
+  const numbers = descriptorsOf(pid, UFFD_LINK);
+  const [number] = numbers;
+  if (number === undefined) {
+    throw new FslError("TARGET_LOST", `${target.description}: its userfaultfd is gone`, { pid });
+  }
+  return sys.check(sys.pidfdGetfd(target.pidfd, number), `pidfd_getfd of ${target.description}`);
+}
+
+function openSameSnapshot(state: LoadState, path: string | undefined) {
+  const { snapshotPath, snapshotIdentity } = state.metadata;
+  const offset = Number(snapshotIdentity["streamOffset"] ?? 0);
+  const snapshot = openSnapshot(path ?? snapshotPath, offset === 0 ? {} : { offset });
+  const { size, mtimeNs } = snapshot.identity;
+  // Another path may hold a copy: what counts is what was written when, not where.
+  if (size !== snapshotIdentity["size"] || mtimeNs !== snapshotIdentity["mtimeNs"]) {
+    snapshot.close();
+    throw new FslError(
+      "TARGET_MISMATCH",
+      `${snapshot.path}: expected the snapshot of ${snapshotIdentity["size"]} bytes that the load began with, ` +
+        "found another or changed file",
+      { path: snapshot.path },
+    );
+  }
+  return snapshot;
+}
+
+/** The same state, with the default source's descriptor replaced by one of this process. */
+function withSource(state: LoadState, fd: number): LoadState {
+  const { source } = state.metadata;
+  const isDefault = typeof source === "object" && source !== null && !("module" in source);
+  if (!isDefault) return state;
+  const metadata = { ...state.metadata, source: { options: { fd } } };
+  return LoadState.attach({ ...state.handle, metadata });
+}

@@ -1,0 +1,303 @@
+/**
+ * Serving a target that is armed: the fault loop, the eager load, pages that cannot be read, and the end, when nothing of
+ * fsl is left in the target. The same for a load that was just begun and for one whose fsl has died. Runs on the main
+ * thread; waits for Workers, the target's exit and QMP, and for QMP only when no vCPU can be waiting.
+ */
+import { availableParallelism } from "node:os";
+import { FslError, isFslError } from "../errors.ts";
+import { hex, KiB } from "../pages.ts";
+import type { PageSourceSpec } from "../source/page-source.ts";
+import { EFD_CLOEXEC, EFD_NONBLOCK } from "../sys/abi.ts";
+import * as sys from "../sys/native.ts";
+import type { Uffd } from "../uffd/uffd.ts";
+import type { ServedTarget } from "../vmm/target.ts";
+import { countMissing, setRange, testBit } from "./bits.ts";
+import { planChunks } from "./eager-loop.ts";
+import type { PageFailure } from "./fault-loop.ts";
+import type { EagerWorkerStart } from "./protocol.ts";
+import { type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
+import { Crew } from "./workers.ts";
+
+/** Name under which the target keeps a copy of the load state. */
+export const KEPT_STATE = "fsl-state";
+/** An eager pass that leaves pages behind (a Worker died with a chunk in hand) is followed by another one. */
+const EAGER_PASSES_MAX = 16;
+/** How long the fault loop may take to notice that it is over. */
+const LOOP_END_MS = 1000;
+
+export interface Logger {
+  info(message: string): void;
+  warn(message: string): void;
+}
+
+export interface EagerOptions {
+  /** Eager Workers, 1..8. Default: the host's CPUs, at most 2. */
+  readonly workers?: number;
+  /** Largest single copy in bytes, 4 KiB..2 MiB. Default 256 KiB. */
+  readonly pieceLength?: number;
+  /** Limit of the eager load in bytes per second; 0 or absent = none. */
+  readonly bytesPerSecond?: number;
+  /** Nice value of the eager Workers, 0..19. Default 10. */
+  readonly nice?: number;
+}
+
+/** What becomes of a page that stays unreadable: wait for ever, let whoever touches it get SIGBUS, or end the target. */
+export type OnError = "wait" | "poison" | "kill";
+
+export interface ServingOptions {
+  readonly eager?: EagerOptions;
+  /** Data pages brought in around a faulting page, 1..512. Default 16. */
+  readonly clusterPages?: number;
+  readonly onError?: OnError;
+  /** How long a page is tried for before `onError` poison or kill, ms. Default 30 s. */
+  readonly errorLimitMs?: number;
+  readonly logger?: Logger;
+}
+
+const ERROR_LIMIT_MS = 30_000;
+
+/** A page that cannot be read, and since when. */
+interface KnownFailure {
+  failure: PageFailure;
+  readonly sinceMs: number;
+}
+
+export function eagerWorkerCount(options: ServingOptions): number {
+  const wanted = options.eager?.workers ?? Math.min(2, availableParallelism());
+  return Math.max(1, Math.min(wanted, WORKERS_MAX - 1));
+}
+
+export class Serving {
+  readonly #options: ServingOptions;
+  readonly #target: ServedTarget;
+  readonly #state: LoadState;
+  readonly #uffd: Uffd;
+  readonly #crew: Crew;
+  readonly #stopFd: number;
+  readonly #failures = new Map<string, KnownFailure>();
+  readonly #lost = Promise.withResolvers<never>();
+  #errorTimer: ReturnType<typeof setInterval> | undefined;
+  #suppliedWrong = false;
+
+  constructor(
+    target: ServedTarget,
+    state: LoadState,
+    uffd: Uffd,
+    crew: Crew,
+    options: ServingOptions,
+  ) {
+    this.#target = target;
+    this.#state = state;
+    this.#uffd = uffd;
+    this.#crew = crew;
+    this.#options = options;
+    this.#stopFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
+    this.#lost.promise.catch(() => {});
+    crew.listen({
+      onFailure: (failure, demanded) => this.#fail(failure, demanded),
+      onRecovered: (failure) => this.#recover(failure),
+      onWorkerLost: (role, error, replaced) => {
+        const next = replaced ? "another one takes over" : "given up: the guest waits";
+        options.logger?.warn(`${role} Worker failed: ${error.message}; ${next}`);
+        if (!replaced) this.#lost.reject(error);
+      },
+      beforeReplacement: (start) => state.leaveCopy(start.workerIndex),
+      afterReplacement: (start) => {
+        if (start.role === "fault") this.wakeAll();
+      },
+    });
+  }
+
+  /** True when a page stayed unreadable and `onError` was carried out. */
+  get supplyFailed(): boolean {
+    return this.#suppliedWrong;
+  }
+
+  /** Pages that cannot be read at this moment. */
+  failures(): PageFailure[] {
+    return [...this.#failures.values()].map(({ failure }) => failure);
+  }
+
+  /** @returns when faults are served */
+  async serveFaults(): Promise<void> {
+    await this.#crew.serveFaults({
+      role: "fault",
+      handle: this.#state.handle,
+      source: this.#state.metadata.source as PageSourceSpec,
+      uffdFd: this.#uffd.fd,
+      workerIndex: 0,
+      stopFd: this.#stopFd,
+      pidfd: this.#target.pidfd,
+      clusterPages: this.#options.clusterPages ?? 16,
+    });
+  }
+
+  /** Every thread that waits faults again: for faults that a dead reader had taken. */
+  wakeAll(): void {
+    const { registered } = this.#state.metadata;
+    for (let index = 0; index + 1 < registered.length; index += 2) {
+      const start = registered[index] ?? 0;
+      this.#uffd.wake(start, (registered[index + 1] ?? 0) - start);
+    }
+  }
+
+  /**
+   * Brings in the rest.
+   * @returns true when all RAM is in, false when the target has ended before
+   */
+  async bringRest(): Promise<boolean> {
+    const gone = this.#target.exited.then(() => "gone" as const);
+    for (let pass = 0; pass < EAGER_PASSES_MAX && this.missingPages() > 0; pass += 1) {
+      this.#state.resetChunks();
+      const loading = this.#crew.loadEagerly(this.#eagerStarts());
+      loading.catch(() => {});
+      const end = await Promise.race([loading, gone, this.#lost.promise]);
+      if (end === "gone") return false;
+    }
+    if (this.missingPages() === 0) return true;
+    // Pages are missing and nobody brings them: nothing may be closed while the target lives.
+    await gone;
+    return false;
+  }
+
+  /** Lets every range go and takes everything of fsl out of the target. Only when no page is missing. */
+  async finish(): Promise<void> {
+    this.#unregister();
+    this.#state.phase = PHASE_FINISHED;
+    await this.stop();
+    try {
+      await this.#target.dropDescriptor(KEPT_STATE);
+      await this.#target.release();
+    } catch (error) {
+      // A target that has ended needs no more; anything else is worth knowing.
+      if (!isFslError(error) || error.code !== "TARGET_LOST") throw error;
+    }
+  }
+
+  /** Ends the Workers. The target must be complete, gone, or about to be served by somebody else. */
+  async stop(): Promise<void> {
+    clearInterval(this.#errorTimer);
+    this.#state.stop();
+    sys.write(this.#stopFd, ONE);
+    await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);
+    this.#crew.dismiss();
+    sys.close(this.#stopFd);
+  }
+
+  missingPages(): number {
+    let missing = 0;
+    for (const { data, done } of this.#state.blocks) missing += countMissing(data, done);
+    return missing;
+  }
+
+  #unregister(): void {
+    const { registered } = this.#state.metadata;
+    for (let index = 0; index + 1 < registered.length; index += 2) {
+      const start = registered[index] ?? 0;
+      // A target that ended meanwhile has nothing left to unregister.
+      if (!this.#uffd.unregister(start, (registered[index + 1] ?? 0) - start)) return;
+    }
+  }
+
+  #eagerStarts(): EagerWorkerStart[] {
+    const state = this.#state;
+    const eager = this.#options.eager ?? {};
+    const workers = eagerWorkerCount(this.#options);
+    const order = Uint32Array.from(planChunks(state).keys());
+    return Array.from({ length: workers }, (_, index) => ({
+      role: "eager" as const,
+      handle: state.handle,
+      source: state.metadata.source as PageSourceSpec,
+      uffdFd: this.#uffd.fd,
+      workerIndex: index + 1,
+      pieceLength: eager.pieceLength ?? 256 * KiB,
+      order,
+      bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
+      nice: eager.nice ?? 10,
+    }));
+  }
+
+  #fail(failure: PageFailure, demanded: boolean): void {
+    const key = failureKey(failure);
+    const known = this.#failures.get(key);
+    if (known !== undefined) {
+      known.failure = failure;
+      return;
+    }
+    this.#failures.set(key, { failure, sinceMs: performance.now() });
+    this.#state.lastFailure = failure;
+    const who = demanded ? "the vCPU that needs it waits" : "nobody waits for it yet";
+    this.#options.logger?.warn(
+      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} cannot be read at file offset ` +
+        `${hex(failure.fileOffset)}: ${sys.errnoText(failure.errno)}; ${who}, reading is tried again`,
+    );
+    if ((this.#options.onError ?? "wait") !== "wait") {
+      this.#errorTimer ??= setInterval(() => this.#judgeFailures(), 100);
+    }
+  }
+
+  #recover(failure: PageFailure): void {
+    if (!this.#failures.delete(failureKey(failure))) return;
+    this.#options.logger?.info(
+      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} could be read again after ` +
+        `${failure.attempts} attempts`,
+    );
+  }
+
+  /** Carries out `onError` for pages that were tried for long enough. */
+  #judgeFailures(): void {
+    const limitMs = this.#options.errorLimitMs ?? ERROR_LIMIT_MS;
+    for (const [key, { failure, sinceMs }] of this.#failures) {
+      if (this.#isDone(failure)) {
+        this.#failures.delete(key);
+        continue;
+      }
+      if (performance.now() - sinceMs < limitMs) continue;
+      this.#suppliedWrong = true;
+      if (this.#options.onError === "kill") {
+        this.#options.logger?.warn(`${this.#target.description} is killed: a page stayed unreadable`);
+        clearInterval(this.#errorTimer);
+        this.#target.kill();
+        return;
+      }
+      this.#failures.delete(key);
+      this.#poison(failure);
+    }
+  }
+
+  #isDone(failure: PageFailure): boolean {
+    return testBit(this.#blockOf(failure).done, failure.pageIndex);
+  }
+
+  #poison(failure: PageFailure): void {
+    const { block, done } = this.#blockOf(failure);
+    const hostPage = Math.floor((failure.pageIndex * block.pageSize) / block.hostPageSize);
+    const address = block.hostAddr + hostPage * block.hostPageSize;
+    const poisoned = this.#uffd.poison(address, block.hostPageSize, 0);
+    if (poisoned < 0 && !this.#isDone(failure)) {
+      this.#options.logger?.warn(
+        `RAMBlock ${failure.idstr}: page ${failure.pageIndex} cannot be poisoned: ` +
+          `${sys.errnoText(-poisoned)} (UFFDIO_POISON needs Linux 6.6); its vCPU goes on waiting`,
+      );
+      return;
+    }
+    const first = (hostPage * block.hostPageSize) / block.pageSize;
+    setRange(done, first, first + block.hostPageSize / block.pageSize);
+    this.#options.logger?.warn(
+      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} is poisoned: it stayed unreadable`,
+    );
+  }
+
+  #blockOf(failure: PageFailure): LoadState["blocks"][number] {
+    const block = this.#state.blocks.find(({ block: { idstr } }) => idstr === failure.idstr);
+    if (block === undefined) throw new FslError("INTERNAL", `no block ${failure.idstr}`);
+    return block;
+  }
+}
+
+/** What an eventfd takes: a u64 of 1. */
+const ONE = new BigUint64Array([1n]);
+
+function failureKey(failure: PageFailure): string {
+  return `${failure.idstr}:${failure.pageIndex}`;
+}

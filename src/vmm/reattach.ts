@@ -1,0 +1,105 @@
+/**
+ * A QEMU whose fsl has died, found again. Nothing is asked of it before its faults are served: with a vCPU (or its main
+ * loop, while it loads devices) waiting for a page, QMP answers nobody.
+ */
+import { constants } from "node:os";
+import { FslError } from "../errors.ts";
+import * as native from "../sys/native.ts";
+import { type MigrationChanges, MigrationSettings } from "./migration-settings.ts";
+import { connectQmp } from "./qmp-connect.ts";
+import { isRecord, type QmpClient } from "./qmp.ts";
+import { USERFAULTFD_NAME } from "./qemu.ts";
+import { removeRuntimeDirectoryOf } from "./runtime-directory.ts";
+import type { ExitStatus, FoundTarget, StateProgress, TargetRecord } from "./target.ts";
+
+/** A QEMU that has just been freed from a wait has a whole device state to load first. */
+const GREETING_TIMEOUT_MS = 60_000;
+const POLLIN = 1;
+/** How often the end of a process that is no child of ours is looked for, ms. */
+const EXIT_PERIOD_MS = 50;
+
+/**
+ * @param record what the dead fsl left in the load state
+ * @throws FslError TARGET_LOST when the process has ended
+ */
+export function reattachQemu(record: TargetRecord): FoundTarget {
+  return new ReattachedQemu(record);
+}
+
+class ReattachedQemu implements FoundTarget {
+  readonly description: string;
+  readonly pid: number;
+  readonly pidfd: number;
+  readonly exited: Promise<ExitStatus>;
+  readonly #record: TargetRecord;
+  #qmp: QmpClient | null = null;
+  #isOver = false;
+
+  constructor(record: TargetRecord) {
+    this.#record = record;
+    this.pid = record.pid;
+    this.description = `QEMU (pid ${record.pid})`;
+    const pidfd = native.pidfdOpen(record.pid, 0);
+    if (pidfd < 0) {
+      throw new FslError("TARGET_LOST", `${this.description}: ${native.errnoText(-pidfd)}`, { pid: record.pid });
+    }
+    this.pidfd = pidfd;
+    this.exited = this.#watch();
+  }
+
+  async stateProgress(): Promise<StateProgress> {
+    const reply = await this.#control().request("query-migrate");
+    const status = isRecord(reply) ? reply["status"] : undefined;
+    if (status === "completed") return "loaded";
+    if (status === "failed") return "failed";
+    return status === undefined ? "none" : "loading";
+  }
+
+  async resume(): Promise<void> {
+    await this.#control().request("cont");
+  }
+
+  async pause(): Promise<void> {
+    await this.#control().request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY });
+  }
+
+  async dropDescriptor(name: string): Promise<void> {
+    await this.#control().request("closefd", { fdname: name });
+  }
+
+  async release(): Promise<void> {
+    const qmp = this.#control();
+    await qmp.execute("closefd", { fdname: USERFAULTFD_NAME });
+    await MigrationSettings.changedBefore(qmp, this.#record.undo as MigrationChanges).restore();
+    qmp.close();
+    this.#qmp = null;
+  }
+
+  signal(signal: NodeJS.Signals): void {
+    native.pidfdSendSignal(this.pidfd, constants.signals[signal]); // ESRCH: it has ended already.
+  }
+
+  kill(): void {
+    this.signal("SIGKILL");
+  }
+
+  #control(): QmpClient {
+    const { controlPath } = this.#record;
+    if (controlPath === null) {
+      throw new FslError("TARGET_LOST", `${this.description}: has no QMP socket that can be connected to again`);
+    }
+    this.#qmp ??= connectQmp(controlPath, { greetingTimeoutMs: GREETING_TIMEOUT_MS });
+    return this.#qmp;
+  }
+
+  /** The pidfd says when it ends; the exit code is its parent's to know. */
+  async #watch(): Promise<ExitStatus> {
+    const fds = Int32Array.of(this.pidfd);
+    const revents = new Int32Array(1);
+    while (!this.#isOver && native.poll(fds, revents, 1, POLLIN, 0) === 0) await Bun.sleep(EXIT_PERIOD_MS);
+    this.#isOver = true;
+    this.#qmp?.close();
+    if (this.#record.controlPath !== null) removeRuntimeDirectoryOf(this.#record.controlPath);
+    return { exitCode: null, signal: null };
+  }
+}
