@@ -1,6 +1,7 @@
 /**
- * Compiles the shim and the preload library for both architectures into build/, free-standing: no libc, nothing NEEDED,
- * so that one file serves glibc and musl hosts. A library that is newer than its sources is left alone.
+ * Compiles the shim and the preload library for both architectures into build/, free-standing: no
+ * libc, nothing NEEDED, so that one file serves glibc and musl hosts. A library that is newer than
+ * its sources is left alone.
  */
 import {
   mkdirSync,
@@ -61,11 +62,14 @@ export function run(command: readonly string[], environment: Record<string, stri
   throw new Error(`${command.join(" ")}: exit code ${done.exitCode}\n${output}`);
 }
 
-/** The compiler itself where its package is installed; the launcher beside it costs 0.1 s a call. */
+/**
+ * The compiler itself where its package is installed; the launcher beside it costs 0.1 s a call.
+ */
 function zigPath(): string {
   const arch = process.arch === "arm64" ? "arm64" : "x64";
   const direct = join(ROOT, "node_modules/@oven", `zig-linux-${arch}`, "zig");
-  return modifiedMs(direct) > 0 ? direct : (Bun.which("zig") ?? join(ROOT, "node_modules/.bin/zig"));
+  if (modifiedMs(direct) > 0) return direct;
+  return Bun.which("zig") ?? join(ROOT, "node_modules/.bin/zig");
 }
 
 /** Compiles C for this host with a libc, for the tests. */
@@ -79,7 +83,8 @@ export function compileProgram(
   const target = ["-target", `${arch}-linux-${libc}`];
   const partPath = `${path}.${process.pid}`;
   mkdirSync(BUILD, { recursive: true });
-  run([zigPath(), "cc", ...target, "-O2", "-Wall", "-Wextra", ...flags, ...sources, "-o", partPath], {
+  const options = ["-O2", "-Wall", "-Wextra", ...flags];
+  run([zigPath(), "cc", ...target, ...options, ...sources, "-o", partPath], {
     ZIG_GLOBAL_CACHE_DIR: CACHE,
     ZIG_LOCAL_CACHE_DIR: CACHE,
   });
@@ -97,7 +102,10 @@ function compile(library: keyof typeof LIBRARIES, arch: string, path: string): v
   renameSync(partPath, path);
 }
 
-/** Builds what is out of date, and build/libraries.json, which is how src/sys/embedded.ts gets them. */
+/**
+ * Builds what is out of date, and build/libraries.json, which is how src/sys/embedded.ts gets
+ * them.
+ */
 export function buildShim(log: (line: string) => void): void {
   mkdirSync(BUILD, { recursive: true });
   const sources = readdirSync(SHIM).map((name) => join(SHIM, name));

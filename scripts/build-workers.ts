@@ -1,6 +1,7 @@
 /**
- * Bundles the Workers' entry points into build/, each into one file with all that it imports. src/sys/worker.ts embeds
- * these files, so that a program compiled with `bun build --compile` carries them without naming them.
+ * Bundles the Workers' entry points into build/, each into one file with all that it imports.
+ * src/sys/worker.ts embeds these files, so that a program compiled with `bun build --compile`
+ * carries them without naming them.
  */
 import { existsSync, readdirSync, renameSync } from "node:fs";
 import { join } from "node:path";

@@ -1,6 +1,7 @@
 /**
- * Builds everything that is not TypeScript run as it is: the shim and the preload library for both architectures, the
- * Workers' bundles, and the executable dist/fsl. What is newer than its sources is left alone.
+ * Builds everything that is not TypeScript run as it is: the shim and the preload library for both
+ * architectures, the Workers' bundles, and the executable dist/fsl. What is newer than its sources
+ * is left alone.
  *
  *   bun scripts/build.ts [--quiet] [--no-executable]
  *

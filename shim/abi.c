@@ -1,6 +1,7 @@
 /*
- * abi.c: sizes, offsets and constants as the compiler saw them. src/sys/abi.ts holds the same list in the same order
- * (ABI_TABLE) and compares the two when the shim is loaded, so that neither side can change alone.
+ * abi.c: sizes, offsets and constants as the compiler saw them. src/sys/abi.ts holds the same list
+ * in the same order (ABI_TABLE) and compares the two when the shim is loaded, so that neither side
+ * can change alone.
  */
 #include "fsl_shim.h"
 #include "kernel.h"

@@ -1,14 +1,15 @@
 /*
  * fsl_shim.h: raw system calls for TypeScript, and nothing else.
  *
- * The library is free-standing (no libc, no NEEDED entries): one file serves glibc and musl hosts. No
- * function keeps state, allocates, logs, retries or calls back.
+ * The library is free-standing (no libc, no NEEDED entries): one file serves glibc and musl hosts.
+ * No function keeps state, allocates, logs, retries or calls back. The one exception in all of that
+ * is fsl_remote_syscall, which has a thread and a stack of its own for as long as it runs.
  *
  * Calling convention, chosen for bun:ffi:
- *   fd_t   int32_t            file descriptors, pids, flags, small counts
- *   num_t  double             addresses, lengths, file offsets (exact below 2^53), 64-bit results
- *   ptr    void *             memory owned by TypeScript (a typed array, kept referenced by the caller)
- * Every function returns >= 0, or -errno. EINTR is returned, never looped on (but see fsl_remote_syscall).
+ *   fd_t   int32_t   descriptors, pids, flags, small counts
+ *   num_t  double    addresses, lengths, file offsets (exact below 2^53), 64-bit results
+ *   ptr    void *    memory owned by TypeScript: a typed array that the caller keeps referenced
+ * Every function returns >= 0, or -errno. EINTR is returned, never looped on.
  */
 #ifndef FSL_SHIM_H
 #define FSL_SHIM_H
@@ -20,20 +21,29 @@ typedef double num_t;
 
 #define FSL_EXPORT __attribute__((visibility("default")))
 
-/* Sizes, offsets and constants as the compiler saw them, for comparison with src/sys/abi.ts.
- * Writes at most `capacity` u64 values, returns how many there are. */
+/*
+ * Sizes, offsets and constants as the compiler saw them, for comparison with src/sys/abi.ts.
+ * Writes at most `capacity` values, returns how many there are.
+ */
 FSL_EXPORT int32_t fsl_abi(uint64_t *out, int32_t capacity);
 
 /* ---- userfaultfd(2), ioctl_userfaultfd(2) ---- */
-FSL_EXPORT int32_t fsl_userfaultfd(int32_t flags);                    /* EPERM ENOSYS EMFILE */
-FSL_EXPORT int32_t fsl_userfaultfd_dev(fd_t dev, int32_t flags);      /* USERFAULTFD_IOC_NEW on /dev/userfaultfd */
-/* UFFDIO_API. out[0] = features granted, out[1] = ioctls. EINVAL: unknown feature, or handshake done before. */
+
+/* A descriptor; EPERM without privilege, ENOSYS in a kernel without it, EMFILE. */
+FSL_EXPORT int32_t fsl_userfaultfd(int32_t flags);
+/* USERFAULTFD_IOC_NEW on an open /dev/userfaultfd (Linux 6.1). */
+FSL_EXPORT int32_t fsl_userfaultfd_dev(fd_t dev, int32_t flags);
+/* out[0] = features granted, out[1] = ioctls. EINVAL: unknown feature, or done before. */
 FSL_EXPORT int32_t fsl_uffd_api(fd_t uffd, num_t features, uint64_t *out);
 /* mode: 1 MISSING, 2 WP, 4 MINOR. out[0] = ioctls that the range accepts. */
-FSL_EXPORT int32_t fsl_uffd_register(fd_t uffd, num_t addr, num_t length, int32_t mode, uint64_t *out);
+FSL_EXPORT int32_t fsl_uffd_register(fd_t uffd, num_t addr, num_t length, int32_t mode,
+                                     uint64_t *out);
 FSL_EXPORT int32_t fsl_uffd_unregister(fd_t uffd, num_t addr, num_t length);
-/* COPY, ZEROPAGE, CONTINUE, POISON: returns the kernel's *signed* result field: bytes done (> 0, maybe fewer than
- * length), or -errno when nothing was done (EEXIST EAGAIN ENOENT ESRCH EFAULT ENOMEM). Decided by that field. */
+/*
+ * COPY, ZEROPAGE, CONTINUE, POISON: the kernel's *signed* result field decides. Bytes done (> 0,
+ * maybe fewer than length), or -errno when nothing was done: EEXIST EAGAIN ENOENT ESRCH EFAULT
+ * ENOMEM.
+ */
 FSL_EXPORT num_t fsl_uffd_copy(fd_t uffd, num_t dst, num_t src, num_t length, int32_t mode);
 FSL_EXPORT num_t fsl_uffd_zeropage(fd_t uffd, num_t addr, num_t length, int32_t mode);
 FSL_EXPORT num_t fsl_uffd_continue(fd_t uffd, num_t addr, num_t length, int32_t mode);
@@ -42,72 +52,118 @@ FSL_EXPORT int32_t fsl_uffd_writeprotect(fd_t uffd, num_t addr, num_t length, in
 FSL_EXPORT int32_t fsl_uffd_wake(fd_t uffd, num_t addr, num_t length);
 
 /* ---- descriptors ---- */
-FSL_EXPORT int32_t fsl_open(const char *path, int32_t flags, int32_t mode);      /* O_CLOEXEC is the caller's */
+
+/* openat(2) from the working directory. O_CLOEXEC is the caller's business. */
+FSL_EXPORT int32_t fsl_open(const char *path, int32_t flags, int32_t mode);
 FSL_EXPORT int32_t fsl_close(fd_t fd);
-FSL_EXPORT int32_t fsl_dup(fd_t fd, int32_t minimum);                            /* F_DUPFD_CLOEXEC */
-FSL_EXPORT int32_t fsl_fcntl(fd_t fd, int32_t command, num_t argument);          /* leases, flags */
-FSL_EXPORT num_t fsl_ioctl(fd_t fd, num_t request, num_t argument);              /* argument: value or address */
-FSL_EXPORT int32_t fsl_flock(fd_t fd, int32_t operation);                        /* 1 SH, 2 EX, 4 NB, 8 UN */
+/* F_DUPFD_CLOEXEC */
+FSL_EXPORT int32_t fsl_dup(fd_t fd, int32_t minimum);
+/* Commands with a number as argument: leases, seals, flags. */
+FSL_EXPORT int32_t fsl_fcntl(fd_t fd, int32_t command, num_t argument);
+/* argument: a value or an address. */
+FSL_EXPORT num_t fsl_ioctl(fd_t fd, num_t request, num_t argument);
+/* operation: 1 SH, 2 EX, 4 NB, 8 UN. */
+FSL_EXPORT int32_t fsl_flock(fd_t fd, int32_t operation);
 FSL_EXPORT int32_t fsl_eventfd(int32_t initial, int32_t flags);
 FSL_EXPORT int32_t fsl_memfd_create(const char *name, int32_t flags);
 FSL_EXPORT int32_t fsl_ftruncate(fd_t fd, num_t length);
 FSL_EXPORT int32_t fsl_fallocate(fd_t fd, int32_t mode, num_t offset, num_t length);
-FSL_EXPORT int32_t fsl_fadvise(fd_t fd, num_t offset, num_t length, int32_t advice);  /* 3 WILLNEED, 4 DONTNEED */
-FSL_EXPORT num_t fsl_lseek(fd_t fd, num_t offset, int32_t whence);               /* SEEK_DATA 3, SEEK_HOLE 4 */
+/* posix_fadvise(2): 3 WILLNEED, 4 DONTNEED. */
+FSL_EXPORT int32_t fsl_fadvise(fd_t fd, num_t offset, num_t length, int32_t advice);
+/* whence 3 is SEEK_DATA, 4 SEEK_HOLE. */
+FSL_EXPORT num_t fsl_lseek(fd_t fd, num_t offset, int32_t whence);
 FSL_EXPORT num_t fsl_read(fd_t fd, void *buffer, num_t length);
 FSL_EXPORT num_t fsl_write(fd_t fd, const void *buffer, num_t length);
-FSL_EXPORT num_t fsl_pread(fd_t fd, num_t buffer_addr, num_t length, num_t offset);   /* into memory by address */
+/* These two take the memory by its address. */
+FSL_EXPORT num_t fsl_pread(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
 FSL_EXPORT num_t fsl_pwrite(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
-FSL_EXPORT num_t fsl_copy_file_range(fd_t in, num_t in_offset, fd_t out, num_t out_offset, num_t length);
-/* poll(2) on up to 8 descriptors. fds[i] in, revents[i] out; events is the same for all (POLLIN 1). */
-FSL_EXPORT int32_t fsl_poll(const int32_t *fds, int32_t *revents, int32_t count, int32_t events, int32_t timeout_ms);
+FSL_EXPORT num_t fsl_copy_file_range(fd_t in, num_t in_offset, fd_t out, num_t out_offset,
+                                     num_t length);
+/*
+ * poll(2) on up to 8 descriptors; negative ones are skipped. fds[i] in, revents[i] out; `events` is
+ * the same for all (1 = POLLIN). timeout -1 = none.
+ */
+FSL_EXPORT int32_t fsl_poll(const int32_t *fds, int32_t *revents, int32_t count, int32_t events,
+                            int32_t timeout_ms);
 
-/* ---- unix sockets ---- */
-FSL_EXPORT int32_t fsl_socketpair(int32_t type, int32_t *out);                   /* AF_UNIX, SOCK_CLOEXEC */
-FSL_EXPORT int32_t fsl_unix_listen(const char *path, int32_t backlog);           /* socket + bind + listen */
+/* ---- unix sockets; every descriptor made here is close-on-exec ---- */
+
+FSL_EXPORT int32_t fsl_socketpair(int32_t type, int32_t *out);
+/* socket + bind + listen; socket + connect. ENAMETOOLONG: more than 107 bytes. */
+FSL_EXPORT int32_t fsl_unix_listen(const char *path, int32_t backlog);
 FSL_EXPORT int32_t fsl_unix_connect(const char *path);
 FSL_EXPORT int32_t fsl_unix_accept(fd_t listener);
 FSL_EXPORT int32_t fsl_shutdown(fd_t socket, int32_t how);
-/* sendmsg(2) of one buffer and up to 8 descriptors (fd_count may be 0). Returns bytes sent. */
-FSL_EXPORT num_t fsl_send(fd_t socket, const void *buffer, num_t length, const int32_t *fds, int32_t fd_count, int32_t flags);
-/* recvmsg(2); received descriptors (CLOEXEC) go to fds[0..*]; out[0] = their number, out[1] = msg_flags. */
-FSL_EXPORT num_t fsl_recv(fd_t socket, void *buffer, num_t length, int32_t *fds, int32_t fd_capacity, int32_t *out, int32_t flags);
+/*
+ * sendmsg(2) of one buffer and up to 8 descriptors (fd_count may be 0), never with SIGPIPE. Returns
+ * bytes sent.
+ */
+FSL_EXPORT num_t fsl_send(fd_t socket, const void *buffer, num_t length, const int32_t *fds,
+                          int32_t fd_count, int32_t flags);
+/*
+ * recvmsg(2). Received descriptors go to fds[0..fd_capacity); out[0] = their number, out[1] =
+ * msg_flags (8 = MSG_CTRUNC: more came than fit, and they are closed). Returns bytes received.
+ */
+FSL_EXPORT num_t fsl_recv(fd_t socket, void *buffer, num_t length, int32_t *fds,
+                          int32_t fd_capacity, int32_t *out, int32_t flags);
 /* SO_PEERCRED: out[0] pid, out[1] uid, out[2] gid. */
 FSL_EXPORT int32_t fsl_peer_credentials(fd_t socket, int32_t *out);
-FSL_EXPORT int32_t fsl_peer_pidfd(fd_t socket);                                  /* SO_PEERPIDFD (77), Linux 6.5 */
+/* SO_PEERPIDFD, Linux 6.5. */
+FSL_EXPORT int32_t fsl_peer_pidfd(fd_t socket);
 
 /* ---- processes ---- */
+
 FSL_EXPORT int32_t fsl_pidfd_open(int32_t pid, int32_t flags);
 FSL_EXPORT int32_t fsl_pidfd_getfd(fd_t pidfd, int32_t target_fd);
 FSL_EXPORT int32_t fsl_pidfd_send_signal(fd_t pidfd, int32_t signal);
-/* kcmp(2) KCMP_FILE: 0 same open file, 1/2/3 different. */
+/* kcmp(2) KCMP_FILE: 0 same open file, 1 to 3 different. */
 FSL_EXPORT int32_t fsl_kcmp_file(int32_t pid1, int32_t pid2, int32_t fd1, int32_t fd2);
-FSL_EXPORT num_t fsl_process_vm_readv(int32_t pid, num_t remote_addr, num_t local_addr, num_t length);
-FSL_EXPORT num_t fsl_process_vm_writev(int32_t pid, num_t remote_addr, num_t local_addr, num_t length);
+FSL_EXPORT num_t fsl_process_vm_readv(int32_t pid, num_t remote_addr, num_t local_addr,
+                                      num_t length);
+FSL_EXPORT num_t fsl_process_vm_writev(int32_t pid, num_t remote_addr, num_t local_addr,
+                                       num_t length);
+/* Returns bytes advised. */
 FSL_EXPORT num_t fsl_process_madvise(fd_t pidfd, num_t addr, num_t length, int32_t advice);
 FSL_EXPORT int32_t fsl_gettid(void);
-FSL_EXPORT int32_t fsl_setpriority(int32_t tid, int32_t nice);                   /* PRIO_PROCESS of one thread */
+/* PRIO_PROCESS of one thread. */
+FSL_EXPORT int32_t fsl_setpriority(int32_t tid, int32_t nice);
 FSL_EXPORT int32_t fsl_sched_setaffinity(int32_t tid, const void *mask, num_t mask_bytes);
-FSL_EXPORT int32_t fsl_sched_getaffinity(int32_t tid, void *mask, num_t mask_bytes);  /* bytes written */
+/* Returns the bytes of the mask that were written. */
+FSL_EXPORT int32_t fsl_sched_getaffinity(int32_t tid, void *mask, num_t mask_bytes);
 FSL_EXPORT int32_t fsl_set_mempolicy(int32_t mode, const void *nodes, num_t nodes_bits);
 /* prlimit64(2): {soft, hard} pairs; either pointer may be null. */
-FSL_EXPORT int32_t fsl_prlimit(int32_t pid, int32_t resource, const uint64_t *limit, uint64_t *old_limit);
+FSL_EXPORT int32_t fsl_prlimit(int32_t pid, int32_t resource, const uint64_t *limit,
+                               uint64_t *old_limit);
 FSL_EXPORT int32_t fsl_prctl(int32_t option, num_t a, num_t b, num_t c, num_t d);
-FSL_EXPORT int32_t fsl_ignore_signal(int32_t signal);                            /* rt_sigaction SIG_IGN */
+/* rt_sigaction SIG_IGN. */
+FSL_EXPORT int32_t fsl_ignore_signal(int32_t signal);
 FSL_EXPORT int32_t fsl_waitpid(int32_t pid, int32_t options, int32_t *status);
-FSL_EXPORT num_t fsl_clock_ns(void);                                             /* CLOCK_MONOTONIC, ns */
+/* CLOCK_MONOTONIC, ns. */
+FSL_EXPORT num_t fsl_clock_ns(void);
 
 /* ---- memory of this process ---- */
-FSL_EXPORT num_t fsl_mmap(num_t addr, num_t length, int32_t prot, int32_t flags, fd_t fd, num_t offset);
+
+FSL_EXPORT num_t fsl_mmap(num_t addr, num_t length, int32_t prot, int32_t flags, fd_t fd,
+                          num_t offset);
 FSL_EXPORT int32_t fsl_munmap(num_t addr, num_t length);
 FSL_EXPORT int32_t fsl_madvise(num_t addr, num_t length, int32_t advice);
 FSL_EXPORT int32_t fsl_mincore(num_t addr, num_t length, void *vector);
 FSL_EXPORT int32_t fsl_mlock(num_t addr, num_t length);
 
-/* ---- one system call inside another process, by ptrace (shim/remote.c) ----
- * Borrows the main thread of `pid` for `syscall number(args[0..5])`, on a thread of its own that is made for the call
- * and ended after it (a tracer's exit detaches). result[0] = what the system call returned (signed).
- * 0 = the call was made; -errno = it was not made, the target is as before (EPERM, ESRCH, ETIMEDOUT, EBUSY). */
-FSL_EXPORT int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args, int64_t *result, int32_t timeout_ms);
+/* ---- one system call inside another process, by ptrace (shim/remote.c) ---- */
+
+/*
+ * Has the main thread of `pid` make `syscall number(args[0..6))`; result[0] = what it returned.
+ * Interrupted calls are made again. Returns 0 when the call was made, or -errno when it was not and
+ * the target is as before:
+ *   EPERM      no right to trace it, or somebody else does
+ *   ESRCH      it has ended
+ *   EBUSY      it is stopped by a signal (SIGSTOP, SIGTSTP ...)
+ *   ETIMEDOUT  its main thread did not come to a stop within `timeout_ms`
+ *   ENOEXEC    it has no vDSO, or is a 32-bit process
+ *   EIO        it was elsewhere than it was sent
+ */
+FSL_EXPORT int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args,
+                                      int64_t *result, int32_t timeout_ms);
 
 #endif

@@ -1,8 +1,10 @@
 /*
  * kernel.h: what the shim needs of the Linux user ABI, without a libc.
  *
- * Everything is defined here: without a libc there is no header path, installed headers are often older than the kernel
- * (Debian 12's stop at Linux 6.1), and msghdr and the kernel's sigaction have no user header at all. Sizes and offsets are asserted at the end; fsl_abi() reports them to TypeScript.
+ * Everything is defined here: without a libc there is no header path, installed headers are often
+ * older than the kernel (Debian 12's stop at Linux 6.1), and msghdr and the kernel's sigaction have
+ * no user header at all. Sizes and offsets are asserted at the end; fsl_abi() reports them to
+ * TypeScript.
  *
  * @source Linux include/uapi/linux/{userfaultfd,ptrace,elf,fcntl,un,socket}.h
  */

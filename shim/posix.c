@@ -1,6 +1,7 @@
 /*
  * posix.c: descriptors, sockets, processes and memory; one function per system call.
- * No function keeps state or retries. Both architectures have only the newer calls (openat, ppoll, pidfd_*).
+ * No function keeps state or retries. Both architectures have only the newer calls (openat, ppoll,
+ * pidfd_*).
  */
 #include "fsl_shim.h"
 #include "kernel.h"
@@ -176,7 +177,10 @@ num_t fsl_recv(fd_t socket, void *buffer, num_t length, int32_t *fds, int32_t fd
   out[1] = 0;
   if (fd_capacity < 0 || fd_capacity > FD_COUNT_MAX) return -EINVAL;
   if (fd_capacity > 0) {
-    /* Exactly as much as the caller can hold: what does not fit is dropped by the kernel, which says MSG_CTRUNC. */
+    /*
+     * Exactly as much as the caller can hold: what does not fit is dropped by the kernel, which
+     * says MSG_CTRUNC.
+     */
     message.control = &control;
     message.control_length = sizeof(control.header) + (uint64_t)fd_capacity * sizeof(int32_t);
   }

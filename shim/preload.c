@@ -1,21 +1,30 @@
 /*
- * preload.c: the userfaultfd of a program that fsl starts, made by the program itself before its main().
+ * preload.c: the userfaultfd of a program that fsl starts, made by the program itself before its
+ * main().
  *
- * Loaded with LD_PRELOAD into a dynamically linked QEMU. Its only code is one constructor: it makes a userfaultfd, sends a
- * duplicate over an inherited socket, and cleans the environment, so that the program and its children see what the
- * user gave them. Free-standing: it must load into glibc and musl programs alike, and adds nothing to them.
- * It never fails the program: whatever goes wrong is told over the socket, or shows as silence.
+ * Loaded with LD_PRELOAD into a dynamically linked QEMU. Its only code is one constructor: it makes
+ * a userfaultfd, sends a duplicate over an inherited socket, and cleans the environment, so that
+ * the program and its children see what the user gave them. Free-standing: it must load into glibc
+ * and musl programs alike, and adds nothing to them. It never fails the program: whatever goes
+ * wrong is told over the socket, or shows as silence.
  *
  * Environment (all removed, in place):
- *   FSL_PRELOAD=<socket fd>:<memfd fd>[:c]   where to send; the memfd this library was loaded from, or -1; `c` closes
- *                                            both when done, and the userfaultfd itself is kept in any case
- *   FSL_PRELOAD_NEXT=<text>                  the user's own LD_PRELOAD, put back; without it LD_PRELOAD is removed
+ *   FSL_PRELOAD=<socket>:<memfd>[:c]  descriptors: where to send, and where this library was loaded
+ *                                     from (or -1). `c` closes both when done; the userfaultfd
+ *                                     itself is kept in any case
+ *   FSL_PRELOAD_NEXT=<text>           the user's own LD_PRELOAD, put back; without it LD_PRELOAD is
+ *                                     removed
  *
  * Message (24 bytes, host byte order; with one descriptor by SCM_RIGHTS when result >= 0):
- *   0 u32 magic "fslu" · 4 u32 version 1 · 8 i32 pid · 12 i32 result (descriptor number here, or -errno) ·
- *   16 i32 way (1 userfaultfd(2), 2 /dev/userfaultfd) · 20 i32 errno of way 1, or 0
+ *    0  u32  magic "fslu"
+ *    4  u32  version, 1
+ *    8  i32  pid
+ *   12  i32  number of the userfaultfd here, or -errno
+ *   16  i32  way: 1 userfaultfd(2), 2 /dev/userfaultfd
+ *   20  i32  errno of way 1 when way 2 had to be tried, or 0
  *
- * Never UFFD_USER_MODE_ONLY: system calls and KVM that touch a missing page would get EFAULT instead of waiting.
+ * Never UFFD_USER_MODE_ONLY: system calls and KVM that touch a missing page would get EFAULT
+ * instead of waiting.
  */
 #include "kernel.h"
 
@@ -62,7 +71,9 @@ static int32_t number_at(const char **text) {
   return negative ? -value : value;
 }
 
-/* Removes entry `index` from the environment in place; what follows moves up, the final null too. */
+/*
+ * Removes entry `index` from the environment in place; what follows moves up, the final null too.
+ */
 static void remove_at(char **envp, int32_t index) {
   do {
     envp[index] = envp[index + 1];
@@ -71,7 +82,9 @@ static void remove_at(char **envp, int32_t index) {
 
 static void send_result(int32_t socket, const struct message *message, int32_t fd) {
   struct control control = {
-      .header = {.length = sizeof(struct cmsghdr64) + sizeof(int32_t), .level = SOL_SOCKET, .type = SCM_RIGHTS},
+      .header = {.length = sizeof(struct cmsghdr64) + sizeof(int32_t),
+                 .level = SOL_SOCKET,
+                 .type = SCM_RIGHTS},
       .fd = fd,
       .pad = 0,
   };
@@ -89,8 +102,11 @@ static void send_result(int32_t socket, const struct message *message, int32_t f
 
 static void make_and_send(int32_t socket) {
   const int32_t flags = O_CLOEXEC | O_NONBLOCK;
-  struct message message = {
-      .magic = MAGIC, .version = VERSION, .pid = (int32_t)sys(NR_getpid), .way = WAY_SYSCALL, .first_errno = 0};
+  struct message message = {.magic = MAGIC,
+                            .version = VERSION,
+                            .pid = (int32_t)sys(NR_getpid),
+                            .way = WAY_SYSCALL,
+                            .first_errno = 0};
   message.result = (int32_t)sys(NR_userfaultfd, flags);
   if (message.result == -EPERM || message.result == -ENOSYS || message.result == -EACCES) {
     message.first_errno = -message.result;
@@ -110,8 +126,9 @@ static void make_and_send(int32_t socket) {
 extern char **environ __attribute__((weak, visibility("default")));
 
 /*
- * glibc hands argc, argv, envp to constructors, and may call this one before it has set `environ` (the library needs
- * nothing, so nothing orders it). musl hands nothing, so that the arguments are garbage, but has set `environ`.
+ * glibc hands argc, argv, envp to constructors, and may call this one before it has set `environ`
+ * (the library needs nothing, so nothing orders it). musl hands nothing, so that the arguments are
+ * garbage, but has set `environ`.
  */
 static void preload(int argc, char **argv, char **envp) {
   if (&environ != (char ***)0 && environ != (char **)0) {
@@ -139,8 +156,8 @@ static void preload(int argc, char **argv, char **envp) {
   }
 
   /*
-   * "FSL_PRELOAD_NEXT=x" becomes "LD_PRELOAD=x" in its own memory: the text moves to the left, so it always fits. The
-   * highest index is removed first, so that the others stay valid.
+   * "FSL_PRELOAD_NEXT=x" becomes "LD_PRELOAD=x" in its own memory: the text moves to the left, so
+   * it always fits. The highest index is removed first, so that the others stay valid.
    */
   if (next_at >= 0) {
     char *entry = envp[next_at];
@@ -156,4 +173,6 @@ static void preload(int argc, char **argv, char **envp) {
   }
 }
 
-__attribute__((used, section(".init_array"))) static void (*const constructor)(int, char **, char **) = preload;
+typedef void constructor_t(int, char **, char **);
+
+__attribute__((used, section(".init_array"))) static constructor_t *const constructor = preload;

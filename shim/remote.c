@@ -1,29 +1,36 @@
 /*
- * remote.c: one system call made by another process, by borrowing its main thread with ptrace for under a millisecond.
+ * remote.c: one system call made by another process, by borrowing its main thread with ptrace for
+ * under a millisecond.
  *
- * Who runs it. A tracer is a *thread*: only the thread that attached may act, and when it ends the kernel detaches
- * whatever it still traces, even a target that never stopped. So each call gets a thread of its own (raw clone, own stack,
- * no TLS: it calls nothing but this file) and waits for its end. A tracer that lived on after a time-out would stop
- * the target at the next event, for good.
+ * Who runs it. A tracer is a *thread*: only the thread that attached may act, and when it ends the
+ * kernel detaches whatever it still traces, even a target that never stopped. So each call gets a
+ * thread of its own (raw clone, own stack, no TLS: it calls nothing but this file) and waits for
+ * its end. A tracer that lived on after a time-out would stop the target at the next event, for
+ * good.
  *
  * Steps, each only when the one before is sure:
- *   1. find a system call instruction in the target's vDSO (nothing is written into the target's memory)
- *   2. PTRACE_SEIZE, PTRACE_INTERRUPT; signals that stop it first are delivered; a target in group-stop is refused
+ *   1. find a system call instruction in the target's vDSO (nothing is written into its memory)
+ *   2. PTRACE_SEIZE, PTRACE_INTERRUPT; signals that stop it first are delivered; a target in
+ *      group-stop is refused
  *   3. save registers and signal mask, block every signal
- *   4. put number and arguments into the registers, run to the entry of the call and to its exit; the result counts only
- *      if the instruction pointer is right behind that instruction; EINTR and ERESTART* are tried again
+ *   4. put number and arguments into the registers, run to the entry of the call and to its exit;
+ *      the result counts only if the instruction pointer is right behind that instruction; EINTR
+ *      and ERESTART* are tried again
  *   5. stop it once more *on the signal path* (PTRACE_INTERRUPT), restore, detach
- * Step 5: a main thread that sat in ppoll or nanosleep has -ERESTART* in its result register, and the kernel turns that
- * into a restart only on the signal path; anywhere else it would reach the program. (Detaching happens to send the thread
- * through that path in the kernels looked at. Nothing promises it.)
+ * Step 5: a main thread that sat in ppoll or nanosleep has -ERESTART* in its result register, and
+ * the kernel turns that into a restart only on the signal path; anywhere else it would reach the
+ * program. (Detaching happens to send the thread through that path in the kernels looked at.
+ * Nothing promises it.)
  *
- * Stops are told apart by PTRACE_GETSIGINFO and not by wait(2): the target may be a child of this very process, whose
- * runtime waits for it on another thread, and neither may take the other's news away.
+ * Stops are told apart by PTRACE_GETSIGINFO and not by wait(2): the target may be a child of this
+ * very process, whose runtime waits for it on another thread, and neither may take the other's news
+ * away.
  *
- * From step 4 on there is no way back but through step 5, so the deadline ends only the waiting before it; a call that
- * is in progress when it passes is interrupted, not abandoned.
+ * From step 4 on there is no way back but through step 5, so the deadline ends only the waiting
+ * before it; a call that is in progress when it passes is interrupted, not abandoned.
  *
- * @source ptrace(2); Linux kernel/signal.c get_signal, arch/x86/kernel/signal.c, arch/arm64/kernel/signal.c do_signal
+ * @source ptrace(2); Linux kernel/signal.c get_signal, arch/x86/kernel/signal.c and
+ *         arch/arm64/kernel/signal.c do_signal
  */
 #include "fsl_shim.h"
 #include "kernel.h"
@@ -55,13 +62,17 @@
 
 #define CLONE_THREAD_FLAGS                                                              \
   (0x00000100 /* VM */ | 0x00000200 /* FS */ | 0x00000400 /* FILES */ |                 \
-   0x00000800 /* SIGHAND */ | 0x00010000 /* THREAD */ | 0x00040000 /* SYSVSEM */)
+   0x00000800 /* SIGHAND */ | 0x00010000 /* THREAD */ | 0x00040000 /* SYSVSEM */ |      \
+   0x00100000 /* PARENT_SETTID */)
 
 #define AT_SYSINFO_EHDR 33
 #define PT_LOAD 1
 #define PF_X 1
 
-/* Limits: a vDSO is 1 to 4 pages; the retries are for interrupted calls, which cannot repeat while signals are blocked. */
+/*
+ * Limits: a vDSO is 1 to 4 pages; the retries are for interrupted calls, which cannot repeat while
+ * signals are blocked.
+ */
 #define VDSO_BYTES_MAX (64 * 1024)
 #define AUXV_BYTES_MAX 4096
 #define ATTEMPTS_MAX 16
@@ -159,7 +170,10 @@ static int is_instruction(const uint8_t *at) {
 
 static void set_call(struct registers *regs, uint64_t at, const struct request *request) {
   regs->pc = at;
-  /* BTYPE: a thread stopped right after an indirect branch would fault on an instruction that is no landing pad. */
+  /*
+   * BTYPE: a thread stopped right after an indirect branch would fault on an instruction that is
+   * no landing pad.
+   */
   regs->pstate &= ~((uint64_t)3 << 10);
   regs->x[8] = (uint64_t)(int64_t)request->number;
   for (int i = 0; i < 6; i++) regs->x[i] = request->args[i];
@@ -226,7 +240,10 @@ static int64_t vdso_addr(int32_t pid, uint8_t *scratch) {
   return 0;
 }
 
-/* Address of a system call instruction in the target, or -errno. -ENOEXEC: no vDSO, or a 32-bit process. */
+/*
+ * Address of a system call instruction in the target, or -errno. -ENOEXEC: no vDSO, or a 32-bit
+ * process.
+ */
 static int64_t find_instruction(int32_t pid, uint8_t *scratch) {
   int64_t base = vdso_addr(pid, scratch);
   if (base <= 0) return base == 0 ? -ENOEXEC : base;
@@ -277,8 +294,8 @@ static void pause_shortly(void) {
 }
 
 /*
- * True when the target has ended. WNOWAIT: its exit status belongs to whoever started it. A tracer is told of stops too,
- * asked for or not; those are CLD_TRAPPED.
+ * True when the target has ended. WNOWAIT: its exit status belongs to whoever started it. A tracer
+ * is told of stops too, asked for or not; those are CLD_TRAPPED.
  */
 static int has_ended(int32_t pid) {
   struct siginfo_head info = {.signo = 0, .code = 0};
@@ -287,7 +304,10 @@ static int has_ended(int32_t pid) {
   return info.code == CLD_EXITED || info.code == CLD_KILLED || info.code == CLD_DUMPED;
 }
 
-/* Waits until the target stands in a ptrace stop and tells which; 0, -ESRCH or -ETIMEDOUT. deadline 0 = none. */
+/*
+ * Waits until the target stands in a ptrace stop and tells which; 0, -ESRCH or -ETIMEDOUT.
+ * deadline 0 = none.
+ */
 static int32_t wait_stop(int32_t pid, struct siginfo_head *info, int64_t deadline_ns) {
   for (;;) {
     if (ptrace(PTRACE_GETSIGINFO, pid, 0, info) == 0) return 0;
@@ -307,8 +327,9 @@ static int is_event_stop(const struct siginfo_head *info) {
 }
 
 /*
- * Runs on until the target stands in PTRACE_EVENT_STOP, which is on the signal path. A PTRACE_INTERRUPT is pending.
- * Signals that stop it before that are handed on to it, as if nobody had looked.
+ * Runs on until the target stands in PTRACE_EVENT_STOP, which is on the signal path. A
+ * PTRACE_INTERRUPT is pending. Signals that stop it before that are handed on to it, as if nobody
+ * had looked.
  */
 static int32_t wait_event_stop(int32_t pid, struct siginfo_head *info, int64_t deadline_ns) {
   for (;;) {
@@ -320,7 +341,10 @@ static int32_t wait_event_stop(int32_t pid, struct siginfo_head *info, int64_t d
   }
 }
 
-/* Runs on until the next entry to or exit from a system call. Past the deadline it interrupts, once, and goes on. */
+/*
+ * Runs on until the next entry to or exit from a system call. Past the deadline it interrupts,
+ * once, and goes on.
+ */
 static int32_t run_to_syscall_stop(int32_t pid, struct siginfo_head *info, int64_t *deadline_ns) {
   for (;;) {
     if (ptrace(PTRACE_SYSCALL, pid, 0, 0) < 0) return -ESRCH;
@@ -341,13 +365,15 @@ static int32_t run_to_syscall_stop(int32_t pid, struct siginfo_head *info, int64
 
 #if defined(__aarch64__)
 /*
- * On arm64 the kernel rewinds an interrupted call *before* the tracer sees it, and only puts the number of
- * restart_syscall into x8 when it returns from that same stop to that same place. If the thread was moved elsewhere in
- * between, a nanosleep would begin anew with its full time. So a thread that stands on a system call instruction may run
- * to the entry of its call; there the call is skipped (number -1) and the registers that would make it, with the right
- * number, are the ones to give back.
+ * On arm64 the kernel rewinds an interrupted call *before* the tracer sees it, and only puts the
+ * number of restart_syscall into x8 when it returns from that same stop to that same place. If the
+ * thread was moved elsewhere in between, a nanosleep would begin anew with its full time. So a
+ * thread that stands on a system call instruction may run to the entry of its call; there the call
+ * is skipped (number -1) and the registers that would make it, with the right number, are the ones
+ * to give back.
  */
-static int32_t settle(int32_t pid, uint8_t *scratch, struct registers *saved, int64_t *deadline_ns) {
+static int32_t settle(int32_t pid, uint8_t *scratch, struct registers *saved,
+                      int64_t *deadline_ns) {
   struct siginfo_head info;
   struct registers at_entry;
   long fd = open_proc(pid, "/mem");
@@ -370,13 +396,17 @@ static int32_t settle(int32_t pid, uint8_t *scratch, struct registers *saved, in
   return wait_event_stop(pid, &info, 0);
 }
 #else
-static int32_t settle(int32_t pid, uint8_t *scratch, struct registers *saved, int64_t *deadline_ns) {
+static int32_t settle(int32_t pid, uint8_t *scratch, struct registers *saved,
+                      int64_t *deadline_ns) {
   (void)pid, (void)scratch, (void)saved, (void)deadline_ns;
   return 0;
 }
 #endif
 
-/* Steps 3 and 4: the target stands in an event stop with all signals blocked. Leaves it at a system call exit. */
+/*
+ * Steps 3 and 4: the target stands in an event stop with all signals blocked. Leaves it at a
+ * system call exit.
+ */
 static int32_t call(const struct request *request, uint64_t at, const struct registers *saved,
                     int64_t *deadline_ns) {
   struct siginfo_head info;
@@ -460,8 +490,8 @@ __attribute__((used)) static void thread_main(struct thread *thread) {
 }
 
 /*
- * start_thread(flags, stack_top, tid): tid or -errno. The new thread finds its function and argument at the top of its
- * stack, calls, and ends by exit(2) without ever returning here.
+ * start_thread(flags, stack_top, tid): tid or -errno. The new thread finds its function and
+ * argument at the top of its stack, calls, and ends by exit(2) without ever returning here.
  */
 long start_thread(unsigned long flags, void *stack_top, int32_t *tid);
 
@@ -528,14 +558,17 @@ int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args, in
   stack_top[0] = (uint64_t)(uintptr_t)thread_main;
   stack_top[1] = (uint64_t)(uintptr_t)&thread;
 
-  /* The new thread inherits a full mask: a handler of this process would want the TLS that it does not have. */
+  /*
+   * The new thread inherits a full mask: a handler of this process would want the TLS that it does
+   * not have.
+   */
   const uint64_t all = ~(uint64_t)0;
   uint64_t mask = 0;
   sys(NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &mask, sizeof(mask));
-  long tid = start_thread(CLONE_THREAD_FLAGS | 0x00100000 /* PARENT_SETTID */, stack_top, &thread.tid);
+  long tid = start_thread(CLONE_THREAD_FLAGS, stack_top, &thread.tid);
   /*
-   * Wait for the *end* of the thread and not for its last store: only then is the target detached and the stack free.
-   * The thread's own deadline bounds this.
+   * Wait for the *end* of the thread and not for its last store: only then is the target detached
+   * and the stack free. The thread's own deadline bounds this.
    */
   if (tid > 0) {
     const long process = sys(NR_getpid);

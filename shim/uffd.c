@@ -1,10 +1,11 @@
 /*
  * uffd.c: userfaultfd(2) and ioctl_userfaultfd(2), one function per call.
  *
- * COPY, ZEROPAGE, CONTINUE and POISON answer with the signed field of their argument and not with errno: after partial
- * progress the ioctl fails with EAGAIN although `copy` is positive (measured on Linux 6.18), and when nothing was done
- * the field holds -errno. The field is preset so that a kernel that fails before it writes the field (EINVAL, EBADF,
- * ENOTTY, an ESRCH of an address space that is gone) still gives that errno.
+ * COPY, ZEROPAGE, CONTINUE and POISON answer with the signed field of their argument and not with
+ * errno: after partial progress the ioctl fails with EAGAIN although `copy` is positive (measured
+ * on Linux 6.18), and when nothing was done the field holds -errno. The field is preset so that a
+ * kernel that fails before it writes the field (EINVAL, EBADF, ENOTTY, an ESRCH of an address space
+ * that is gone) still gives that errno.
  */
 #include "fsl_shim.h"
 #include "kernel.h"

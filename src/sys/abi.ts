@@ -1,7 +1,7 @@
 /**
- * The Linux user ABI that TypeScript relies on: constants and structure offsets. `ABI_TABLE` is the same list as in
- * shim/abi.c, in the same order; native.ts compares the two when it loads the shim. Values that differ between x86_64 and
- * aarch64 go through `byArch`.
+ * The Linux user ABI that TypeScript relies on: constants and structure offsets. `ABI_TABLE` is the
+ * same list as in shim/abi.c, in the same order; native.ts compares the two when it loads the shim.
+ * Values that differ between x86_64 and aarch64 go through `byArch`.
  * @source Linux include/uapi/{linux,asm-generic}/*.h, man-pages of the calls named
  */
 
@@ -44,10 +44,12 @@ export const ECONNREFUSED = 111;
 /** Device number for UFFDIO_API. */
 export const UFFD_API = 0xaa;
 export const USERFAULTFD_IOC_NEW = 0xaa00;
-/** Flag of userfaultfd(2). Never used by fsl: system calls and KVM would get EFAULT instead of waiting. */
+/** Never used by fsl: system calls and KVM would get EFAULT instead of waiting. */
 export const UFFD_USER_MODE_ONLY = 1;
 
-/** Bits of `features` in UFFDIO_API, with the Linux version that brought each. All lie below 2^53. */
+/**
+ * Bits of `features` in UFFDIO_API, with the Linux version that brought each. All lie below 2^53.
+ */
 export const UFFD_FEATURES = {
   PAGEFAULT_FLAG_WP: 1 << 0, // 5.7
   EVENT_FORK: 1 << 1, // 4.11
@@ -80,7 +82,7 @@ export const REGISTER_MINOR = 4;
 /** `mode` of UFFDIO_COPY, ZEROPAGE, CONTINUE, POISON: do not wake who waits. */
 export const MODE_DONTWAKE = 1;
 
-/** Bit numbers in the ioctl masks that UFFDIO_API and UFFDIO_REGISTER answer: `mask & (1n << UFFDIO_COPY_BIT)`. */
+/** Bit numbers in the ioctl masks of UFFDIO_API and UFFDIO_REGISTER. */
 export const UFFDIO_WAKE_BIT = 2n;
 export const UFFDIO_COPY_BIT = 3n;
 export const UFFDIO_ZEROPAGE_BIT = 4n;

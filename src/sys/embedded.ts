@@ -1,8 +1,9 @@
 /**
- * The two native libraries as bytes. `npm run build` writes them as base64 into one module, build/libraries.json, and
- * every way of running has them from there: plain `bun`, the executable, a Worker started from a bundle, and somebody
- * else's program compiled with `bun build --compile`. Files beside the code would be another path in each of these, and
- * Bun extracts embedded libraries to a temporary directory, which leaves files behind and fails where that is noexec.
+ * The two native libraries as bytes. `npm run build` writes them as base64 into one module,
+ * build/libraries.json, and every way of running has them from there: plain `bun`, the executable,
+ * a Worker started from a bundle, and somebody else's program compiled with `bun build --compile`.
+ * Files beside the code would be another path in each of these, and Bun extracts embedded libraries
+ * to a temporary directory, which leaves files behind and fails where that is noexec.
  */
 import libraries from "../../build/libraries.json";
 

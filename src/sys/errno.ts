@@ -1,4 +1,7 @@
-/** Names and texts of errno (asm-generic, the same on x86_64 and aarch64). The numbers are in abi.ts. */
+/**
+ * Names and texts of errno (asm-generic, the same on x86_64 and aarch64). The numbers are in
+ * abi.ts.
+ */
 
 const TABLE: Readonly<Record<number, readonly [name: string, text: string]>> = {
   1: ["EPERM", "operation not permitted"],

@@ -1,11 +1,13 @@
 /**
- * The one file that talks to C: loads the shim (shim/fsl_shim.h) at first use, compares its ABI table with abi.ts, and
- * gives each of its functions a typed TypeScript function of the same name. Every function returns >= 0, or -errno; none
- * throws, except when the shim itself cannot be loaded (FslError HOST_UNSUPPORTED, at the first call).
+ * The one file that talks to C: loads the shim (shim/fsl_shim.h) at first use, compares its ABI
+ * table with abi.ts, and gives each of its functions a typed TypeScript function of the same name.
+ * Every function returns >= 0, or -errno; none throws, except when the shim itself cannot be loaded
+ * (FslError HOST_UNSUPPORTED, at the first call).
  *
- * Addresses, lengths and file offsets are numbers (bytes, < 2^53); the shim takes them as doubles, which costs 3 ns instead
- * of 12 to 25 for pointers and bigints. Memory given as a typed array must stay referenced for as long as C or the kernel
- * may look at it: for these functions, until they return.
+ * Addresses, lengths and file offsets are numbers (bytes, < 2^53); the shim takes them as doubles,
+ * which costs 3 ns instead of 12 to 25 for pointers and bigints. Memory given as a typed array must
+ * stay referenced for as long as C or the kernel may look at it: for these functions, until they
+ * return.
  *
  * `FSL_TRACE_FFI=1` logs each call with its arguments, result and time to stderr.
  */
@@ -98,7 +100,10 @@ let lib: Library = new Proxy({} as Library, {
 });
 let isLoaded = false;
 
-/** Loads the shim now instead of at the first call. @throws FslError HOST_UNSUPPORTED with the loader's reason */
+/**
+ * Loads the shim now instead of at the first call.
+ * @throws FslError HOST_UNSUPPORTED with the loader's reason
+ */
 export function load(): void {
   if (isLoaded) return;
   let symbols: Library;
@@ -119,7 +124,10 @@ export function load(): void {
   isLoaded = true;
 }
 
-/** Both sides hold the same table; a difference means a shim of another version or a wrong constant. */
+/**
+ * Both sides hold the same table; a difference means a shim of another version or a wrong
+ * constant.
+ */
 function checkAbi(symbols: Library): void {
   const found = new BigUint64Array(ABI_TABLE.length);
   const count = symbols.fsl_abi(found, found.length);
@@ -135,9 +143,9 @@ function checkAbi(symbols: Library): void {
 }
 
 /**
- * A path that dlopen(3) takes, without a file: the bytes go to a memfd, by way of the libc. The descriptor stays open on
- * purpose. Its number is part of the name that the loader remembers the library by, so a later library under the same
- * number would be taken for this one.
+ * A path that dlopen(3) takes, without a file: the bytes go to a memfd, by way of the libc. The
+ * descriptor stays open on purpose. Its number is part of the name that the loader remembers the
+ * library by, so a later library under the same number would be taken for this one.
  */
 function loadablePath(): string {
   const fd = openLibc().memfd_create(cString("fsl-shim"), MFD_CLOEXEC);
@@ -181,14 +189,18 @@ function traced(symbols: Library): Library {
 
 // ---- helpers ----
 
-/** Address of a typed array's memory. It stays valid for as long as the array is referenced and is not detached. */
+/**
+ * Address of a typed array's memory. It stays valid for as long as the array is referenced and is
+ * not detached.
+ */
 export function ptrOf(memory: Memory | ArrayBufferLike): number {
   return memory.byteLength === 0 ? 0 : ptr(memory as Memory);
 }
 
 /**
- * A view of memory that is not JavaScript's, such as a mapping of `mmap`. It does not own that memory: after munmap, or
- * where a mapped file was truncated, a read is a SIGSEGV or SIGBUS of the whole process.
+ * A view of memory that is not JavaScript's, such as a mapping of `mmap`. It does not own that
+ * memory: after munmap, or where a mapped file was truncated, a read is a SIGSEGV or SIGBUS of the
+ * whole process.
  * @param length bytes, at most 2^32
  */
 export function view(address: number, length: number): ArrayBuffer {
@@ -196,7 +208,10 @@ export function view(address: number, length: number): ArrayBuffer {
   return toArrayBuffer(address as Pointer, 0, length);
 }
 
-/** The result itself, or an FslError HOST_UNSUPPORTED that says what failed. For calls that fail only on a broken host. */
+/**
+ * The result itself, or an FslError HOST_UNSUPPORTED that says what failed. For calls that fail
+ * only on a broken host.
+ */
 export function check(result: number, what: string): number {
   if (result >= 0) return result;
   throw new FslError("HOST_UNSUPPORTED", `${what}: ${errnoText(result)}`, { errno: -result });
@@ -243,7 +258,10 @@ export function uffdUnregister(uffd: number, addr: number, length: number): numb
   return lib.fsl_uffd_unregister(uffd, addr, length);
 }
 
-/** UFFDIO_COPY, decided by its signed `copy` field: bytes done (> 0, maybe fewer), or -errno when none was. */
+/**
+ * UFFDIO_COPY, decided by its signed `copy` field: bytes done (> 0, maybe fewer), or -errno when
+ * none was.
+ */
 export function uffdCopy(
   uffd: number,
   dstAddr: number,
@@ -362,7 +380,10 @@ export function copyFileRange(
   return lib.fsl_copy_file_range(inFd, inOffset, outFd, outOffset, length);
 }
 
-/** poll(2) on up to 8 descriptors, all for the same `events`; negative ones are skipped. -EINTR is returned. */
+/**
+ * poll(2) on up to 8 descriptors, all for the same `events`; negative ones are skipped. -EINTR is
+ * returned.
+ */
 export function poll(
   fds: Int32Array,
   revents: Int32Array,
@@ -410,7 +431,10 @@ export function send(
   return lib.fsl_send(socket, orNull(buffer), length, orNull(fds), fdCount, flags);
 }
 
-/** recvmsg(2). Received descriptors are close-on-exec. `out` (2): how many descriptors, msg_flags. Bytes received. */
+/**
+ * recvmsg(2). Received descriptors are close-on-exec. `out` (2): how many descriptors, msg_flags.
+ * Bytes received.
+ */
 export function recv(
   socket: number,
   buffer: Memory,
@@ -570,9 +594,10 @@ export function mlock(addr: number, length: number): number {
 // ---- one system call in another process ----
 
 /**
- * One system call made by the main thread of another process, borrowed by ptrace (shim/remote.c). `args` (6); `result` (1) is
- * what the call returned, signed.
- * @returns 0 when it was made; -errno when not, the target is as before: EPERM no right or traced already, ESRCH ended,
+ * One system call made by the main thread of another process, borrowed by ptrace (shim/remote.c).
+ * `args` (6); `result` (1) is what the call returned, signed.
+ * @returns 0 when it was made; -errno when not, the target is as before: EPERM no right or traced
+ * already, ESRCH ended,
  *   EBUSY stopped by a signal (SIGCONT first), ETIMEDOUT, ENOEXEC no vDSO or a 32-bit process
  */
 export function remoteSyscall(

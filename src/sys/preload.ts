@@ -1,5 +1,5 @@
 /**
- * The preload library, ready to be written to a memfd whose path (`/proc/self/fd/N`) goes into LD_PRELOAD. Its protocol
- * (environment variables, message) is described in shim/preload.c.
+ * The preload library, ready to be written to a memfd whose path (`/proc/self/fd/N`) goes into
+ * LD_PRELOAD. Its protocol (environment variables, message) is described in shim/preload.c.
  */
 export { preloadBytes } from "./embedded.ts";

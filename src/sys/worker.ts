@@ -1,10 +1,11 @@
 /**
  * Starts the Workers of a load, wherever this code runs. A Worker needs a file to start from:
  *
- *   plain `bun`, from source or as a package        its source, src/load/NAME.ts
- *   the executable, or anybody's own program         build/NAME.bundle.js, one file with all that it imports, which the
- *   made with `bun build --compile`                  import below embeds: nobody has to name extra entry points
- *   a program bundled with `bun build --outdir`      the same file, copied beside the bundle
+ *   plain `bun`, from source or as a package      its source, src/load/NAME.ts
+ *   the executable, or anybody's own program      build/NAME.bundle.js, one file with all that it
+ *   made with `bun build --compile`               imports, which the import below embeds: nobody
+ *                                                 has to name extra entry points
+ *   a program bundled with `bun build --outdir`   the same file, copied beside the bundle
  */
 import { existsSync } from "node:fs";
 import eagerBundle from "../../build/eager-worker.bundle.js" with { type: "file" };
@@ -17,7 +18,7 @@ const BUNDLES: Readonly<Record<WorkerName, string>> = {
   "fault-worker": faultBundle,
 };
 
-/** Starts a Worker. Errors (its file missing, an exception at start) come as `error` events of the Worker. */
+/** Starts a Worker. Errors, also those of its start, come as `error` events of the Worker. */
 export function startWorker(name: WorkerName, options?: WorkerOptions): Worker {
   return new Worker(workerUrl(name), options);
 }

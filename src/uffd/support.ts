@@ -1,6 +1,7 @@
 /**
- * What this host can do for fsl, and for each thing that is missing the exact command that mends it. Looks and changes
- * nothing. `probeHost` asks the kernel, `judgeHost` is a pure function of what it found.
+ * What this host can do for fsl, and for each thing that is missing the exact command that mends
+ * it. Looks and changes nothing. `probeHost` asks the kernel, `judgeHost` is a pure function of
+ * what it found.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import {
@@ -29,7 +30,10 @@ export interface HugePages {
 export interface HostProbe {
   readonly kernelRelease: string;
   readonly arch: string;
-  /** Why the shim cannot be loaded; null when it can. Without it everything below is unknown ("unknown"). */
+  /**
+   * Why the shim cannot be loaded; null when it can. Without it everything below is unknown
+   * ("unknown").
+   */
   readonly shim: string | null;
   readonly userfaultfdSyscall: Refusal;
   readonly userfaultfdDevice: Refusal;
@@ -79,6 +83,7 @@ export function checkHost(): HostSupport {
 }
 
 const UNKNOWN = "unknown";
+const CANNOT_ATTACH = "fsl cannot reach a QEMU that it did not start";
 
 export function probeHost(): HostProbe {
   const shim = shimProblem();
@@ -212,7 +217,7 @@ function findProblems(probe: HostProbe): HostProblem[] {
 function userfaultfdProblems(probe: HostProbe): HostProblem[] {
   const { userfaultfdSyscall: bySyscall, userfaultfdDevice: byDevice } = probe;
   if (bySyscall === null || byDevice === null) return [];
-  const problem = `userfaultfd: userfaultfd(2) gives ${bySyscall}, /dev/userfaultfd gives ${byDevice}`;
+  const problem = `userfaultfd(2) gives ${bySyscall}, /dev/userfaultfd gives ${byDevice}`;
   return [{ problem, fix: userfaultfdFix(probe), blocking: true }];
 }
 
@@ -222,7 +227,7 @@ function userfaultfdFix(probe: HostProbe): string {
   if (bySyscall === "ENOSYS") return "boot a kernel that has CONFIG_USERFAULTFD=y";
   // The capability would be enough: somebody filters the call, as container engines do.
   if (probe.capSysPtrace || probe.effectiveUid === 0 || probe.unprivilegedUserfaultfd === 1) {
-    return "in a container: docker run --device /dev/userfaultfd --security-opt seccomp=unconfined …";
+    return "docker run --device /dev/userfaultfd --security-opt seccomp=unconfined …";
   }
   return "sudo sysctl -w vm.unprivileged_userfaultfd=1";
 }
@@ -236,12 +241,11 @@ function memfdProblems({ memfd }: HostProbe): HostProblem[] {
 function tracingProblems({ pidfdGetfd, ptraceScope, capSysPtrace }: HostProbe): HostProblem[] {
   const problems: HostProblem[] = [];
   if (pidfdGetfd !== null) {
-    const problem = `pidfd_getfd gives ${pidfdGetfd}: fsl cannot reach a QEMU that it did not start`;
+    const problem = `pidfd_getfd gives ${pidfdGetfd}: ${CANNOT_ATTACH}`;
     problems.push({ problem, fix: "Linux 5.6 or later", blocking: false });
   }
   if (ptraceScope !== null && ptraceScope > 0 && !capSysPtrace) {
-    const problem =
-      `kernel.yama.ptrace_scope is ${ptraceScope}: fsl cannot reach a QEMU that it did not start`;
+    const problem = `kernel.yama.ptrace_scope is ${ptraceScope}: ${CANNOT_ATTACH}`;
     const fix =
       ptraceScope === 3
         ? "set kernel.yama.ptrace_scope=0 in /etc/sysctl.d and restart: 3 cannot be changed"

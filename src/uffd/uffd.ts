@@ -255,8 +255,9 @@ export class Uffd {
   }
 
   /**
-   * Makes reads return at once. A receiver of a copy may have cleared O_NONBLOCK (QEMU does, with every descriptor it is
-   * handed), and the flag belongs to the open file that all copies share; poll(2) answers POLLERR then.
+   * Makes reads return at once. A receiver of a copy may have cleared O_NONBLOCK (QEMU does, with
+   * every descriptor it is handed), and the flag belongs to the open file that all copies share;
+   * poll(2) answers POLLERR then.
    * @source Linux fs/userfaultfd.c userfaultfd_poll
    */
   setNonblocking(): void {

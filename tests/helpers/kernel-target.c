@@ -1,16 +1,18 @@
 /*
- * kernel-target.c: the second process of the kernel tests. It owns the memory, the threads and the signals, does what it
- * is told by lines on stdin, and answers by lines on stdout. It decides nothing and checks only what only it can see.
+ * kernel-target.c: the second process of the kernel tests. It owns the memory, the threads and the
+ * signals, does what it is told by lines on stdin, and answers by lines on stdout. It decides
+ * nothing and checks only what only it can see.
  *
- *   memory anon|shmem|hugetlb PAGES FEATURES   region and userfaultfd; both go over the socket on descriptor 3
- *       r ID PAGE COUNT    a thread of its own reads the pages         -> r ID CRC32, or "b ID" after a SIGBUS
- *       w ID PAGE BYTE     ... writes one byte                         -> w ID 0
- *       d ID PAGE COUNT    ... MADV_DONTNEED                           -> d ID 0
- *       u ID PAGE COUNT    ... munmap                                  -> u ID 0
- *   storm ppoll|nanosleep|busy THREADS         counts signals 34, whose values must come as 0, 1, 2 ...
- *       s COUNT            another thread queues that many to the process   -> s SENT RECEIVED DISORDERED WRONG
- *   sleep nanosleep|clock|ppoll|futex|read MS  one blocking call in the main thread -> sleep RESULT ERRNO MS
- *   environment [NAME ...]                     -> one line per variable, then "end"
+ *   memory anon|shmem|hugetlb PAGES FEATURES   region and userfaultfd, sent over descriptor 3
+ *       r ID PAGE COUNT    a thread of its own reads     -> r ID CRC32, or "b ID" after a SIGBUS
+ *       w ID PAGE BYTE     ... writes one byte           -> w ID 0
+ *       d ID PAGE COUNT    ... MADV_DONTNEED             -> d ID 0
+ *       u ID PAGE COUNT    ... munmap                    -> u ID 0
+ *   storm ppoll|nanosleep|busy THREADS           counts signals, whose values must come in order
+ *       s COUNT            a thread queues that many     -> s SENT RECEIVED DISORDERED WRONG
+ *   sleep nanosleep|clock|ppoll|futex|read MS    one blocking call in the main thread
+ *                                                        -> sleep RESULT ERRNO MS
+ *   environment [NAME ...]                       -> variables, then descriptors, then "end"
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -188,7 +190,10 @@ static void *bystander(void *unused) {
   return NULL;
 }
 
-/* The main thread: calls whose results are known, so that a stolen or doubled result shows. Returns how many were wrong. */
+/*
+ * The main thread: calls whose results are known, so that a stolen or doubled result shows.
+ * Returns how many were wrong.
+ */
 static int known_calls(const char *how, int event) {
   int wrong = 0;
   uint64_t value = 3;
@@ -224,7 +229,9 @@ static int storm(const char *how, int threads) {
   sigset_t set;
   sigemptyset(&set);
   sigaddset(&set, STORM_SIGNAL);
-  /* Only the main thread takes the signal. In ppoll mode only inside ppoll, as event loops do it. */
+  /*
+   * Only the main thread takes the signal. In ppoll mode only inside ppoll, as event loops do it.
+   */
   pthread_sigmask(SIG_BLOCK, &set, NULL);
   pthread_t thread;
   pthread_create(&thread, NULL, send_storm, NULL);

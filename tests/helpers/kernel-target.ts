@@ -1,6 +1,7 @@
 /**
- * The second process of the kernel tests, seen from the test: compiles tests/helpers/kernel-target.c, starts it, sends it
- * commands, collects its answers, and ends it whatever happens.
+ * The second process of the kernel tests, seen from the test: compiles
+ * tests/helpers/kernel-target.c, starts it, sends it commands, collects its answers, and ends it
+ * whatever happens.
  */
 import { existsSync, statSync } from "node:fs";
 import { join } from "node:path";
@@ -31,7 +32,10 @@ export async function within<T>(promise: Promise<T>, ms: number, what: string): 
   }
 }
 
-/** Repeats `question` until it answers something else than null. Between the tries the event loop runs. */
+/**
+ * Repeats `question` until it answers something else than null. Between the tries the event loop
+ * runs.
+ */
 export async function until<T>(question: () => T | null, ms: number, what: string): Promise<T> {
   const endMs = performance.now() + ms;
   for (;;) {

@@ -1,4 +1,7 @@
-/** shim/preload.c in real programs: what it sends, what it leaves behind, and that it never fails the program. */
+/**
+ * shim/preload.c in real programs: what it sends, what it leaves behind, and that it never fails
+ * the program.
+ */
 import { afterEach, describe, expect, test } from "bun:test";
 import { readlinkSync } from "node:fs";
 import { EACCES, EPERM, MFD_CLOEXEC, MSG_DONTWAIT, SOCK_STREAM } from "../../src/sys/abi.ts";
@@ -196,7 +199,8 @@ describe("the preload library in a dynamic program", () => {
     async (value) => {
       const { theirs, library } = prepare();
       const env = { LD_PRELOAD, FSL_PRELOAD: value };
-      const { exitCode, stderr } = await run([targetProgram(), "environment"], env, [theirs, library]);
+      const program = [targetProgram(), "environment"];
+      const { exitCode, stderr } = await run(program, env, [theirs, library]);
       expect(exitCode).toBe(0);
       expect(stderr).toBe("");
     },
@@ -259,10 +263,13 @@ describe("the preload library in QEMU", () => {
   test("a QEMU with -sandbox on sends its userfaultfd", async () => {
     const { own, theirs, library } = prepare();
     const qemu = Bun.which("qemu-system-x86_64");
-    if (qemu === null) throw new Error("needs qemu-system-x86_64; run: apt-get install qemu-system-x86");
+    if (qemu === null) throw new Error("needs QEMU; run: apt-get install qemu-system-x86");
     const env = { LD_PRELOAD, FSL_PRELOAD: `${SOCKET}:${LIBRARY}:c` };
     const options = ["-sandbox", "on", "-nodefaults", "-display", "none", "-machine", "none", "-S"];
-    const child = Bun.spawn([qemu, ...options], { env, stdio: ["ignore", "ignore", "ignore", theirs, library] });
+    const child = Bun.spawn([qemu, ...options], {
+      env,
+      stdio: ["ignore", "ignore", "ignore", theirs, library],
+    });
     try {
       const polled = sys.poll(Int32Array.of(own), new Int32Array(1), 1, 1, 5000);
       expect(polled).toBe(1);

@@ -1,7 +1,8 @@
 /**
- * fsl_remote_syscall on targets that make it hard: a storm of signals, calls that sleep, many threads, a stopped, a dead, a
- * traced one. What must hold: no signal is lost or disordered, no sleep is cut short or begun anew, no result of a
- * call is taken for another's, and the target is left as it was.
+ * fsl_remote_syscall on targets that make it hard: a storm of signals, calls that sleep, many
+ * threads, a stopped, a dead, a traced one. What must hold: no signal is lost or disordered, no
+ * sleep is cut short or begun anew, no result of a call is taken for another's, and the target is
+ * left as it was.
  */
 import { afterEach, describe, expect, test } from "bun:test";
 import { readFileSync, readlinkSync } from "node:fs";
@@ -31,7 +32,10 @@ afterEach(async () => {
   target = undefined;
 });
 
-async function startReady(args: readonly string[], program = targetProgram()): Promise<TargetProcess> {
+async function startReady(
+  args: readonly string[],
+  program = targetProgram(),
+): Promise<TargetProcess> {
   target = new TargetProcess(args, program);
   await target.line((line) => line === "ready");
   return target;
@@ -184,7 +188,7 @@ describe("remoteSyscall's answers", () => {
     expect(remote(it.pid, SYS_GETPID).made).toBe(-ESRCH);
   }, TIMEOUT_MS);
 
-  test("a target killed in the middle of calls: each is made or is refused, and none hangs", async () => {
+  test("a target killed meanwhile: each call is made or refused, and none hangs", async () => {
     const answers = new Set<number>();
     for (let round = 0; round < 10; round += 1) {
       const it = await startReady(["storm", "busy", "2"]);
@@ -205,7 +209,7 @@ describe("remoteSyscall's answers", () => {
 
   test("EPERM: traced by somebody else", async () => {
     const it = await startReady(["sleep", "read", "0"]);
-    const tracer = Bun.spawn(["strace", "-p", String(it.pid)], { stdio: ["ignore", "ignore", "ignore"] });
+    const tracer = Bun.spawn(["strace", "-p", String(it.pid)], { stderr: "ignore" });
     try {
       await until(() => (tracerOf(it.pid) !== 0 ? true : null), 5000, "strace");
       expect(remote(it.pid, SYS_GETPID).made).toBe(-EPERM);

@@ -1,4 +1,7 @@
-/** class Uffd against a real userfaultfd of another process: contents and fault counts, and every answer provoked. */
+/**
+ * class Uffd against a real userfaultfd of another process: contents and fault counts, and every
+ * answer provoked.
+ */
 import { afterEach, describe, expect, test } from "bun:test";
 import { isFslError } from "../../src/errors.ts";
 import {
@@ -152,7 +155,8 @@ function ascending(a: number, b: number): number {
 }
 
 describe("faults", () => {
-  test.each(["anon", "shmem"] as const)("%s: each page faults once and gets its own bytes", async (kind) => {
+  const kinds = ["anon", "shmem"] as const;
+  test.each(kinds)("%s: each page faults once and gets its own bytes", async (kind) => {
     const it = await start(kind);
     const reading = it.target.job("r", 0, PAGES);
     const served = await it.serve(reading);
@@ -245,7 +249,7 @@ describe("answers of copy", () => {
     expect(await it.target.job("r", 10, 4)).toBe(it.crc(10, 4));
   }, TIMEOUT_MS);
 
-  test("EAGAIN: a discard waits to be read; then REMOVE names the range and copies work", async () => {
+  test("EAGAIN: a discard waits to be read; REMOVE names the range, then copies work", async () => {
     const it = await start("anon", UFFD_FEATURES.EVENT_REMOVE);
     it.copy(0, PAGES);
     const discarding = it.target.job("d", 16, 8);
