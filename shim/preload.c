@@ -100,7 +100,8 @@ static void send_result(int32_t socket, const struct message *message, int32_t f
   } while (result == -EINTR);
 }
 
-static void make_and_send(int32_t socket) {
+/* Returns the userfaultfd, or -errno. */
+static int32_t make_and_send(int32_t socket) {
   const int32_t flags = O_CLOEXEC | O_NONBLOCK;
   struct message message = {.magic = MAGIC,
                             .version = VERSION,
@@ -120,6 +121,7 @@ static void make_and_send(int32_t socket) {
     }
   }
   send_result(socket, &message, message.result);
+  return message.result;
 }
 
 /* The program's libc has it; weak, so that the library loads without one. */
@@ -149,8 +151,10 @@ static void preload(int argc, char **argv, char **envp) {
   if (*text == ':') text++;
   const int32_t memfd = number_at(&text);
   const int32_t closing = text[0] == ':' && text[1] == 'c';
-  if (socket >= 0) make_and_send(socket);
+  const int32_t uffd = socket >= 0 ? make_and_send(socket) : -1;
   if (closing) {
+    /* fsl leaves a copy here under a name, over QMP, before it registers anything. */
+    if (uffd >= 0) sys(NR_close, uffd);
     if (socket >= 0) sys(NR_close, socket);
     if (memfd >= 0) sys(NR_close, memfd);
   }

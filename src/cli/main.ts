@@ -6,7 +6,9 @@ import { checkArguments, splitAtDashes } from "./arguments.ts";
 import { doctorCommand } from "./doctor.ts";
 import { inspectCommand } from "./inspect.ts";
 import { loadCommand } from "./load.ts";
+import { resumeCommand } from "./resume.ts";
 import { saveCommand } from "./save.ts";
+import { statusCommand } from "./status.ts";
 
 interface Entry {
   readonly args: ArgsDef;
@@ -25,6 +27,8 @@ function entry<T extends ArgsDef>(command: CommandDef<T>): Entry {
 
 const entries: Readonly<Record<string, Entry>> = {
   load: entry(loadCommand),
+  resume: entry(resumeCommand),
+  status: entry(statusCommand),
   save: entry(saveCommand),
   inspect: entry(inspectCommand),
   doctor: entry(doctorCommand),
@@ -38,6 +42,8 @@ const program = defineCommand({
   },
   subCommands: {
     load: loadCommand,
+    resume: resumeCommand,
+    status: statusCommand,
     save: saveCommand,
     inspect: inspectCommand,
     doctor: doctorCommand,

@@ -1,6 +1,6 @@
 /**
- * A QEMU whose fsl has died, found again. Nothing is asked of it before its faults are served: with a vCPU (or its main
- * loop, while it loads devices) waiting for a page, QMP answers nobody.
+ * A QEMU whose fsl has died, found again. Nothing is asked of it before its faults are served: with
+ * a vCPU (or its main loop, while it loads devices) waiting for a page, QMP answers nobody.
  */
 import { constants } from "node:os";
 import { FslError } from "../errors.ts";
@@ -41,7 +41,9 @@ class ReattachedQemu implements FoundTarget {
     this.description = `QEMU (pid ${record.pid})`;
     const pidfd = native.pidfdOpen(record.pid, 0);
     if (pidfd < 0) {
-      throw new FslError("TARGET_LOST", `${this.description}: ${native.errnoText(-pidfd)}`, { pid: record.pid });
+      throw new FslError("TARGET_LOST", `${this.description}: ${native.errnoText(-pidfd)}`, {
+        pid: record.pid,
+      });
     }
     this.pidfd = pidfd;
     this.exited = this.#watch();
@@ -73,6 +75,8 @@ class ReattachedQemu implements FoundTarget {
     await MigrationSettings.changedBefore(qmp, this.#record.undo as MigrationChanges).restore();
     qmp.close();
     this.#qmp = null;
+    // The load is over: nobody will come back for it.
+    if (this.#record.controlPath !== null) removeRuntimeDirectoryOf(this.#record.controlPath);
   }
 
   signal(signal: NodeJS.Signals): void {
@@ -86,7 +90,10 @@ class ReattachedQemu implements FoundTarget {
   #control(): QmpClient {
     const { controlPath } = this.#record;
     if (controlPath === null) {
-      throw new FslError("TARGET_LOST", `${this.description}: has no QMP socket that can be connected to again`);
+      throw new FslError(
+        "TARGET_LOST",
+        `${this.description}: has no QMP socket that can be connected to again`,
+      );
     }
     this.#qmp ??= connectQmp(controlPath, { greetingTimeoutMs: GREETING_TIMEOUT_MS });
     return this.#qmp;
@@ -96,7 +103,8 @@ class ReattachedQemu implements FoundTarget {
   async #watch(): Promise<ExitStatus> {
     const fds = Int32Array.of(this.pidfd);
     const revents = new Int32Array(1);
-    while (!this.#isOver && native.poll(fds, revents, 1, POLLIN, 0) === 0) await Bun.sleep(EXIT_PERIOD_MS);
+    while (!this.#isOver && native.poll(fds, revents, 1, POLLIN, 0) === 0)
+      await Bun.sleep(EXIT_PERIOD_MS);
     this.#isOver = true;
     this.#qmp?.close();
     if (this.#record.controlPath !== null) removeRuntimeDirectoryOf(this.#record.controlPath);

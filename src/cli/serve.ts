@@ -1,0 +1,125 @@
+/** What `fsl load` and `fsl resume` have in common: how pages are served, what signals do, which exit code comes out. */
+import type { ArgsDef } from "citty";
+import {
+  EXIT_CODES,
+  type ExitStatus,
+  FslError,
+  type OnError,
+  type ServedTarget,
+  type ServingOptions,
+} from "../index.ts";
+import { byteSize, wholeNumber } from "./arguments.ts";
+import { formatMs } from "./format.ts";
+import { loadLogger, log } from "./log.ts";
+
+/** After a signal to end, a QEMU that cannot (a vCPU waits for a page that cannot be read) is killed. */
+const GRACE_MS_DEFAULT = "10000";
+const ERROR_LIMIT_MS_DEFAULT = "30000";
+
+export const servingArgs = {
+  "on-error": {
+    type: "enum",
+    options: ["wait", "poison", "kill"],
+    default: "wait",
+    description: "a page stays unreadable: its vCPU waits on, gets SIGBUS, or QEMU is killed",
+  },
+  "error-limit-ms": {
+    type: "string",
+    valueHint: "ms",
+    default: ERROR_LIMIT_MS_DEFAULT as string,
+    description: "how long a page is tried for before --on-error poison or kill",
+  },
+  "eager-workers": {
+    type: "string",
+    valueHint: "1..8",
+    description: "threads that bring in what no one has asked for; default: CPUs, at most 2",
+  },
+  "eager-rate": {
+    type: "string",
+    valueHint: "bytes/s",
+    description: "limit of the eager load, e.g. 200M; default: none",
+  },
+  "grace-ms": {
+    type: "string",
+    valueHint: "ms",
+    default: GRACE_MS_DEFAULT as string,
+    description: "after SIGTERM, SIGINT or SIGHUP: how long QEMU may take before it is killed",
+  },
+  quiet: { type: "boolean", alias: "q", description: "no progress, no remarks; errors only" },
+} satisfies ArgsDef;
+
+interface ServingFlags {
+  readonly "on-error"?: string | undefined;
+  readonly "error-limit-ms"?: string | undefined;
+  readonly "eager-workers"?: string | undefined;
+  readonly "eager-rate"?: string | undefined;
+}
+
+/** @throws FslError USAGE */
+export function servingOptions(flags: ServingFlags): ServingOptions {
+  const { "eager-workers": workers, "eager-rate": rate } = flags;
+  const limit = flags["error-limit-ms"] ?? ERROR_LIMIT_MS_DEFAULT;
+  return {
+    onError: onErrorOf(flags["on-error"] ?? "wait"),
+    errorLimitMs: wholeNumber(limit, "error-limit-ms", 0, 86_400_000),
+    logger: loadLogger,
+    eager: {
+      ...(workers === undefined ? {} : { workers: wholeNumber(workers, "eager-workers", 1, 8) }),
+      ...(rate === undefined ? {} : { bytesPerSecond: byteSize(rate, "eager-rate") }),
+    },
+  };
+}
+
+function onErrorOf(text: string): OnError {
+  if (text === "wait" || text === "poison" || text === "kill") return text;
+  throw new FslError("USAGE", `--on-error: expected wait, poison or kill, found '${text}'`);
+}
+
+export function graceMs(flags: { readonly "grace-ms"?: string | undefined }): number {
+  return wholeNumber(flags["grace-ms"] ?? GRACE_MS_DEFAULT, "grace-ms", 0, 3_600_000);
+}
+
+/** fsl itself never ends on a signal: it serves until QEMU is gone. @returns what ends the forwarding */
+export function forwardSignals(target: ServedTarget, grace: number): () => void {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const forward = (signal: NodeJS.Signals): void => {
+    target.signal(signal);
+    timer ??= setTimeout(() => {
+      log.warn(`QEMU did not end within ${formatMs(grace)} of ${signal}: killed`);
+      target.kill();
+    }, grace);
+  };
+  const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+  for (const signal of signals) process.on(signal, forward);
+  return () => {
+    clearTimeout(timer);
+    for (const signal of signals) process.off(signal, forward);
+  };
+}
+
+/** QEMU's own exit code; 9 when pages stayed unreadable and that is why. */
+export function exitCodeOf({ exitCode, signal }: ExitStatus, supplyFailed: boolean): number {
+  if (supplyFailed) return EXIT_CODES.SUPPLY_FAILED;
+  if (exitCode !== null) return exitCode;
+  return signal === null ? 0 : 128 + (SIGNAL_NUMBERS[signal] ?? 0);
+}
+
+/** signal(7); the numbers that a process can die of on x86_64 and aarch64. */
+const SIGNAL_NUMBERS: Readonly<Record<string, number>> = {
+  SIGHUP: 1,
+  SIGINT: 2,
+  SIGQUIT: 3,
+  SIGILL: 4,
+  SIGTRAP: 5,
+  SIGABRT: 6,
+  SIGBUS: 7,
+  SIGFPE: 8,
+  SIGKILL: 9,
+  SIGUSR1: 10,
+  SIGSEGV: 11,
+  SIGUSR2: 12,
+  SIGPIPE: 13,
+  SIGALRM: 14,
+  SIGTERM: 15,
+  SIGSYS: 31,
+};

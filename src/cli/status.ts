@@ -1,0 +1,43 @@
+/** `fsl status`: the loads that are going on, or wait for somebody to go on with them. */
+import { defineCommand } from "citty";
+import { findLoads, type FoundLoad } from "../index.ts";
+import { formatBytes, formatTable } from "./format.ts";
+
+export const statusCommand = defineCommand({
+  meta: { name: "status", description: "Shows the loads of this host, and those whose fsl has died" },
+  args: { json: { type: "boolean", description: "one JSON array on stdout" } },
+  run({ args: flags }) {
+    const loads = findLoads();
+    if (flags.json) {
+      console.log(JSON.stringify(loads));
+      return;
+    }
+    if (loads.length === 0) {
+      console.log("no load is going on");
+      return;
+    }
+    const header = ["QEMU", "state", "served", "RAM in", "faults", "unreadable", "snapshot"];
+    console.log(formatTable([header, ...loads.map(row)], [0, 4, 5]));
+    for (const { pid, served } of loads) {
+      if (!served) console.log(`\nQEMU ${pid} waits for its pages: fsl resume --pid ${pid}`);
+    }
+  },
+});
+
+function row(load: FoundLoad): string[] {
+  const { dataBytes, loadedBytes, faults, failedPages } = load.progress;
+  const { lastFailure } = load;
+  const where =
+    lastFailure === null || failedPages === 0
+      ? ""
+      : ` (${lastFailure.idstr} at file offset 0x${lastFailure.fileOffset.toString(16)})`;
+  return [
+    String(load.pid),
+    load.phase,
+    load.served ? "yes" : "NO",
+    `${formatBytes(loadedBytes)} of ${formatBytes(dataBytes)}`,
+    String(faults),
+    `${failedPages}${where}`,
+    load.snapshotPath,
+  ];
+}
