@@ -1,10 +1,11 @@
 /**
- * Can a library be preloaded into this program? Only the dynamic loader honours LD_PRELOAD, so the program must be an
- * ELF file with a PT_INTERP program header. A script is no such program: the library would run in its shell.
+ * Can a library be preloaded into this program? Only the dynamic loader honours LD_PRELOAD, so the
+ * program must be an ELF file with a PT_INTERP program header. A script is no such program: the
+ * library would run in its shell.
  *
- * ELF64 little-endian, offsets used here: 0 magic (4), 4 class (u8, 2 = 64 bit), 5 data (u8, 1 = little-endian),
- * 32 e_phoff (u64), 54 e_phentsize (u16), 56 e_phnum (u16); a program header: 0 p_type (u32, 3 = PT_INTERP),
- * 8 p_offset (u64), 32 p_filesz (u64). Source: elf(5).
+ * ELF64 little-endian, offsets used here: 0 magic (4), 4 class (u8, 2 = 64 bit), 5 data (u8, 1 =
+ * little-endian), 32 e_phoff (u64), 54 e_phentsize (u16), 56 e_phnum (u16); a program header: 0
+ * p_type (u32, 3 = PT_INTERP), 8 p_offset (u64), 32 p_filesz (u64). Source: elf(5).
  */
 import { closeSync, openSync, readSync } from "node:fs";
 
@@ -17,7 +18,8 @@ const INTERPRETER_LENGTH_MAX = 4096;
 
 /**
  * The dynamic loader that a program asks for, e.g. `/lib64/ld-linux-x86-64.so.2`.
- * @returns null for anything that is no dynamically linked 64-bit little-endian ELF file, or cannot be read
+ * @returns null for anything that is no dynamically linked 64-bit little-endian ELF file, or cannot
+ * be read
  */
 export function readElfInterpreter(path: string): string | null {
   let fd: number;
@@ -44,7 +46,9 @@ export function isGlibcInterpreter(interpreter: string | null): boolean {
 }
 
 /** @param read gives `length` bytes at `offset`, or null when the file has fewer */
-export function findInterpreter(read: (offset: number, length: number) => Buffer | null): string | null {
+export function findInterpreter(
+  read: (offset: number, length: number) => Buffer | null,
+): string | null {
   const header = read(0, HEADER_LENGTH);
   if (header === null || header.readUInt32BE(0) !== 0x7f454c46) return null;
   if (header[4] !== 2 || header[5] !== 1) return null;
@@ -58,7 +62,11 @@ export function findInterpreter(read: (offset: number, length: number) => Buffer
     if (entry.readUInt32LE(0) !== PT_INTERP) continue;
     const length = Number(entry.readBigUInt64LE(32));
     if (length < 2 || length > INTERPRETER_LENGTH_MAX) return null;
-    return read(Number(entry.readBigUInt64LE(8)), length)?.toString("latin1").replace(/\0.*$/s, "") ?? null;
+    return (
+      read(Number(entry.readBigUInt64LE(8)), length)
+        ?.toString("latin1")
+        .replace(/\0.*$/s, "") ?? null
+    );
   }
   return null;
 }

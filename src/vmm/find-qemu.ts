@@ -21,7 +21,9 @@ export async function findQemus(searchPath = process.env["PATH"] ?? ""): Promise
       }
     }
   }
-  return Promise.all([...found.values()].map(async (path) => ({ path, version: await versionOf(path) })));
+  return Promise.all(
+    [...found.values()].map(async (path) => ({ path, version: await versionOf(path) })),
+  );
 }
 
 function listed(directory: string): string[] {

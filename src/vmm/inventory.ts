@@ -1,6 +1,7 @@
 /**
- * What fsl must know of a QEMU that waits for its state: version, machine type, RAMBlocks and where they are, devices
- * that can give memory back, migration settings. All of it is asked in one go, before QEMU is even ready to answer.
+ * What fsl must know of a QEMU that waits for its state: version, machine type, RAMBlocks and where
+ * they are, devices that can give memory back, migration settings. All of it is asked in one go,
+ * before QEMU is even ready to answer.
  *
  * QEMU queues eight commands while its machine is being built; the most needed come first.
  */
@@ -39,7 +40,8 @@ const DISCARDING_DEVICE = /^child<(?:virtio-(?:balloon|mem)|.*-balloon)\b/;
 
 /**
  * Sends all questions at once and judges the answers.
- * @throws FslError TARGET_LOST when the connection breaks, TARGET_MISMATCH when this QEMU cannot take a state
+ * @throws FslError TARGET_LOST when the connection breaks, TARGET_MISMATCH when this QEMU cannot
+ * take a state
  */
 export async function takeInventory(qmp: QmpClient): Promise<Inventory> {
   const answers = await Promise.all([
@@ -78,16 +80,21 @@ export function locateRegions(ramblocks: readonly RamblockLine[], pid: number): 
   const sharedFiles = new Set(located.flatMap(({ range }) => (range.shared ? range.files : [])));
   const isShareable = sharedFiles.size > 0;
   const hasHelpers = isShareable && hasHelperProcesses(pid);
-  const foreignFiles = isShareable && !hasHelpers ? mappedByOthers(sharedFiles, pid) : new Set<string>();
+  const foreignFiles =
+    isShareable && !hasHelpers ? mappedByOthers(sharedFiles, pid) : new Set<string>();
   return located.map(({ block, range }) => ({
     ...block,
     backing: range.backing,
     shared: range.shared,
-    sharedWithOthers: range.shared && (hasHelpers || range.files.some((file) => foreignFiles.has(file))),
+    sharedWithOthers:
+      range.shared && (hasHelpers || range.files.some((file) => foreignFiles.has(file))),
   }));
 }
 
-/** Runs what `takeInventory` and `locateRegions` run, on this process, for nothing but its speed the next time. */
+/**
+ * Runs what `takeInventory` and `locateRegions` run, on this process, for nothing but its speed the
+ * next time.
+ */
 export function warmUp(): void {
   const table = "Block Name PSize Offset Used Total HVA RO\n";
   const zeros = "0x0000000000000000 0x0000000000001000 0x0000000000001000";
@@ -117,8 +124,8 @@ function locate(block: RamblockLine, maps: ProcessMaps): RangeBacking {
 }
 
 /**
- * True when QEMU works with processes that map guest memory: vhost-user and vfio-user back ends do so only when the
- * guest's devices start, which may be after fsl has looked at who maps what.
+ * True when QEMU works with processes that map guest memory: vhost-user and vfio-user back ends do
+ * so only when the guest's devices start, which may be after fsl has looked at who maps what.
  */
 function hasHelperProcesses(pid: number): boolean {
   try {
@@ -157,7 +164,10 @@ function checkWaiting(status: unknown, migration: unknown): void {
   }
 }
 
-/** The unstable QMP command may be switched off (`-compat unstable-input=reject`); the human monitor has the same. */
+/**
+ * The unstable QMP command may be switched off (`-compat unstable-input=reject`); the human monitor
+ * has the same.
+ */
 async function ramblockText(qmp: QmpClient, table: QmpReply): Promise<string> {
   if (table.ok) {
     const text = isRecord(table.value) ? table.value["human-readable-text"] : undefined;
@@ -178,5 +188,7 @@ function machineTypeOf(reply: QmpReply): string | null {
 /** A list that QEMU does not give counts as one with such a device. */
 function hasDiscardingDevice(reply: QmpReply): boolean {
   if (!reply.ok || !Array.isArray(reply.value)) return true;
-  return reply.value.some((entry) => isRecord(entry) && DISCARDING_DEVICE.test(String(entry["type"])));
+  return reply.value.some(
+    (entry) => isRecord(entry) && DISCARDING_DEVICE.test(String(entry["type"])),
+  );
 }

@@ -1,7 +1,7 @@
 /**
- * Cuts what a QMP monitor sends into messages, without parsing them. A message is one line that begins
- * with `{`; from a monitor with `pretty=on` it is many, of which the first is `{` and the last is `}`.
- * (A line break inside a string is always escaped in JSON.)
+ * Cuts what a QMP monitor sends into messages, without parsing them. A message is one line that
+ * begins with `{`; from a monitor with `pretty=on` it is many, of which the first is `{` and the
+ * last is `}`. (A line break inside a string is always escaped in JSON.)
  */
 
 /** Bytes of one message. The longest answer that fsl asks for is some tens of KiB. */
@@ -21,7 +21,8 @@ export class MessageLines {
   #keptLength = 0;
 
   /**
-   * Takes the next bytes (what must be kept is copied) and hands on each message that they complete.
+   * Takes the next bytes (what must be kept is copied) and hands on each message that they
+   * complete.
    * @throws MessageError
    */
   push(bytes: Uint8Array, onMessage: (text: string) => void): void {

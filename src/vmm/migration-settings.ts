@@ -1,6 +1,6 @@
 /**
- * QEMU's migration capabilities and parameters: read once, changed where a load or a save needs it, put back
- * afterwards, so that whoever saves or migrates the guest next finds what they had.
+ * QEMU's migration capabilities and parameters: read once, changed where a load or a save needs it,
+ * put back afterwards, so that whoever saves or migrates the guest next finds what they had.
  */
 import { FslError } from "../errors.ts";
 import { type QmpClient, type QmpReply, isRecord } from "./qmp.ts";
@@ -13,7 +13,8 @@ export interface MigrationChanges {
 }
 
 /**
- * Capabilities that a mapped-ram file cannot be loaded or saved with, or that change what a load does.
+ * Capabilities that a mapped-ram file cannot be loaded or saved with, or that change what a load
+ * does.
  * @source QEMU migration/options.c migrate_caps_check
  */
 export const CAPABILITIES_IN_THE_WAY = [
@@ -29,7 +30,10 @@ export const CAPABILITIES_IN_THE_WAY = [
   "x-ignore-shared",
 ] as const;
 
-/** Parameters that a mapped-ram file cannot be loaded or saved with, and the value that is in nobody's way. */
+/**
+ * Parameters that a mapped-ram file cannot be loaded or saved with, and the value that is in
+ * nobody's way.
+ */
 export const PARAMETERS_IN_THE_WAY: Readonly<Record<string, unknown>> = {
   "multifd-compression": "none",
   "tls-creds": "",
@@ -62,7 +66,9 @@ export class MigrationSettings {
     return new MigrationSettings(qmp, parseCapabilities(capabilities), parseParameters(parameters));
   }
 
-  /** Settings that another fsl changed and did not put back. @param undo what its `undoRecord` said */
+  /**
+   * Settings that another fsl changed and did not put back. @param undo what its `undoRecord` said
+   */
   static changedBefore(qmp: QmpClient, undo: MigrationChanges): MigrationSettings {
     const capabilities = new Map(Object.entries(undo.capabilities));
     const parameters = new Map(Object.entries(undo.parameters));
@@ -74,8 +80,10 @@ export class MigrationSettings {
 
   /** What `restore` would set now. JSON. */
   undoRecord(): MigrationChanges {
-    const pick = <T>(names: Iterable<string>, values: ReadonlyMap<string, T>): [string, T | undefined][] =>
-      [...names].map((name) => [name, values.get(name)]);
+    const pick = <T>(
+      names: Iterable<string>,
+      values: ReadonlyMap<string, T>,
+    ): [string, T | undefined][] => [...names].map((name) => [name, values.get(name)]);
     const capabilities = pick(this.#changedCapabilities, this.#capabilities);
     return {
       capabilities: Object.fromEntries(capabilities.map(([name, state]) => [name, state ?? false])),
@@ -93,7 +101,8 @@ export class MigrationSettings {
 
   /**
    * Makes the wanted changes; what is already so is not touched.
-   * @throws FslError TARGET_MISMATCH when QEMU does not know a wanted capability, or refuses a change
+   * @throws FslError TARGET_MISMATCH when QEMU does not know a wanted capability, or refuses a
+   * change
    */
   async apply(changes: MigrationChanges): Promise<void> {
     const capabilities = Object.entries(changes.capabilities).filter(([name, state]) => {
@@ -137,18 +146,26 @@ export class MigrationSettings {
     }
     for (const reply of await Promise.all(replies)) {
       if (!reply.ok) {
-        throw new FslError("TARGET_MISMATCH", `migration settings: QEMU refused a change: ${reply.description}`, {
-          description: reply.description,
-        });
+        throw new FslError(
+          "TARGET_MISMATCH",
+          `migration settings: QEMU refused a change: ${reply.description}`,
+          {
+            description: reply.description,
+          },
+        );
       }
     }
   }
 
   #unknownCapability(name: string): FslError {
     const hint = name === "mapped-ram" ? "; it came with QEMU 9.0" : "";
-    return new FslError("TARGET_MISMATCH", `QEMU does not know the migration capability ${name}${hint}`, {
-      capability: name,
-    });
+    return new FslError(
+      "TARGET_MISMATCH",
+      `QEMU does not know the migration capability ${name}${hint}`,
+      {
+        capability: name,
+      },
+    );
   }
 }
 

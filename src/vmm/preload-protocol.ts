@@ -1,6 +1,6 @@
 /**
- * How fsl and the preloaded library talk: environment variables in, one message out. The library's side and the
- * layout are described in shim/preload.c.
+ * How fsl and the preloaded library talk: environment variables in, one message out. The library's
+ * side and the layout are described in shim/preload.c.
  */
 
 /** Bytes of the message that the library sends, with the userfaultfd as its one descriptor. */

@@ -1,4 +1,7 @@
-/** The command line of a QEMU that fsl starts: what of the user's is refused, and what fsl adds. Pure. */
+/**
+ * The command line of a QEMU that fsl starts: what of the user's is refused, and what fsl adds.
+ * Pure.
+ */
 import { FslError } from "../errors.ts";
 
 /** Every id that fsl gives to an object inside QEMU begins with this. */
@@ -9,7 +12,8 @@ const REFUSED_OPTIONS: Readonly<Record<string, string>> = {
   incoming: "fsl load adds its own; leave it out",
   loadvm: "the guest's state comes from the snapshot; leave it out",
   preconfig: "a QEMU that waits for more configuration cannot take a state; leave it out",
-  daemonize: "fsl load stays with the guest it starts; leave it out and put fsl itself into the background",
+  daemonize:
+    "fsl load stays with the guest it starts; leave it out and put fsl itself into the background",
 };
 
 /** Arguments of one command line; Linux allows more, no QEMU needs it. */
@@ -26,18 +30,24 @@ export function checkQemuCommand(argv: readonly string[]): void {
     throw new FslError("USAGE", "QEMU command: expected a command after `--`, found none");
   }
   if (argv.length > ARGUMENTS_MAX) {
-    throw new FslError("USAGE", `QEMU command: expected at most ${ARGUMENTS_MAX} arguments, found ${argv.length}`);
+    throw new FslError(
+      "USAGE",
+      `QEMU command: expected at most ${ARGUMENTS_MAX} arguments, found ${argv.length}`,
+    );
   }
   for (const argument of argv) {
-    if (argument.includes("\0")) throw new FslError("USAGE", "QEMU command: an argument holds a NUL character");
+    if (argument.includes("\0"))
+      throw new FslError("USAGE", "QEMU command: an argument holds a NUL character");
   }
-  // An option's value may begin with a dash (`-append -incoming`); such a value is refused as well. That errs on the
-  // safe side: telling the two apart needs a table of all options of all versions.
+  // An option's value may begin with a dash (`-append -incoming`); such a value is refused as well.
+  // That errs on the safe side: telling the two apart needs a table of all options of all versions.
   for (const argument of argv.slice(1)) {
     const name = optionName(argument);
     const reason = name === null ? undefined : REFUSED_OPTIONS[name];
     if (reason !== undefined) {
-      throw new FslError("USAGE", `QEMU command: option ${argument} is refused: ${reason}`, { option: argument });
+      throw new FslError("USAGE", `QEMU command: option ${argument} is refused: ${reason}`, {
+        option: argument,
+      });
     }
   }
 }
@@ -48,8 +58,8 @@ export function startsStopped(argv: readonly string[]): boolean {
 }
 
 /**
- * The command line that is run: the user's, then a QMP monitor on an inherited listening socket, then
- * `-incoming defer`, last of all.
+ * The command line that is run: the user's, then a QMP monitor on an inherited listening socket,
+ * then `-incoming defer`, last of all.
  * @param qmpFd the listening socket's number in QEMU
  */
 export function qemuCommandLine(argv: readonly string[], qmpFd: number): string[] {

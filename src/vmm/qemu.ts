@@ -1,16 +1,21 @@
 /**
- * A QEMU that waits for its state (`-incoming defer`), as a `Target`. Shared by the QEMU that fsl spawns and the one
- * that somebody else started; what differs between the two is in `QemuProcess`.
+ * A QEMU that waits for its state (`-incoming defer`), as a `Target`. Shared by the QEMU that fsl
+ * spawns and the one that somebody else started; what differs between the two is in `QemuProcess`.
  *
- * Runs on the main thread. Every wait is for QEMU's answer, its exit, or a deadline. While QEMU loads its devices it
- * may wait for a page: the fault loop serves that in its Worker, and needs nothing of this file.
+ * Runs on the main thread. Every wait is for QEMU's answer, its exit, or a deadline. While QEMU
+ * loads its devices it may wait for a page: the fault loop serves that in its Worker, and needs
+ * nothing of this file.
  */
 import { closeSync, openSync } from "node:fs";
 import { constants } from "node:os";
 import { FslError, assert, isFslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
-import { CAPABILITIES_IN_THE_WAY, type MigrationChanges, PARAMETERS_IN_THE_WAY } from "./migration-settings.ts";
+import {
+  CAPABILITIES_IN_THE_WAY,
+  type MigrationChanges,
+  PARAMETERS_IN_THE_WAY,
+} from "./migration-settings.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
 import type { ExitStatus, StateLoaded, Target, TargetInfo, TargetRecord } from "./target.ts";
 import {
@@ -36,7 +41,10 @@ export interface QemuProcess {
   readonly controlPath: string | null;
   /** fsl started it: to abandon it is to end it. */
   readonly isSpawned: boolean;
-  /** Called once QEMU has answered; the process may turn out to be another one (a wrapper script's child). */
+  /**
+   * Called once QEMU has answered; the process may turn out to be another one (a wrapper script's
+   * child).
+   */
   identify(): void;
   /** Closes what this object holds; QEMU itself is not touched. Idempotent. */
   close(): void;
@@ -52,7 +60,10 @@ export const USERFAULTFD_NAME = "fsl-uffd";
 
 /** How long an exit may lag behind the end of the QMP connection. */
 const EXIT_NOTICE_MS = 1_000;
-/** How long an abandoned QEMU may take to end in order (it removes its sockets and pid file) before SIGKILL. */
+/**
+ * How long an abandoned QEMU may take to end in order (it removes its sockets and pid file) before
+ * SIGKILL.
+ */
 const ABANDON_GRACE_MS = 2_000;
 /** In case an event is lost: how often the progress of a load is asked for. */
 const LOAD_CHECK_MS = 2_000;
@@ -139,7 +150,8 @@ export class QemuTarget implements Target {
         this.#prepare(kept);
       } else {
         await kept;
-        // The named copy can be dropped by QMP when the load is over; the one made by ptrace only by ptrace.
+        // The named copy can be dropped by QMP when the load is over; the one made by ptrace only
+        // by ptrace.
         closeRemote(this.#request(), taken.remoteFd);
       }
     } catch (error) {
@@ -163,7 +175,8 @@ export class QemuTarget implements Target {
     const known = this.#known;
     assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
     if (!this.#process.isSpawned) this.#prepare(this.#clearAutostart());
-    // QEMU compares the access mode (it must be read-only) and does not seek: a new open file has position 0.
+    // QEMU compares the access mode (it must be read-only) and does not seek: a new open file has
+    // position 0.
     const readable = openSync(`/proc/self/fd/${seedFd}`, "r");
     try {
       const set = { "fdset-id": known.freeFdset };
@@ -188,7 +201,9 @@ export class QemuTarget implements Target {
   }
 
   async pause(): Promise<void> {
-    await this.#guard(this.#qmp.request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY }));
+    await this.#guard(
+      this.#qmp.request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY }),
+    );
   }
 
   async abandon(): Promise<void> {
@@ -207,8 +222,8 @@ export class QemuTarget implements Target {
     assert(this.#phase === "loaded", `release in phase ${this.#phase}`);
     this.#phase = "released";
     await this.#guard(this.#putBack());
-    // The connection to a spawned QEMU stays: when the last monitor's client goes, QEMU closes fdsets of the user's
-    // that are not in use at that moment.
+    // The connection to a spawned QEMU stays: when the last monitor's client goes, QEMU closes
+    // fdsets of the user's that are not in use at that moment.
     if (!this.#process.isSpawned) this.close();
   }
 
@@ -233,7 +248,10 @@ export class QemuTarget implements Target {
       if (preloaded !== null) return preloaded;
     }
     if (way === "preload") {
-      throw new FslError("HOST_UNSUPPORTED", `userfaultfd: ${this.description} did not send one at its start`);
+      throw new FslError(
+        "HOST_UNSUPPORTED",
+        `userfaultfd: ${this.description} did not send one at its start`,
+      );
     }
     return makeUserfaultfd(this.#request(), way);
   }
@@ -242,7 +260,10 @@ export class QemuTarget implements Target {
     return { pid: this.pid, pidfd: this.pidfd, qmp: this.#qmp, description: this.description };
   }
 
-  /** `stop` of a QEMU that waits for its state only clears autostart: whether the guest runs is fsl's decision. */
+  /**
+   * `stop` of a QEMU that waits for its state only clears autostart: whether the guest runs is
+   * fsl's decision.
+   */
   #clearAutostart(): Promise<unknown> {
     return this.#qmp.request("stop");
   }
@@ -269,16 +290,22 @@ export class QemuTarget implements Target {
     }
   }
 
-  /** Waits for the MIGRATION event that ends a load. Set up before the load starts, so that none is missed. */
+  /**
+   * Waits for the MIGRATION event that ends a load. Set up before the load starts, so that none is
+   * missed.
+   */
   #watchLoad(): { ended: Promise<void>; stop: () => void } {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     promise.catch(() => {});
     const judge = (status: unknown, description: unknown): void => {
       if (status === "completed") resolve();
-      else if (status === "failed") reject(loadFailed(this.description, String(description ?? "no reason given")));
+      else if (status === "failed")
+        reject(loadFailed(this.description, String(description ?? "no reason given")));
     };
     const ask = async (): Promise<void> => {
-      const progress = await this.#qmp.request("query-migrate", undefined, { timeoutMs: Number.POSITIVE_INFINITY });
+      const progress = await this.#qmp.request("query-migrate", undefined, {
+        timeoutMs: Number.POSITIVE_INFINITY,
+      });
       if (isRecord(progress)) judge(progress["status"], progress["error-desc"]);
     };
     const stopEvents = this.#qmp.onEvent((event) => {
@@ -290,9 +317,11 @@ export class QemuTarget implements Target {
     const timer = setInterval(() => {
       if (isAsking) return; // QEMU's main loop is busy; one question waits already.
       isAsking = true;
-      ask().catch(reject).finally(() => {
-        isAsking = false;
-      });
+      ask()
+        .catch(reject)
+        .finally(() => {
+          isAsking = false;
+        });
     }, LOAD_CHECK_MS);
     this.#qmp.closed.then(reject);
     const stop = (): void => {
@@ -304,7 +333,9 @@ export class QemuTarget implements Target {
 
   /** Capabilities, parameters and kept descriptors, as before fsl came. */
   async #putBack(): Promise<void> {
-    const dropped = [...this.#keptNames].map((name) => this.#qmp.execute("closefd", { fdname: name }));
+    const dropped = [...this.#keptNames].map((name) =>
+      this.#qmp.execute("closefd", { fdname: name }),
+    );
     this.#keptNames.clear();
     await Promise.all<QmpReply | void | undefined>([...dropped, this.#known?.settings.restore()]);
   }
@@ -350,7 +381,9 @@ const PHASE_WORDS: Readonly<Record<Phase, string>> = {
 
 /** `with exit code 1` or `by SIGSEGV` */
 export function formatExit(exit: ExitStatus): string {
-  return exit.signal === null ? `with exit code ${exit.exitCode ?? "unknown"}` : `by ${exit.signal}`;
+  return exit.signal === null
+    ? `with exit code ${exit.exitCode ?? "unknown"}`
+    : `by ${exit.signal}`;
 }
 
 /** What must be set for a mapped-ram load, and what must not. */

@@ -4,7 +4,10 @@ import * as native from "../sys/native.ts";
 import { QmpClient } from "./qmp.ts";
 
 export interface QmpConnectOptions {
-  /** How long the greeting may take. A monitor serves one client at a time, and another one may be there. */
+  /**
+   * How long the greeting may take. A monitor serves one client at a time, and another one may be
+   * there.
+   */
   readonly greetingTimeoutMs: number;
 }
 
@@ -17,10 +20,14 @@ export function connectQmp(path: string, options: QmpConnectOptions): QmpClient 
   const fd = native.unixConnect(path);
   if (fd >= 0) return QmpClient.open(fd, { peer: `QEMU at ${path}`, ...options });
   const errno = native.errnoName(fd);
-  throw new FslError("TARGET_LOST", `QMP socket ${path}: cannot connect (${errno})${HINTS[errno] ?? ""}`, {
-    path,
-    errno,
-  });
+  throw new FslError(
+    "TARGET_LOST",
+    `QMP socket ${path}: cannot connect (${errno})${HINTS[errno] ?? ""}`,
+    {
+      path,
+      errno,
+    },
+  );
 }
 
 const HINTS: Readonly<Record<string, string>> = {

@@ -1,20 +1,24 @@
 /**
  * QMP client over a unix socket: commands with ids, descriptors by SCM_RIGHTS, events by callback.
  *
- * Receiving is Bun's (its event loop watches the socket, nothing polls); sending is one sendmsg(2) per
- * command, because only that carries descriptors. Commands may be given before the greeting has come;
- * they follow it at once, and are answered in order: a whole conversation can be one round trip.
+ * Receiving is Bun's (its event loop watches the socket, nothing polls); sending is one sendmsg(2)
+ * per command, because only that carries descriptors. Commands may be given before the greeting has
+ * come; they follow it at once, and are answered in order: a whole conversation can be one round
+ * trip.
  *
- * Two facts of QEMU's monitor (measured with 10.0.2): it reads its socket one byte at a time, 5 µs each,
- * so commands are kept short; and it reads the next command only when the last is done, unless
- * out-of-band commands are enabled, which fsl has no other use for: nine queries take 2 instead of 5 ms.
+ * Two facts of QEMU's monitor (measured with 10.0.2): it reads its socket one byte at a time, 5 µs
+ * each, so commands are kept short; and it reads the next command only when the last is done,
+ * unless out-of-band commands are enabled, which fsl has no other use for: nine queries take 2
+ * instead of 5 ms.
  */
 import { FslError, assert } from "../errors.ts";
 import { EINTR, MSG_DONTWAIT, MSG_NOSIGNAL } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
 import { MessageLines } from "./message-lines.ts";
 
-/** A command's answer. An error of QEMU's is a value: most callers have something to do about it. */
+/**
+ * A command's answer. An error of QEMU's is a value: most callers have something to do about it.
+ */
 export type QmpReply =
   | { readonly ok: true; readonly value: unknown }
   | { readonly ok: false; readonly errorClass: string; readonly description: string };
@@ -31,7 +35,10 @@ export interface QmpVersion {
 }
 
 export interface QmpExecuteOptions {
-  /** Sent along with the command by SCM_RIGHTS; stays the caller's. One such command at a time is under way. */
+  /**
+   * Sent along with the command by SCM_RIGHTS; stays the caller's. One such command at a time is
+   * under way.
+   */
   readonly fd?: number;
   /** How long to wait for the answer, Infinity allowed; a later answer is dropped. */
   readonly timeoutMs?: number;
@@ -124,8 +131,8 @@ export class QmpClient {
     options: QmpExecuteOptions = {},
   ): Promise<QmpReply> {
     if (options.fd === undefined) return this.#send(command, args, options);
-    // QEMU's socket holds the descriptors of one message only: a second message with descriptors closes those of
-    // the first if no command has fetched them yet.
+    // QEMU's socket holds the descriptors of one message only: a second message with descriptors
+    // closes those of the first if no command has fetched them yet.
     const turn = this.#descriptorTurn.then(() => this.#send(command, args, options));
     this.#descriptorTurn = turn.catch(() => {});
     return turn;
@@ -166,11 +173,13 @@ export class QmpClient {
   }
 
   #watch(): void {
-    // Bun closes the descriptor that it is given when the peer hangs up; a number that somebody else owns by then must
-    // not be written to. So Bun gets a duplicate.
+    // Bun closes the descriptor that it is given when the peer hangs up; a number that somebody
+    // else owns by then must not be written to. So Bun gets a duplicate.
     const watched = native.dup(this.#fd, 3);
     if (watched < 0) {
-      const error = this.#lostError(`descriptor cannot be duplicated (${native.errnoName(watched)})`);
+      const error = this.#lostError(
+        `descriptor cannot be duplicated (${native.errnoName(watched)})`,
+      );
       this.#lose(error);
       throw error;
     }
@@ -204,7 +213,13 @@ export class QmpClient {
     const message = { execute: command, ...(args === undefined ? {} : { arguments: args }), id };
     const bytes = Buffer.from(JSON.stringify(message, rawIntegers), "utf8");
     const pending = {
-      command, bytes, fd: options.fd, resolve, reject, timeoutMs, timer: undefined,
+      command,
+      bytes,
+      fd: options.fd,
+      resolve,
+      reject,
+      timeoutMs,
+      timer: undefined,
     };
     this.#pending.set(id, pending);
     if (this.#greeted) this.#transmit(id, pending);
@@ -212,8 +227,8 @@ export class QmpClient {
   }
 
   /**
-   * Sends a command and lets its time run. A socket that does not take it at once is one whose other
-   * end has not read for 200 KiB: as good as lost.
+   * Sends a command and lets its time run. A socket that does not take it at once is one whose
+   * other end has not read for 200 KiB: as good as lost.
    */
   #transmit(id: number, pending: Pending): void {
     const { bytes, fd, command, timeoutMs } = pending;
@@ -252,7 +267,10 @@ export class QmpClient {
     }
     if (!this.#greeted) throw new Error("a message came before the QMP greeting");
     if (typeof message["event"] === "string") {
-      const event = { name: message["event"], data: isRecord(message["data"]) ? message["data"] : {} };
+      const event = {
+        name: message["event"],
+        data: isRecord(message["data"]) ? message["data"] : {},
+      };
       for (const listener of this.#listeners) listener(event);
       return;
     }
@@ -288,7 +306,8 @@ export class QmpClient {
     const id = message["id"];
     if (typeof id !== "number") {
       // QEMU could not even parse what we sent: no command will be answered in order any more.
-      if ("error" in message) throw new Error(`QEMU could not read a command: ${describe(message["error"])}`);
+      if ("error" in message)
+        throw new Error(`QEMU could not read a command: ${describe(message["error"])}`);
       return;
     }
     const pending = this.#pending.get(id);
@@ -301,12 +320,16 @@ export class QmpClient {
       const errorClass = String(message["error"]["class"] ?? "GenericError");
       pending.resolve({ ok: false, errorClass, description: describe(message["error"]) });
     } else {
-      pending.reject(this.#lostError(`the answer to ${pending.command} has neither return nor error`));
+      pending.reject(
+        this.#lostError(`the answer to ${pending.command} has neither return nor error`),
+      );
     }
   }
 
   #lostError(reason: string): FslError {
-    return new FslError("TARGET_LOST", `QMP: connection to ${this.#peer}: ${reason}`, { peer: this.#peer });
+    return new FslError("TARGET_LOST", `QMP: connection to ${this.#peer}: ${reason}`, {
+      peer: this.#peer,
+    });
   }
 
   #lose(reason: FslError): void {
@@ -339,14 +362,18 @@ export function formatVersion(version: QmpVersion): string {
 function parseVersion(value: unknown): QmpVersion | null {
   if (!isRecord(value) || !isRecord(value["qemu"])) return null;
   const { major, minor, micro } = value["qemu"];
-  if (typeof major !== "number" || typeof minor !== "number" || typeof micro !== "number") return null;
+  if (typeof major !== "number" || typeof minor !== "number" || typeof micro !== "number")
+    return null;
   return { major, minor, micro };
 }
 
 /** QEMU's own words, on one line and of bounded length. */
 function describe(error: unknown): string {
   const text = isRecord(error) ? String(error["desc"] ?? "") : String(error);
-  return text.replace(/[^\x20-\x7e]+/g, " ").trim().slice(0, 1000);
+  return text
+    .replace(/[^\x20-\x7e]+/g, " ")
+    .trim()
+    .slice(0, 1000);
 }
 
 function parseMessage(text: string): unknown {
@@ -355,8 +382,8 @@ function parseMessage(text: string): unknown {
 }
 
 /**
- * JSON.parse reviver: integers beyond 2^53 (QEMU has some: migration limits, sizes of backends) stay exact as bigint.
- * `JSON.rawJSON` writes them back.
+ * JSON.parse reviver: integers beyond 2^53 (QEMU has some: migration limits, sizes of backends)
+ * stay exact as bigint. `JSON.rawJSON` writes them back.
  */
 function exactIntegers(_key: string, value: unknown, context?: { source?: string }): unknown {
   if (typeof value !== "number" || Number.isSafeInteger(value)) return value;

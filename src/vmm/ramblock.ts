@@ -1,10 +1,11 @@
 /**
- * Parses QEMU's table of RAMBlocks (`x-query-ramblock`, or `info ramblock` of the human monitor; the same text).
- * There is no structured command for it. Columns, from the right, because a name may hold spaces and overflow its
- * 24 characters: RO (`ro`/`rw`), HVA, Total, Used, Offset (hexadecimal, 16 digits), PSize (`4 KiB`), name.
+ * Parses QEMU's table of RAMBlocks (`x-query-ramblock`, or `info ramblock` of the human monitor;
+ * the same text). There is no structured command for it. Columns, from the right, because a name
+ * may hold spaces and overflow its 24 characters: RO (`ro`/`rw`), HVA, Total, Used, Offset
+ * (hexadecimal, 16 digits), PSize (`4 KiB`), name.
  *
- * The text comes from a process that a guest may have broken into: it is bounded and checked here, and against the
- * kernel's account in process-maps.ts.
+ * The text comes from a process that a guest may have broken into: it is bounded and checked here,
+ * and against the kernel's account in process-maps.ts.
  */
 import { FslError } from "../errors.ts";
 import { GiB, KiB, MiB, hex } from "../pages.ts";
@@ -29,16 +30,23 @@ export const TABLE_LENGTH_MAX = 2 * MiB;
 export const BLOCK_COUNT_MAX = 4096;
 /** Bytes of a RAMBlock's name (QEMU RAMBlock.idstr is char[256]). */
 const IDSTR_LENGTH_MAX = 255;
-/** First address that is not a user address: 2^47 on x86-64; 2^52 on aarch64 with large addresses. */
+/**
+ * First address that is not a user address: 2^47 on x86-64; 2^52 on aarch64 with large addresses.
+ */
 const ADDRESS_END_MAX = 2 ** 52;
 
 const HEADER = /^\s*Block Name\s+PSize\s+Offset\s+Used\s+Total\s+HVA\s+RO\s*$/;
-const LINE = /^\s*(\S(?:.*\S)?)\s+(\d{1,4}) ([KMG])iB\s+0x([0-9a-f]{16})\s+0x([0-9a-f]{16})\s+0x([0-9a-f]{16})\s+0x([0-9a-f]{16})\s+(ro|rw)\s*$/;
+const NUMBER = "\\s+0x([0-9a-f]{16})";
+/** Name, page size and unit, offset, used, total, address, access. */
+const LINE = new RegExp(
+  `^\\s*(\\S(?:.*\\S)?)\\s+(\\d{1,4}) ([KMG])iB${NUMBER.repeat(4)}\\s+(ro|rw)\\s*$`,
+);
 const UNIT_BYTES: Readonly<Record<string, number>> = { K: KiB, M: MiB, G: GiB };
 
 /**
  * @returns blocks in QEMU's order
- * @throws FslError TARGET_MISMATCH when the text is not such a table (QEMU before 8.0 prints no addresses)
+ * @throws FslError TARGET_MISMATCH when the text is not such a table (QEMU before 8.0 prints no
+ * addresses)
  * @source QEMU system/physmem.c ram_block_format
  */
 export function parseRamblocks(text: string): RamblockLine[] {
@@ -64,7 +72,17 @@ export function parseRamblocks(text: string): RamblockLine[] {
 function parseLine(line: string): RamblockLine {
   const fields = LINE.exec(line);
   if (fields === null) throw refused(`line ${quote(line)} cannot be read`);
-  const [, idstr = "", pageCount = "", pageUnit = "", , used = "", total = "", address = "", access = ""] = fields;
+  const [
+    ,
+    idstr = "",
+    pageCount = "",
+    pageUnit = "",
+    ,
+    used = "",
+    total = "",
+    address = "",
+    access = "",
+  ] = fields;
   const block = {
     idstr,
     pageSize: Number(pageCount) * (UNIT_BYTES[pageUnit] ?? 0),
@@ -85,8 +103,10 @@ function checkBlock(block: RamblockLine): void {
     throw refused(`page size ${pageSize} of ${name} is no power of two from 4096`);
   }
   if (length > maxLength) throw refused(`${name} uses ${length} of ${maxLength} bytes`);
-  if (hostAddr === 0 || hostAddr % pageSize !== 0) throw refused(`${name} is at ${hex(hostAddr)}, unaligned`);
-  if (!(hostAddr + maxLength <= ADDRESS_END_MAX)) throw refused(`${name} ends past every user address`);
+  if (hostAddr === 0 || hostAddr % pageSize !== 0)
+    throw refused(`${name} is at ${hex(hostAddr)}, unaligned`);
+  if (!(hostAddr + maxLength <= ADDRESS_END_MAX))
+    throw refused(`${name} ends past every user address`);
 }
 
 function quote(text: string): string {

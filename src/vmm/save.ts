@@ -1,11 +1,11 @@
 /**
  * Saves a running QEMU as a mapped-ram snapshot.
  *
- * The file is written beside its final place under an unpredictable name, checked, brought to the disk
- * and renamed: at its path there is the old file or the whole new one, never a part. QEMU gets an open
- * descriptor (so it may run as another user or see other mounts), and the path only if it cannot.
- * Whatever fails: the migration is cancelled, the file removed, QEMU's settings put back, and a guest
- * that ran before runs again.
+ * The file is written beside its final place under an unpredictable name, checked, brought to the
+ * disk and renamed: at its path there is the old file or the whole new one, never a part. QEMU gets
+ * an open descriptor (so it may run as another user or see other mounts), and the path only if it
+ * cannot. Whatever fails: the migration is cancelled, the file removed, QEMU's settings put back,
+ * and a guest that ran before runs again.
  */
 import { randomBytes } from "node:crypto";
 import {
@@ -191,7 +191,10 @@ class Save {
       watch.stop();
     }
     if (fstatSync(output.fd).size > 0) return;
-    throw new FslError("SAVE_FAILED", "save: QEMU wrote the snapshot somewhere else: it sees other files");
+    throw new FslError(
+      "SAVE_FAILED",
+      "save: QEMU wrote the snapshot somewhere else: it sees other files",
+    );
   }
 
   /** After success. */
@@ -205,12 +208,15 @@ class Save {
     });
     const closed = await Promise.race([this.#qmp.closed, Bun.sleep(QUIT_TIMEOUT_MS)]);
     if (closed !== undefined) return;
-    throw new FslError("SAVE_FAILED", `save: QEMU did not end within ${QUIT_TIMEOUT_MS} ms of quit`);
+    throw new FslError(
+      "SAVE_FAILED",
+      `save: QEMU did not end within ${QUIT_TIMEOUT_MS} ms of quit`,
+    );
   }
 
   /**
-   * After failure: as before. What goes wrong here is not reported; the error that led here is, and a
-   * lost connection leaves nothing to do.
+   * After failure: as before. What goes wrong here is not reported; the error that led here is, and
+   * a lost connection leaves nothing to do.
    */
   async undo(): Promise<void> {
     try {
@@ -329,21 +335,27 @@ function saveChanges(multifdChannels: number | undefined): MigrationChanges {
       events: true,
       multifd: multifdChannels !== undefined,
     },
-    // 0 is no limit; the default is 128 MiB/s, meant for networks. Direct I/O (QEMU 9.1) would need a
-    // second descriptor.
+    // 0 is no limit; the default is 128 MiB/s, meant for networks. Direct I/O (QEMU 9.1) would need
+    // a second descriptor.
     parameters: { ...PARAMETERS_IN_THE_WAY, "max-bandwidth": 0, "direct-io": false, ...channels },
   };
 }
 
 function checkSavable(runState: string, migration: string): void {
   if (!IDLE_MIGRATIONS.includes(migration)) {
-    throw new FslError("SAVE_FAILED", `save: QEMU is busy with a migration (${migration})`, { migration });
+    throw new FslError("SAVE_FAILED", `save: QEMU is busy with a migration (${migration})`, {
+      migration,
+    });
   }
   if (SAVABLE_STATES.includes(runState)) return;
   const hint = RUN_STATE_HINTS[runState] ?? "";
-  throw new FslError("SAVE_FAILED", `save: a guest in run state ${runState} cannot be saved${hint}`, {
-    runState,
-  });
+  throw new FslError(
+    "SAVE_FAILED",
+    `save: a guest in run state ${runState} cannot be saved${hint}`,
+    {
+      runState,
+    },
+  );
 }
 
 const RUN_STATE_HINTS: Readonly<Record<string, string>> = {
@@ -371,7 +383,9 @@ function saveFailed(progress: unknown, status: string): FslError {
 }
 
 function aborted(): FslError {
-  return new FslError("SAVE_FAILED", "save: interrupted; the guest is as it was", { aborted: true });
+  return new FslError("SAVE_FAILED", "save: interrupted; the guest is as it was", {
+    aborted: true,
+  });
 }
 
 function throwIfAborted(signal: AbortSignal | undefined): void {
@@ -380,7 +394,12 @@ function throwIfAborted(signal: AbortSignal | undefined): void {
 
 function fileError(what: string, path: string, error: unknown): FslError {
   const errno = (error as NodeJS.ErrnoException).code ?? String(error);
-  return new FslError("SAVE_FAILED", `save ${path}: cannot ${what} (${errno})`, { path, errno }, error);
+  return new FslError(
+    "SAVE_FAILED",
+    `save ${path}: cannot ${what} (${errno})`,
+    { path, errno },
+    error,
+  );
 }
 
 /** A symbolic link stays; the file that it points to is replaced. */

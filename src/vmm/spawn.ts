@@ -1,8 +1,10 @@
 /**
- * Starts a QEMU with the user's command line, a private QMP socket and, where it can be, the preloaded library.
+ * Starts a QEMU with the user's command line, a private QMP socket and, where it can be, the
+ * preloaded library.
  *
- * The socket is bound and listening before QEMU exists, so fsl connects at once and nothing polls: QEMU greets when it
- * is ready. QEMU keeps the listening socket; a later fsl can connect again in the private directory.
+ * The socket is bound and listening before QEMU exists, so fsl connects at once and nothing polls:
+ * QEMU greets when it is ready. QEMU keeps the listening socket; a later fsl can connect again in
+ * the private directory.
  */
 import { readFileSync, readdirSync, statSync, writeSync } from "node:fs";
 import { basename, join } from "node:path";
@@ -35,7 +37,10 @@ export interface SpawnOptions {
 /** A descriptor of this process, or one of the two words. */
 export type StandardStream = "inherit" | "ignore" | number;
 
-/** Descriptors of the caller's that are handed on (`-netdev tap,fd=N`) have low numbers: shells give one digit. */
+/**
+ * Descriptors of the caller's that are handed on (`-netdev tap,fd=N`) have low numbers: shells give
+ * one digit.
+ */
 const INHERITED_FD_MAX = 255;
 const NO_FD = -1;
 
@@ -52,16 +57,27 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
   const handles = new Handles();
   try {
     const socketPath = join(directory, "qmp");
-    const listener = handles.add(checked(native.unixListen(socketPath, 1), `listen on ${socketPath}`));
+    const listener = handles.add(
+      checked(native.unixListen(socketPath, 1), `listen on ${socketPath}`),
+    );
     const connection = checked(native.unixConnect(socketPath), `connect to ${socketPath}`);
-    const preload = options.userfaultfdWay === undefined || options.userfaultfdWay === "preload"
-      ? preparePreload(program, handles)
-      : null;
+    const preload =
+      options.userfaultfdWay === undefined || options.userfaultfdWay === "preload"
+        ? preparePreload(program, handles)
+        : null;
     const child = startChild(options, program, env, listener, preload);
-    const process = new SpawnedQemu(child, program, directory, socketPath, preload?.ownSocket ?? NO_FD);
+    const process = new SpawnedQemu(
+      child,
+      program,
+      directory,
+      socketPath,
+      preload?.ownSocket ?? NO_FD,
+    );
     const qmp = QmpClient.open(connection, {
       peer: process.description,
-      ...(options.greetingTimeoutMs === undefined ? {} : { greetingTimeoutMs: options.greetingTimeoutMs }),
+      ...(options.greetingTimeoutMs === undefined
+        ? {}
+        : { greetingTimeoutMs: options.greetingTimeoutMs }),
     });
     process.exited.then(() => qmp.close());
     return new QemuTarget(process, qmp, options);
@@ -128,8 +144,9 @@ class SpawnedQemu implements QemuProcess {
   }
 
   /**
-   * A wrapper script may have started QEMU as a child of its own. QEMU called listen(2) on the inherited socket, and the
-   * kernel tells everybody who connects afterwards which process did that. The connection is given up at once.
+   * A wrapper script may have started QEMU as a child of its own. QEMU called listen(2) on the
+   * inherited socket, and the kernel tells everybody who connects afterwards which process did
+   * that. The connection is given up at once.
    */
   identify(): void {
     if (runsProgram(this.#pid, this.#program)) return;
@@ -190,8 +207,8 @@ function startChild(
 }
 
 /**
- * The library in a memfd, and a socket for it to answer on; null when the program would not load it.
- * Shortage of descriptors is no reason to fail here: ptrace is the fall-back.
+ * The library in a memfd, and a socket for it to answer on; null when the program would not load
+ * it. Shortage of descriptors is no reason to fail here: ptrace is the fall-back.
  */
 function preparePreload(program: string, handles: Handles): Preload | null {
   if (!isGlibcInterpreter(readElfInterpreter(program))) return null;
@@ -208,8 +225,8 @@ function preparePreload(program: string, handles: Handles): Preload | null {
 }
 
 /**
- * Bun gives a child only the descriptors it is told of, number by number from 3. The caller's keep their numbers (that
- * is how a shell hands `fd=N` to QEMU), fsl's own take the free ones.
+ * Bun gives a child only the descriptors it is told of, number by number from 3. The caller's keep
+ * their numbers (that is how a shell hands `fd=N` to QEMU), fsl's own take the free ones.
  */
 export function layOutDescriptors(
   inherited: readonly number[],
@@ -227,10 +244,15 @@ export function layOutDescriptors(
   return { slots: Array.from(slots, (slot) => slot ?? "ignore"), ownNumbers };
 }
 
-/** Descriptors from 3 on that this process was started with to hand on: everything of its own is close-on-exec. */
+/**
+ * Descriptors from 3 on that this process was started with to hand on: everything of its own is
+ * close-on-exec.
+ */
 function inheritedDescriptors(): number[] {
   const numbers = readdirSync("/proc/self/fd").map(Number);
-  return numbers.filter((number) => number >= 3 && number <= INHERITED_FD_MAX && !isCloseOnExec(number));
+  return numbers.filter(
+    (number) => number >= 3 && number <= INHERITED_FD_MAX && !isCloseOnExec(number),
+  );
 }
 
 /** True also for a descriptor that is closed by now (the one that listed the directory). */
@@ -246,7 +268,11 @@ function isCloseOnExec(fd: number): boolean {
 function findProgram(name: string, env: Readonly<Record<string, string | undefined>>): string {
   const path = Bun.which(name, { PATH: env["PATH"] ?? "" });
   if (path !== null) return path;
-  throw new FslError("USAGE", `QEMU command: program ${JSON.stringify(name)} was not found in PATH`, { name });
+  throw new FslError(
+    "USAGE",
+    `QEMU command: program ${JSON.stringify(name)} was not found in PATH`,
+    { name },
+  );
 }
 
 function exitStatusOf(child: Bun.Subprocess): ExitStatus {
@@ -269,7 +295,11 @@ function runsProgram(pid: number, program: string): boolean {
 
 function checked(result: number, what: string): number {
   if (result >= 0) return result;
-  throw new FslError("HOST_UNSUPPORTED", `QMP socket: cannot ${what} (${native.errnoName(result)})`, {
-    errno: native.errnoName(result),
-  });
+  throw new FslError(
+    "HOST_UNSUPPORTED",
+    `QMP socket: cannot ${what} (${native.errnoName(result)})`,
+    {
+      errno: native.errnoName(result),
+    },
+  );
 }

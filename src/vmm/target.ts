@@ -1,9 +1,10 @@
 /**
- * How a guest is reached. The first target is a QEMU that fsl spawns; attaching to one, Firecracker's handover, a
- * postcopy destination and the caller's own memory fit behind the same interface.
+ * How a guest is reached. The first target is a QEMU that fsl spawns; attaching to one,
+ * Firecracker's handover, a postcopy destination and the caller's own memory fit behind the same
+ * interface.
  *
- * Life: `connect` → `takeUserfaultfd` → (arm: register, look, correct) → `loadState` → `resume` → … → `release`.
- * Until `loadState` everything can be undone by `abandon`; after it nothing can.
+ * Life: `connect` → `takeUserfaultfd` → (arm: register, look, correct) → `loadState` → `resume` → …
+ * → `release`. Until `loadState` everything can be undone by `abandon`; after it nothing can.
  */
 
 /** A RAMBlock's place in the target's address space. */
@@ -19,7 +20,10 @@ export interface GuestRegion {
   /** Host page size of the block in bytes: 4096, or 2 MiB and more for hugetlb. */
   readonly pageSize: number;
   readonly readOnly: boolean;
-  /** What backs the block, by the kernel's account (/proc/PID/smaps), and whether other processes can see it. */
+  /**
+   * What backs the block, by the kernel's account (/proc/PID/smaps), and whether other processes
+   * can see it.
+   */
   readonly backing: "anonymous" | "shmem" | "hugetlb" | "file";
   /** MAP_SHARED. */
   readonly shared: boolean;
@@ -35,7 +39,10 @@ export interface TargetInfo {
   /** Versioned machine type, e.g. `pc-q35-10.0`; null when the target cannot say. */
   readonly machineType: string | null;
   readonly regions: readonly GuestRegion[];
-  /** True when the guest has a device that can give memory back (balloon, free page reporting, virtio-mem). */
+  /**
+   * True when the guest has a device that can give memory back (balloon, free page reporting,
+   * virtio-mem).
+   */
   readonly canDiscard: boolean;
 }
 
@@ -51,7 +58,10 @@ export interface StateLoaded {
   readonly status: string;
 }
 
-/** What a later fsl needs in order to reach this target again, after this one has died. JSON, a few KiB. */
+/**
+ * What a later fsl needs in order to reach this target again, after this one has died. JSON, a few
+ * KiB.
+ */
 export interface TargetRecord {
   readonly pid: number;
   /** Path of a control socket that somebody can connect to again; null when there is none. */
@@ -87,12 +97,16 @@ export interface Target extends ServedTarget {
   connect(): Promise<TargetInfo>;
   /** After `connect`. */
   record(): TargetRecord;
-  /** A userfaultfd of the target's address space; the target keeps a copy of its own. Caller closes the returned one. */
+  /**
+   * A userfaultfd of the target's address space; the target keeps a copy of its own. Caller closes
+   * the returned one.
+   */
   takeUserfaultfd(): Promise<number>;
   /** Leaves a copy of a descriptor in the target under a name, so that it outlives fsl. */
   keepDescriptor(name: string, fd: number): Promise<void>;
   /**
-   * Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts). Works once.
+   * Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts).
+   * Works once.
    * @param streamOffset file offset in bytes at which the stream begins
    */
   loadState(seedFd: number, streamOffset: number): Promise<StateLoaded>;

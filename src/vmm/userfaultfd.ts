@@ -1,11 +1,14 @@
 /**
- * A userfaultfd of QEMU's address space. Only a thread of that process can make one, so either the preloaded library
- * made it before QEMU's main() and sent it, or QEMU's main thread is borrowed by ptrace for one system call.
+ * A userfaultfd of QEMU's address space. Only a thread of that process can make one, so either the
+ * preloaded library made it before QEMU's main() and sent it, or QEMU's main thread is borrowed by
+ * ptrace for one system call.
  *
- * A user other than root may not be allowed userfaultfd(2) (vm.unprivileged_userfaultfd). Then fsl opens
- * /dev/userfaultfd itself, hands it to QEMU, and the borrowed thread makes the userfaultfd from that.
+ * A user other than root may not be allowed userfaultfd(2) (vm.unprivileged_userfaultfd). Then fsl
+ * opens /dev/userfaultfd itself, hands it to QEMU, and the borrowed thread makes the userfaultfd
+ * from that.
  *
- * Never UFFD_USER_MODE_ONLY: device emulation reads guest memory in system calls, which would get EFAULT.
+ * Never UFFD_USER_MODE_ONLY: device emulation reads guest memory in system calls, which would get
+ * EFAULT.
  */
 import { readdirSync, readlinkSync } from "node:fs";
 import { FslError } from "../errors.ts";
@@ -45,7 +48,10 @@ export interface TakenUserfaultfd {
   readonly remoteFd: number | null;
 }
 
-/** How long QEMU's main thread may take to come to a stop; it does so in microseconds unless the host is swapping. */
+/**
+ * How long QEMU's main thread may take to come to a stop; it does so in microseconds unless the
+ * host is swapping.
+ */
 const REMOTE_TIMEOUT_MS = 5_000;
 /** Descriptors of one process that are looked through for the one that was handed over. */
 const DESCRIPTORS_MAX = 65_536;
@@ -54,10 +60,11 @@ const DEVICE_NAME = "fsl-uffd-device";
 const USERFAULTFD_LINK = "anon_inode:[userfaultfd]";
 
 /**
- * What the preloaded library sent, if it did. It runs before QEMU's main(), so once QEMU has answered anything, its
- * message is there or never will be: nothing waits here.
+ * What the preloaded library sent, if it did. It runs before QEMU's main(), so once QEMU has
+ * answered anything, its message is there or never will be: nothing waits here.
  * @param socket fsl's end of the socket that QEMU inherited
- * @param pid who must have made it: another program's userfaultfd (of a shell around QEMU, say) is of no use
+ * @param pid who must have made it: another program's userfaultfd (of a shell around QEMU, say) is
+ * of no use
  * @returns null when there is no usable userfaultfd
  */
 export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd | null {
@@ -75,7 +82,8 @@ export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd 
 
 /**
  * Makes a userfaultfd in QEMU by borrowing its main thread.
- * @param allowed `ptrace`: userfaultfd(2) first, the device when that is refused; `device`: the device at once
+ * @param allowed `ptrace`: userfaultfd(2) first, the device when that is refused; `device`: the
+ * device at once
  * @throws FslError HOST_UNSUPPORTED when it is not permitted, TARGET_LOST when QEMU is gone
  */
 export async function makeUserfaultfd(
@@ -90,7 +98,10 @@ export async function makeUserfaultfd(
   return makeFromDevice(request);
 }
 
-/** Closes a descriptor inside QEMU, one that fsl made there. Errors do not matter: it is only tidying up. */
+/**
+ * Closes a descriptor inside QEMU, one that fsl made there. Errors do not matter: it is only
+ * tidying up.
+ */
 export function closeRemote(request: UserfaultfdRequest, remoteFd: number): void {
   const args = remoteArguments([remoteFd]);
   native.remoteSyscall(request.pid, SYS_CLOSE, args, new BigInt64Array(1), REMOTE_TIMEOUT_MS);
@@ -130,7 +141,9 @@ function findRemoteDescriptor(request: UserfaultfdRequest, fd: number): number {
   const directory = `/proc/${request.pid}/fd`;
   const numbers = readdirSync(directory).slice(0, DESCRIPTORS_MAX).map(Number);
   const candidates = numbers.filter((number) => linkOf(`${directory}/${number}`) === DEVICE_PATH);
-  const same = candidates.find((number) => native.kcmpFile(process.pid, request.pid, fd, number) === 0);
+  const same = candidates.find(
+    (number) => native.kcmpFile(process.pid, request.pid, fd, number) === 0,
+  );
   if (same !== undefined) return same;
   throw new FslError(
     "TARGET_LOST",
@@ -146,7 +159,8 @@ function fetchUserfaultfd(
 ): TakenUserfaultfd {
   const fd = native.pidfdGetfd(request.pidfd, remoteFd);
   if (fd < 0) throw refused(request, "pidfd_getfd", fd);
-  // A borrowed thread that had other things to do once returned a system call's number as a descriptor.
+  // A borrowed thread that had other things to do once returned a system call's number as a
+  // descriptor.
   if (isUserfaultfd(fd)) return { fd, way, remoteFd };
   const found = linkOf(`/proc/self/fd/${fd}`);
   native.close(fd);
@@ -160,7 +174,13 @@ function fetchUserfaultfd(
 /** @returns what the call returned in QEMU: `>= 0` or `-errno` */
 function remoteCall(request: UserfaultfdRequest, number: number, args: number[]): number {
   const result = new BigInt64Array(1);
-  const made = native.remoteSyscall(request.pid, number, remoteArguments(args), result, REMOTE_TIMEOUT_MS);
+  const made = native.remoteSyscall(
+    request.pid,
+    number,
+    remoteArguments(args),
+    result,
+    REMOTE_TIMEOUT_MS,
+  );
   if (made < 0) throw refused(request, "ptrace", made);
   return Number(result[0] ?? 0n);
 }
@@ -188,7 +208,9 @@ function linkOf(path: string): string {
 function refused(request: UserfaultfdRequest, call: string, result: number): FslError {
   const errno = native.errnoName(result);
   const isPermission = result === -EPERM || result === -EACCES;
-  const hint = isPermission ? "; run fsl as root, or as QEMU's user with kernel.yama.ptrace_scope=0" : "";
+  const hint = isPermission
+    ? "; run fsl as root, or as QEMU's user with kernel.yama.ptrace_scope=0"
+    : "";
   return new FslError(
     errno === "ESRCH" ? "TARGET_LOST" : "HOST_UNSUPPORTED",
     `userfaultfd: ${call} in ${request.description} failed (${errno})${hint}`,
