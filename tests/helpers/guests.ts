@@ -787,7 +787,7 @@ export interface LoadedGuest {
 
 /** Loads a snapshot as QEMU itself does it: all RAM first, then the guest runs. */
 export async function ordinaryLoad(
-  snapshot: GuestSnapshot,
+  snapshot: Pick<GuestSnapshot, "path" | "argv">,
   options: OrdinaryLoadOptions = {},
 ): Promise<LoadedGuest> {
   const pausedArgs = options.paused === true ? ["-S"] : [];
