@@ -3,14 +3,7 @@
  * libc, nothing NEEDED, so that one file serves glibc and musl hosts. A library that is newer than
  * its sources is left alone.
  */
-import {
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  statSync,
-  writeFileSync,
-} from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, renameSync, statSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 
 export const ROOT = join(import.meta.dir, "..");
@@ -72,15 +65,14 @@ function zigPath(): string {
   return Bun.which("zig") ?? join(ROOT, "node_modules/.bin/zig");
 }
 
-/** Compiles C for this host with a libc, for the tests. */
+/** Compiles a program for this host, for the tests. */
 export function compileProgram(
   sources: readonly string[],
   path: string,
-  libc: "gnu" | "musl",
   flags: readonly string[] = [],
 ): void {
   const arch = process.arch === "arm64" ? "aarch64" : "x86_64";
-  const target = ["-target", `${arch}-linux-${libc}`];
+  const target = ["-target", `${arch}-linux-gnu`];
   const partPath = `${path}.${process.pid}`;
   mkdirSync(BUILD, { recursive: true });
   const options = ["-O2", "-Wall", "-Wextra", ...flags];

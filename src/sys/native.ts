@@ -152,7 +152,7 @@ function loadablePath(): string {
   // A libc call's errno cannot be read reliably through FFI, so the message has to do without.
   if (fd < 0) throw new Error("memfd_create failed");
   const bytes = shimBytes();
-  for (let written = 0; written < bytes.length; ) written += writeSync(fd, bytes, written);
+  for (let written = 0; written < bytes.length;) written += writeSync(fd, bytes, written);
   return `/proc/self/fd/${fd}`;
 }
 

@@ -87,8 +87,7 @@ const CANNOT_ATTACH = "fsl cannot reach a QEMU that it did not start";
 
 export function probeHost(): HostProbe {
   const shim = shimProblem();
-  const ask = (question: () => number): Refusal =>
-    shim === null ? refusal(question()) : UNKNOWN;
+  const ask = (question: () => number): Refusal => (shim === null ? refusal(question()) : UNKNOWN);
   const flags = O_CLOEXEC | O_NONBLOCK;
   return {
     kernelRelease: readText("/proc/sys/kernel/osrelease") ?? UNKNOWN,

@@ -12,6 +12,7 @@
  *       s COUNT            a thread queues that many     -> s SENT RECEIVED DISORDERED WRONG
  *   sleep nanosleep|clock|ppoll|futex|read MS    one blocking call in the main thread
  *                                                        -> sleep RESULT ERRNO MS
+ *   trace PID                                    traces that process until it is ended
  *   environment [NAME ...]                       -> variables, then descriptors, then "end"
  */
 #define _GNU_SOURCE
@@ -29,6 +30,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -307,6 +309,10 @@ int main(int argc, char **argv) {
   }
   if (argc == 4 && strcmp(argv[1], "storm") == 0) return storm(argv[2], atoi(argv[3]));
   if (argc == 4 && strcmp(argv[1], "sleep") == 0) return sleep_once(argv[2], atol(argv[3]));
+  if (argc == 3 && strcmp(argv[1], "trace") == 0) {
+    if (ptrace(PTRACE_SEIZE, atoi(argv[2]), NULL, NULL) < 0) fail("PTRACE_SEIZE");
+    return pause();
+  }
   if (argc >= 2 && strcmp(argv[1], "environment") == 0) return environment(argc - 2, argv + 2);
   return 64;
 }

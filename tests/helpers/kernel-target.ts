@@ -3,23 +3,37 @@
  * tests/helpers/kernel-target.c, starts it, sends it commands, collects its answers, and ends it
  * whatever happens.
  */
-import { existsSync, statSync } from "node:fs";
+import { beforeAll } from "bun:test";
 import { join } from "node:path";
-import { BUILD, compileProgram, ROOT } from "../../scripts/build-shim.ts";
+import { BUILD, compileProgram, modifiedMs, ROOT } from "../../scripts/build-shim.ts";
 import { SOCK_STREAM } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";
 
-const SOURCE = join(ROOT, "tests", "helpers", "kernel-target.c");
+const HELPERS = join(ROOT, "tests", "helpers");
 
-/** Path of the program, compiled when it is older than its source. */
-export function targetProgram(linkage: "dynamic" | "static" = "dynamic"): string {
-  const path = join(BUILD, `kernel-target-${linkage}`);
-  const libc = linkage === "dynamic" ? "gnu" : "musl";
-  if (!existsSync(path) || statSync(path).mtimeMs < statSync(SOURCE).mtimeMs) {
-    compileProgram([SOURCE], path, libc, linkage === "static" ? ["-static"] : ["-pthread"]);
-  }
+/** The program of kernel-target.c, compiled when it is older than its source. */
+export function targetProgram(): string {
+  return compiled("kernel-target", ["-pthread"]);
+}
+
+/** The program of static-target.c. */
+export function staticProgram(): string {
+  const flags = ["-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector"];
+  return compiled("static-target", flags);
+}
+
+function compiled(name: string, flags: readonly string[]): string {
+  const source = join(HELPERS, `${name}.c`);
+  const path = join(BUILD, name);
+  if (modifiedMs(path) < modifiedMs(source)) compileProgram([source], path, flags);
   return path;
 }
+
+/** Compiling takes seconds when the compiler's own cache is empty. */
+beforeAll(() => {
+  targetProgram();
+  staticProgram();
+}, 120_000);
 
 /** A deadline of its own for every wait: nothing here may hang a test run. */
 export async function within<T>(promise: Promise<T>, ms: number, what: string): Promise<T> {
@@ -134,7 +148,7 @@ export class TargetProcess {
 /** A readable mapping of a memfd with the given bytes: a source for UFFDIO_COPY. */
 export function mappedBytes(bytes: Uint8Array): { fd: number; addr: number; close(): void } {
   const fd = sys.check(sys.memfdCreate("fsl-test", 1), "memfd_create");
-  for (let at = 0; at < bytes.length; ) {
+  for (let at = 0; at < bytes.length;) {
     at += sys.check(sys.pwrite(fd, sys.ptrOf(bytes) + at, bytes.length - at, at), "pwrite");
   }
   const addr = sys.check(sys.mmap(0, bytes.length, 1, 1, fd, 0), "mmap");

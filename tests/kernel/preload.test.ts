@@ -2,14 +2,15 @@
  * shim/preload.c in real programs: what it sends, what it leaves behind, and that it never fails
  * the program.
  */
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readlinkSync } from "node:fs";
 import { EACCES, EPERM, MFD_CLOEXEC, MSG_DONTWAIT, SOCK_STREAM } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";
 import { preloadBytes } from "../../src/sys/preload.ts";
-import { targetProgram, within } from "../helpers/kernel-target.ts";
+import { staticProgram, targetProgram, within } from "../helpers/kernel-target.ts";
 
-const TIMEOUT_MS = 20_000;
+setDefaultTimeout(20_000);
+
 /** Layout of the message, written down a second time on purpose. @source shim/preload.c */
 const MESSAGE_BYTES = 24;
 const MAGIC = 0x756c7366;
@@ -118,7 +119,7 @@ describe("the preload library in a dynamic program", () => {
     expect(readlinkSync(`/proc/self/fd/${fd}`)).toBe("anon_inode:[userfaultfd]");
     const number = message.getInt32(12, true);
     expect(fds).toEqual({ [number]: "anon_inode:[userfaultfd]" });
-  }, TIMEOUT_MS);
+  });
 
   test("the handshake of the received descriptor works: nobody did it before", async () => {
     const { own, theirs, library } = prepare();
@@ -138,7 +139,7 @@ describe("the preload library in a dynamic program", () => {
       child.kill("SIGKILL");
       await child.exited;
     }
-  }, TIMEOUT_MS);
+  });
 
   test("leaves no trace in the environment", async () => {
     const { theirs, library } = prepare();
@@ -157,7 +158,7 @@ describe("the preload library in a dynamic program", () => {
       "A=1",
       "C=3",
     ]);
-  }, TIMEOUT_MS);
+  });
 
   test("gives the user's LD_PRELOAD back", async () => {
     const { own, theirs, library } = prepare();
@@ -170,14 +171,14 @@ describe("the preload library in a dynamic program", () => {
     const seen = await run([targetProgram(), "environment"], env, [theirs, library]);
     expect(seen.env).toEqual({ LD_PRELOAD: "libm.so.6", A: "1" });
     expect(receive(own).fd).toBeGreaterThan(0);
-  }, TIMEOUT_MS);
+  });
 
   test("gives an empty LD_PRELOAD back as empty", async () => {
     const { theirs, library } = prepare();
     const env = { FSL_PRELOAD_NEXT: "", LD_PRELOAD, FSL_PRELOAD: `${SOCKET}:${LIBRARY}:c` };
     const seen = await run([targetProgram(), "environment"], env, [theirs, library]);
     expect(seen.env).toEqual({ LD_PRELOAD: "" });
-  }, TIMEOUT_MS);
+  });
 
   test("without the closing flag the program keeps socket and library", async () => {
     const { theirs, library } = prepare();
@@ -185,14 +186,14 @@ describe("the preload library in a dynamic program", () => {
     const { fds } = await run([targetProgram(), "environment"], env, [theirs, library]);
     expect(fds[SOCKET]).toStartWith("socket:");
     expect(fds[LIBRARY]).toStartWith("/memfd:fsl-preload-test");
-  }, TIMEOUT_MS);
+  });
 
   test("does nothing without FSL_PRELOAD", async () => {
     const { own, theirs, library } = prepare();
     const seen = await run([targetProgram(), "environment"], { LD_PRELOAD }, [theirs, library]);
     expect(seen.env).toEqual({ LD_PRELOAD });
     expect(receive(own).length).toBe(-11);
-  }, TIMEOUT_MS);
+  });
 
   test.each(["", ":", "x", "-1:-1", "3", "99:98:c", "999999999999:4"])(
     "a program with FSL_PRELOAD=%p runs all the same",
@@ -204,7 +205,6 @@ describe("the preload library in a dynamic program", () => {
       expect(exitCode).toBe(0);
       expect(stderr).toBe("");
     },
-    TIMEOUT_MS,
   );
 
   test("a socket whose other end is closed does not end the program", async () => {
@@ -214,7 +214,7 @@ describe("the preload library in a dynamic program", () => {
     const env = { LD_PRELOAD, FSL_PRELOAD: `${SOCKET}:${LIBRARY}:c` };
     const { exitCode } = await run([targetProgram(), "environment"], env, [theirs, library]);
     expect(exitCode).toBe(0);
-  }, TIMEOUT_MS);
+  });
 
   test("a user without the right is told of both errors", async () => {
     const { own, theirs, library } = prepare();
@@ -237,7 +237,7 @@ describe("the preload library in a dynamic program", () => {
     expect(message.getInt32(12, true)).toBe(-EACCES);
     expect(message.getInt32(16, true)).toBe(2);
     expect(message.getInt32(20, true)).toBe(EPERM);
-  }, TIMEOUT_MS);
+  });
 });
 
 /** The helper in a memfd. */
@@ -252,11 +252,11 @@ describe("the preload library in a static program", () => {
   test("nothing arrives and nothing breaks", async () => {
     const { own, theirs, library } = prepare();
     const env = { LD_PRELOAD, FSL_PRELOAD: `${SOCKET}:${LIBRARY}:c` };
-    const program = targetProgram("static");
-    const { exitCode } = await run([program, "environment"], env, [theirs, library]);
+    const { exitCode, lines } = await run([staticProgram()], env, [theirs, library]);
     expect(exitCode).toBe(0);
+    expect(lines).toEqual(["ready", "sleep whole"]);
     expect(receive(own).length).toBe(-11);
-  }, TIMEOUT_MS);
+  });
 });
 
 describe("the preload library in QEMU", () => {
@@ -280,5 +280,5 @@ describe("the preload library in QEMU", () => {
       child.kill("SIGKILL");
       await child.exited;
     }
-  }, TIMEOUT_MS);
+  });
 });

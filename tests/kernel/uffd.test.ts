@@ -2,7 +2,7 @@
  * class Uffd against a real userfaultfd of another process: contents and fault counts, and every
  * answer provoked.
  */
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { isFslError } from "../../src/errors.ts";
 import {
   MAP_ANONYMOUS,
@@ -42,10 +42,11 @@ import {
   within,
 } from "../helpers/kernel-target.ts";
 
+setDefaultTimeout(20_000);
+
 const PAGE = 4096;
 const PAGES = 64;
 const EVENTS_MAX = 64;
-const TIMEOUT_MS = 20_000;
 
 /** A target with a registered region, a source of PAGES pages, and a buffer for events. */
 class Bench {
@@ -163,7 +164,7 @@ describe("faults", () => {
     expect(await reading).toBe(it.crc(0, PAGES));
     expect(served).toEqual(pagesFrom(0, PAGES));
     expect(it.poll(0)).toBe(0);
-  }, TIMEOUT_MS);
+  });
 
   test("threads that read different pages at once are all served", async () => {
     const it = await start();
@@ -171,7 +172,7 @@ describe("faults", () => {
     const served = await it.serve(reading);
     expect(await reading).toEqual(pagesFrom(0, 8).map((part) => it.crc(part * 8, 8)));
     expect(served.toSorted(ascending)).toEqual(pagesFrom(0, PAGES));
-  }, TIMEOUT_MS);
+  });
 
   test("pages that were copied before do not fault", async () => {
     const it = await start();
@@ -180,7 +181,7 @@ describe("faults", () => {
     const served = await it.serve(reading);
     expect(await reading).toBe(it.crc(0, PAGES));
     expect(served).toEqual(pagesFrom(32, 32));
-  }, TIMEOUT_MS);
+  });
 
   test("a write fault says that it is one", async () => {
     const it = await start();
@@ -193,7 +194,7 @@ describe("faults", () => {
     const expected = it.bytes.slice(5 * PAGE, 6 * PAGE);
     expected[0] = 77;
     expect(await it.target.job("r", 5, 1)).toBe(Bun.hash.crc32(expected));
-  }, TIMEOUT_MS);
+  });
 
   test("THREAD_ID names a thread of the target", async () => {
     const it = await start("anon", UFFD_FEATURES.THREAD_ID);
@@ -203,19 +204,19 @@ describe("faults", () => {
     expect(status).toContain(`Tgid:\t${it.target.pid}\n`);
     it.copy(1, 1);
     expect(await reading).toBe(it.crc(1, 1));
-  }, TIMEOUT_MS);
+  });
 
   test("readEvents with nothing queued answers 0", async () => {
     const it = await start();
     expect(it.uffd.readEvents(it.bufferAddr, EVENTS_MAX)).toBe(0);
-  }, TIMEOUT_MS);
+  });
 
   test("zeropage fills a range with zeros", async () => {
     const it = await start();
     expect(it.uffd.zeropage(it.page(8), 8 * PAGE, 0)).toBe(8 * PAGE);
     expect(it.uffd.zeropage(it.page(8), PAGE, 0)).toBe(COPY_EXISTS);
     expect(await it.target.job("r", 8, 8)).toBe(Bun.hash.crc32(new Uint8Array(8 * PAGE)));
-  }, TIMEOUT_MS);
+  });
 
   test("poison gives SIGBUS to who waits", async () => {
     const it = await start();
@@ -223,14 +224,14 @@ describe("faults", () => {
     expect(it.read()).toBe(1);
     expect(it.uffd.poison(it.page(3), PAGE, 0)).toBe(PAGE);
     expect(await reading).toBe("bus");
-  }, TIMEOUT_MS);
+  });
 
   test("register answers which ioctls the range takes", async () => {
     const it = await start("shmem");
     const ioctls = it.uffd.register(it.addr, PAGES * PAGE, REGISTER_MISSING);
     expect(ioctls & (1n << UFFDIO_COPY_BIT)).toBe(1n << UFFDIO_COPY_BIT);
     expect(ioctls & (1n << UFFDIO_ZEROPAGE_BIT)).toBe(1n << UFFDIO_ZEROPAGE_BIT);
-  }, TIMEOUT_MS);
+  });
 });
 
 describe("answers of copy", () => {
@@ -238,7 +239,7 @@ describe("answers of copy", () => {
     const it = await start();
     expect(it.copy(7, 1)).toBe(PAGE);
     expect(it.copy(7, 1)).toBe(COPY_EXISTS);
-  }, TIMEOUT_MS);
+  });
 
   test("partial: stops before a page that is there, and says how far it came", async () => {
     const it = await start();
@@ -247,7 +248,7 @@ describe("answers of copy", () => {
     expect(it.copy(11, 3)).toBe(COPY_EXISTS);
     expect(it.copy(12, 2)).toBe(2 * PAGE);
     expect(await it.target.job("r", 10, 4)).toBe(it.crc(10, 4));
-  }, TIMEOUT_MS);
+  });
 
   test("EAGAIN: a discard waits to be read; REMOVE names the range, then copies work", async () => {
     const it = await start("anon", UFFD_FEATURES.EVENT_REMOVE);
@@ -262,7 +263,7 @@ describe("answers of copy", () => {
     expect(await discarding).toBe(0);
     expect(it.copy(16, 1)).toBe(PAGE);
     expect(await it.target.job("r", 16, 1)).toBe(it.crc(16, 1));
-  }, TIMEOUT_MS);
+  });
 
   test("a discarded page faults again", async () => {
     const it = await start();
@@ -271,7 +272,7 @@ describe("answers of copy", () => {
     const reading = it.target.job("r", 0, 8);
     const served = await it.serve(reading);
     expect(served).toEqual([4, 5]);
-  }, TIMEOUT_MS);
+  });
 
   test("ESRCH: the target was killed", async () => {
     const it = await start();
@@ -280,7 +281,7 @@ describe("answers of copy", () => {
     expect(it.copy(0, 1)).toBe(COPY_GONE);
     expect(it.uffd.zeropage(it.page(1), PAGE, 0)).toBe(COPY_GONE);
     expect(it.uffd.unregister(it.addr, PAGES * PAGE)).toBe(false);
-  }, TIMEOUT_MS);
+  });
 
   test("ESRCH: register says that the target is lost", async () => {
     const it = await start();
@@ -293,7 +294,7 @@ describe("answers of copy", () => {
       code = isFslError(error) ? error.code : String(error);
     }
     expect(code).toBe("TARGET_LOST");
-  }, TIMEOUT_MS);
+  });
 
   test("EFAULT: the source file was truncated, and the page stays missing", async () => {
     const it = await start();
@@ -310,14 +311,14 @@ describe("answers of copy", () => {
     sys.pwrite(source.fd, sys.ptrOf(bytes) + 10 * PAGE, 2 * PAGE, 10 * PAGE);
     expect(it.copy(10, 1)).toBe(PAGE);
     expect(await reading).toBe(it.crc(10, 1));
-  }, TIMEOUT_MS);
+  });
 
   test("ENOENT: the range was unregistered", async () => {
     const it = await start();
     expect(it.uffd.unregister(it.page(32), 32 * PAGE)).toBe(true);
     expect(it.copy(32, 1)).toBe(COPY_CHANGED);
     expect(it.copy(31, 1)).toBe(PAGE);
-  }, TIMEOUT_MS);
+  });
 
   test("ENOENT: the range was unmapped, which UNMAP tells", async () => {
     const it = await start("anon", UFFD_FEATURES.EVENT_UNMAP);
@@ -328,12 +329,12 @@ describe("answers of copy", () => {
     expect(it.indexOf(it.events.removeEnd(0))).toBe(48);
     expect(await unmapping).toBe(0);
     expect(it.copy(40, 1)).toBe(COPY_CHANGED);
-  }, TIMEOUT_MS);
+  });
 
   test("EINVAL keeps its number", async () => {
     const it = await start();
     expect(it.uffd.copy(it.page(0), it.source.addr, 100, 0)).toBe(-22);
-  }, TIMEOUT_MS);
+  });
 });
 
 describe("a reader that is lost", () => {
@@ -348,7 +349,7 @@ describe("a reader that is lost", () => {
     expect(it.indexOf(it.events.faultAddress(0))).toBe(20);
     expect(it.copy(20, 1)).toBe(PAGE);
     expect(await reading).toBe(it.crc(20, 1));
-  }, TIMEOUT_MS);
+  });
 
   test("a copy that does not wake is followed by wake", async () => {
     const it = await start();
@@ -359,7 +360,7 @@ describe("a reader that is lost", () => {
     expect(early).toBe("asleep");
     it.uffd.wake(it.page(21), PAGE);
     expect(await within(reading, 5000, "the woken reader")).toBe(it.crc(21, 1));
-  }, TIMEOUT_MS);
+  });
 
   test("a duplicate held elsewhere keeps the target waiting instead of reading zeros", async () => {
     const it = await start();
@@ -374,7 +375,7 @@ describe("a reader that is lost", () => {
     expect(it.read()).toBe(1);
     expect(it.copy(22, 1)).toBe(PAGE);
     expect(await reading).toBe(it.crc(22, 1));
-  }, TIMEOUT_MS);
+  });
 });
 
 describe("openUffd and api", () => {
