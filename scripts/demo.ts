@@ -270,7 +270,7 @@ async function main(): Promise<void> {
   say(`QEMU ${qemu}, Linux guest with ${memoryMiB} MiB of RAM, ${dataMiB} MiB of data in it`);
   mkdirSync(join(ROOT, ".cache"), { recursive: true });
   const directory = mkdtempSync(join(ROOT, ".cache/demo-"));
-  process.on("exit", () => rmSync(directory, { recursive: true, force: true }));
+  process.on("exit", () => rmSync(directory, { recursive: true, force: true, maxRetries: 5 }));
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.once(signal, () => process.exit(1));
   try {
     const demo = await makeSnapshot(spec, directory, say);
