@@ -59,7 +59,8 @@ export class MessageLines {
     if (this.#keptLength > MESSAGE_LENGTH_MAX) {
       throw new MessageError(`a message is longer than ${MESSAGE_LENGTH_MAX} bytes`);
     }
-    this.#pieces.push(bytes.slice(start, end));
+    // Not `slice`: a Buffer's gives the same memory.
+    this.#pieces.push(new Uint8Array(bytes.subarray(start, end)));
   }
 }
 

@@ -28,6 +28,8 @@ export interface RamblockLine {
 export const TABLE_LENGTH_MAX = 2 * MiB;
 /** Blocks; a guest with 256 dimms has some 300. */
 export const BLOCK_COUNT_MAX = 4096;
+/** Characters of one line: longer ones are not looked at, matching them would take long. */
+const LINE_LENGTH_MAX = 1024;
 /** Bytes of a RAMBlock's name (QEMU RAMBlock.idstr is char[256]). */
 const IDSTR_LENGTH_MAX = 255;
 /**
@@ -70,7 +72,7 @@ export function parseRamblocks(text: string): RamblockLine[] {
 }
 
 function parseLine(line: string): RamblockLine {
-  const fields = LINE.exec(line);
+  const fields = line.length <= LINE_LENGTH_MAX ? LINE.exec(line) : null;
   if (fields === null) throw refused(`line ${quote(line)} cannot be read`);
   const [
     ,

@@ -1,0 +1,59 @@
+import { describe, expect, test } from "bun:test";
+import { checkQemuCommand, qemuCommandLine, startsStopped } from "../../src/vmm/qemu-command.ts";
+import { expectRefusal, refusalOf } from "../helpers/qemu-vmm.ts";
+
+describe("checkQemuCommand", () => {
+  test.each([
+    ["no command", [], /found none/],
+    ["an empty program name", [""], /found none/],
+    ["-incoming", ["qemu", "-incoming", "tcp:0:4444"], /-incoming is refused/],
+    ["--incoming", ["qemu", "--incoming", "defer"], /--incoming is refused/],
+    ["-loadvm", ["qemu", "-m", "1G", "-loadvm", "x"], /-loadvm is refused/],
+    ["-preconfig", ["qemu", "-preconfig"], /-preconfig is refused/],
+    ["-daemonize", ["qemu", "-display", "none", "-daemonize"], /into the background/],
+    ["a NUL character", ["qemu", "-name", "a\0b"], /NUL/],
+    ["arguments without end", ["qemu", ...Array<string>(65_536).fill("-S")], /at most 65536/],
+  ])("refuses %s", async (_what, argv, message) => {
+    expectRefusal(await refusalOf(() => checkQemuCommand(argv)), "USAGE", message);
+  });
+
+  test.each([
+    ["a plain guest", ["qemu-system-x86_64", "-m", "1G", "disk.img"]],
+    ["a monitor of the user's own", ["qemu", "-qmp", "unix:/x,server=on", "-monitor", "stdio"]],
+    [
+      "words that only look alike",
+      ["qemu", "-name", "incoming", "-append", "loadvm=1", "x-incoming"],
+    ],
+    ["a stopped start", ["qemu", "-S"]],
+  ])("takes %s", (_what, argv) => {
+    expect(() => checkQemuCommand(argv)).not.toThrow();
+  });
+});
+
+describe("qemuCommandLine", () => {
+  test("adds its own behind the user's, -incoming last", () => {
+    expect(qemuCommandLine(["qemu", "-m", "1G", "disk.img"], 7)).toEqual([
+      "qemu",
+      "-m",
+      "1G",
+      "disk.img",
+      "-chardev",
+      "socket,id=fsl-qmp,fd=7,server=on,wait=off",
+      "-mon",
+      "chardev=fsl-qmp,mode=control",
+      "-incoming",
+      "defer",
+    ]);
+  });
+});
+
+describe("startsStopped", () => {
+  test.each([
+    [["qemu", "-S"], true],
+    [["qemu", "--S"], true],
+    [["qemu", "-s"], false],
+    [["-S"], false],
+  ])("%p → %p", (argv, expected) => {
+    expect(startsStopped(argv)).toBe(expected);
+  });
+});
