@@ -6,19 +6,23 @@
  * Demand comes first: a copy is at most `pieceLength` bytes, and the Worker's nice value leaves the CPU to vCPUs and the
  * fault loop.
  */
+import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
+import { alignDown } from "../pages.ts";
 import { nextMissing } from "./bits.ts";
 import { add, type BlockState, C_EAGER_PAGES, type LoadState } from "./state.ts";
 import type { PageFailure } from "./fault-loop.ts";
-import { FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
+import { FAILED, GONE, type Outcome, RETRY, SUPPLIED, Supply } from "./supply.ts";
 
 /** Bytes of a chunk, the unit that a Worker takes from the common cursor: the reach of one page table page. */
 export const CHUNK_LENGTH = 0x200000;
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
 const FAILED_PAUSE_MS = 200;
+/** Longest sleep in one go, ms: how soon a Worker that is held back by its rate notices that it is to end. */
+const PACE_MS = 100;
 
 export type EagerEnd = "finished" | "stopped" | "gone";
 
@@ -35,6 +39,7 @@ export interface EagerLoopOptions {
   /** Data pages of all eager Workers together, bytes per second; 0 = no limit. This Worker's share. */
   readonly bytesPerSecond: number;
   readonly onFailure: (failure: PageFailure) => void;
+  readonly onRecovered: (failure: PageFailure) => void;
 }
 
 /** One chunk's place: chunks are aligned in the target's address space so that huge pages can be given back. */
@@ -69,7 +74,14 @@ export class EagerLoop {
   readonly #options: EagerLoopOptions;
   readonly #supply: Supply;
   readonly #chunks: readonly Chunk[];
-  readonly #none = new Int32Array(8);
+  readonly #readyFd: Int32Array;
+  readonly #revents = new Int32Array(1);
+  /** Pages that could not be read and have not come yet, by block and page. */
+  readonly #failures = new Map<string, PageFailure>();
+  readonly #pieceLength: number;
+  /** Where the search for a missing page of any block goes on: pages do not become missing again. */
+  #missingBlock = 0;
+  #missingPage = 0;
   #startedMs = 0;
   #bytes = 0;
 
@@ -77,6 +89,11 @@ export class EagerLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters);
     this.#chunks = planChunks(options.state);
+    this.#readyFd = Int32Array.of(options.source.readyFd);
+    const { pieceLength, bytesPerSecond } = options;
+    // A low rate in large pieces would be bursts, each of them far ahead of the rate.
+    const perPace = (bytesPerSecond * PACE_MS) / 1000;
+    this.#pieceLength = bytesPerSecond === 0 ? pieceLength : Math.min(pieceLength, perPace);
   }
 
   /** Takes chunks until none is left and every page that was put off has come too. */
@@ -105,7 +122,7 @@ export class EagerLoop {
     const { state } = this.#options;
     let left = chunks;
     while (left.length > 0) {
-      this.#sleep(FAILED_PAUSE_MS);
+      this.#waitForSource(FAILED_PAUSE_MS);
       const still: Chunk[] = [];
       for (const chunk of left) {
         if (state.stopped) return "stopped";
@@ -133,68 +150,109 @@ export class EagerLoop {
         this.#sleep(PARK_MS);
       } else if (outcome !== SUPPLIED) {
         worst = outcome;
-        at += Math.max(1, this.#supply.pagesDone + 1);
+        const hostPages = state.block.hostPageSize / state.block.pageSize;
+        at = alignDown(this.#supply.failedPage, hostPages) + hostPages;
       }
       at = nextMissing(state.data, state.done, at, chunk.pageEnd, true);
     }
-    this.#options.source.release?.(
-      state.index,
-      chunk.pageStart,
-      chunk.pageEnd - chunk.pageStart,
-    );
-    return worst;
+    if (worst !== SUPPLIED) return worst;
+    if (this.#failures.size > 0) this.#recover(state, chunk);
+    const { pageStart, pageEnd } = chunk;
+    this.#options.source.release?.(state.index, pageStart, pageEnd - pageStart);
+    return SUPPLIED;
   }
 
   /** One copy, announced to the reader of events so that it cannot land behind a REMOVE. */
   #bringPiece(state: BlockState, from: number, chunkEnd: number): Outcome {
-    const { state: load, counters, pieceLength, workerIndex } = this.#options;
+    const { state: load, counters, workerIndex } = this.#options;
     const { canDiscard } = load.metadata;
     const { block } = state;
     if (canDiscard && !load.enterCopy(workerIndex)) return RETRY;
     // Looked up again inside the gate: a REMOVE may have marked pages since the caller looked.
     const at = nextMissing(state.data, state.done, from, chunkEnd, true);
     let outcome: Outcome = SUPPLIED;
+    let brought = 0;
     if (at < chunkEnd) {
       if (block.hostPageSize !== block.pageSize) {
         const ratio = block.hostPageSize / block.pageSize;
         outcome = this.#supply.copyHostPage(state, at - (at % ratio));
       } else {
-        const limit = Math.min(chunkEnd, at + Math.max(1, pieceLength / block.pageSize));
+        const piecePages = Math.max(1, Math.floor(this.#pieceLength / block.pageSize));
+        const limit = Math.min(chunkEnd, at + piecePages);
         const runEnd = nextMissing(state.data, state.done, at, limit, false);
         outcome = this.#supply.copyRun(state, at, runEnd - at);
       }
-      add(counters, C_EAGER_PAGES, this.#supply.pagesDone);
+      brought = this.#supply.pagesDone;
+      add(counters, C_EAGER_PAGES, brought);
     }
     if (canDiscard) load.leaveCopy(workerIndex);
-    if (outcome === FAILED || outcome === PENDING) this.#report(state, at, outcome);
-    else this.#pace(this.#supply.pagesDone * block.pageSize);
+    if (outcome === FAILED) this.#report(state);
+    this.#pace(brought * block.pageSize);
     return outcome;
   }
 
-  #report(state: BlockState, at: number, outcome: Outcome): void {
-    if (outcome !== FAILED) return;
+  #report(state: BlockState): void {
     const { block } = state;
-    const pageIndex = at + this.#supply.pagesDone;
-    this.#options.onFailure({
+    const pageIndex = this.#supply.failedPage;
+    const key = `${state.index}:${pageIndex}`;
+    const failure = {
       idstr: block.idstr,
       pageIndex,
       fileOffset: block.pagesOffset + pageIndex * block.pageSize,
       errno: this.#supply.errno,
-      attempts: 1,
-    });
+      attempts: (this.#failures.get(key)?.attempts ?? 0) + 1,
+    };
+    this.#failures.set(key, failure);
+    // At the first attempt and at each doubling, not once per attempt.
+    if ((failure.attempts & (failure.attempts - 1)) === 0) this.#options.onFailure(failure);
   }
 
-  /** Sleeps as long as the rate limit asks. */
+  /** A chunk is complete: what had failed in it has come, by whichever Worker. */
+  #recover(state: BlockState, chunk: Chunk): void {
+    for (const [key, failure] of this.#failures) {
+      const { idstr, pageIndex } = failure;
+      if (idstr !== state.block.idstr) continue;
+      if (pageIndex < chunk.pageStart || pageIndex >= chunk.pageEnd) continue;
+      this.#failures.delete(key);
+      this.#options.onRecovered(failure);
+    }
+  }
+
+  /** Sleeps as long as the rate limit asks, unless everything has come by faults meanwhile. */
   #pace(bytes: number): void {
-    const { bytesPerSecond } = this.#options;
+    const { bytesPerSecond, state } = this.#options;
     if (bytesPerSecond === 0) return;
     this.#bytes += bytes;
     const dueMs = this.#startedMs + (this.#bytes / bytesPerSecond) * 1000;
-    const aheadMs = dueMs - performance.now();
-    if (aheadMs >= 1) this.#sleep(Math.min(aheadMs, 100));
+    for (;;) {
+      const aheadMs = dueMs - performance.now();
+      if (aheadMs < 1 || state.stopped || !this.#isAnyMissing()) return;
+      this.#sleep(Math.min(aheadMs, PACE_MS));
+    }
+  }
+
+  #isAnyMissing(): boolean {
+    const { blocks } = this.#options.state;
+    for (; this.#missingBlock < blocks.length; this.#missingBlock += 1) {
+      const block = blocks[this.#missingBlock];
+      if (block === undefined) break;
+      const { data, done, pageCount } = block;
+      this.#missingPage = nextMissing(data, done, this.#missingPage, pageCount, true);
+      if (this.#missingPage < pageCount) return true;
+      this.#missingPage = 0;
+    }
+    return false;
+  }
+
+  /** Until a pending page may have come; a page that failed tells nobody when it can be read again. */
+  #waitForSource(ms: number): void {
+    const { source } = this.#options;
+    if (source.readyFd < 0) return this.#sleep(ms);
+    const ready = sys.poll(this.#readyFd, this.#revents, 1, POLLIN, ms);
+    if (ready > 0) source.acknowledge?.();
   }
 
   #sleep(ms: number): void {
-    sys.poll(this.#none, this.#none, 0, 0, Math.ceil(ms));
+    sys.poll(this.#readyFd, this.#revents, 0, 0, Math.ceil(ms));
   }
 }

@@ -17,6 +17,7 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report })
     order: start.order,
     bytesPerSecond: start.bytesPerSecond,
     onFailure: (failure) => report({ type: "failure", failure }),
+    onRecovered: (failure) => report({ type: "recovered", failure }),
   });
   report({ type: "serving" });
   try {

@@ -105,10 +105,12 @@ export function latencyOf(state: LoadState): FaultLatency {
   for (const [index, bucket] of buckets.entries()) {
     if (bucket > 0) histogram.push({ fromUs: histogramEdgeNs(index) / 1000, count: bucket });
   }
+  const max = (counters[C_LATENCY_MAX] ?? 0) / 1000;
   return {
-    p50: quantileUs(buckets, count, 0.5),
-    p99: quantileUs(buckets, count, 0.99),
-    max: (counters[C_LATENCY_MAX] ?? 0) / 1000,
+    // The middle of a bucket may lie above the longest time in it.
+    p50: Math.min(quantileUs(buckets, count, 0.5), max),
+    p99: Math.min(quantileUs(buckets, count, 0.99), max),
+    max,
     mean: (counters[C_LATENCY_SUM] ?? 0) / count / 1000,
     histogram,
   };
@@ -119,7 +121,8 @@ function quantileUs(buckets: Float64Array, count: number, quantile: number): num
   let seen = 0;
   for (const [index, bucket] of buckets.entries()) {
     seen += bucket;
-    if (seen >= count * quantile) return (histogramEdgeNs(index) + histogramEdgeNs(index + 1)) / 2000;
+    if (seen >= count * quantile)
+      return (histogramEdgeNs(index) + histogramEdgeNs(index + 1)) / 2000;
   }
   return histogramEdgeNs(buckets.length) / 1000;
 }

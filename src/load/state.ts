@@ -8,10 +8,11 @@
  *   0x11000       8 KiB        event buffer: struct uffd_msg[256], read but perhaps not yet served
  *   0x13000       8 KiB × 9    counters: one area a Worker (single writer), float64, see C_*
  *   0x25000       256 KiB      fault log: u32 plan-wide page numbers in first-touch order
- *   0x65000       …            per block: data bitmap (bit set = bytes in the file), then done bitmap
+ *   0x65000       …            per block: data bitmap (bit set = bytes in the file), done bitmap, chunk words (i32),
+ *                              time of the first fault that waits for a chunk (float64, ns)
  */
 import { assert, FslError } from "../errors.ts";
-import { alignUp, hex } from "../pages.ts";
+import { alignDown, alignUp, hex } from "../pages.ts";
 import type { TargetRecord } from "../vmm/target.ts";
 import * as sys from "../sys/native.ts";
 import { MAP_SHARED, MFD_CLOEXEC, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
@@ -47,8 +48,12 @@ const H_FAILED_PAGES = 9;
 const H_BUSY = 10;
 /** The last page that could not be read: block index, page index, errno. */
 const H_FAILURE = 11;
+/** Where the last fault was, plus 1: plan-wide chunk number. The eager load follows it. */
+const H_HOT_CHUNK = 14;
+/** The eager load may begin. */
+const H_EAGER_GO = 15;
 /** One word per Worker: it is inside an announced copy. */
-const H_INFLIGHT = 16;
+const H_INFLIGHT = 32;
 const H_LENGTH = 64;
 
 /** How far a load has come; a later fsl reads it. */
@@ -59,6 +64,19 @@ export const PHASE_STATE_LOADED = 3;
 /** The guest was resumed, or is to stay stopped. */
 export const PHASE_RUNNING = 4;
 export const PHASE_FINISHED = 5;
+
+/** Bytes of a chunk, the unit of the eager load: what one page table page reaches, and a huge page. */
+export const CHUNK_LENGTH = 0x200000;
+/** Chunk words. Nobody has touched the chunk: it may come in one move. */
+export const CHUNK_FREE = 0;
+/** Some of its pages came one by one: the rest has to be copied. */
+export const CHUNK_SPLIT = 1;
+/** The eager load is through with it. */
+export const CHUNK_DONE = 2;
+/** Plus the index of the Worker that has it in hand: it comes as a whole, faults in it wait for that. */
+export const CHUNK_MOVING = 16;
+/** Plus the index of the Worker that copies what is missing; faults are served meanwhile. */
+export const CHUNK_COPYING = 32;
 
 /** Counters of a Worker: float64 index within its area. Times are in ns. */
 export const C_FAULTS = 0;
@@ -121,21 +139,78 @@ export class BlockState {
   readonly firstPage: number;
   readonly data: Int32Array;
   readonly done: Int32Array;
+  /** One word a chunk: CHUNK_*. Chunk 0 holds the block's first address; chunks are aligned in the target. */
+  readonly chunks: Int32Array;
+  /** When the first fault came that waits for a chunk to be moved; 0 = none waits. */
+  readonly chunkFaultNs: Float64Array;
+  readonly #chunkPages: number;
+  /** Pages of chunk 0 that lie before the block. */
+  readonly #leadPages: number;
 
   constructor(
     block: StateBlock,
     index: number,
     firstPage: number,
-    data: Int32Array,
-    done: Int32Array,
+    buffer: ArrayBuffer,
+    offset: number,
   ) {
     this.block = block;
     this.index = index;
     this.pageCount = block.usedLength / block.pageSize;
     this.firstPage = firstPage;
-    this.data = data;
-    this.done = done;
+    const bitmap = bitmapLength(block);
+    const chunkCount = chunkCountOf(block);
+    this.data = new Int32Array(buffer, offset, bitmap / 4);
+    this.done = new Int32Array(buffer, offset + bitmap, bitmap / 4);
+    this.chunks = new Int32Array(buffer, offset + 2 * bitmap, chunkCount);
+    const timesOffset = offset + 2 * bitmap + alignUp(chunkCount * 4, 64);
+    this.chunkFaultNs = new Float64Array(buffer, timesOffset, chunkCount);
+    this.#chunkPages = CHUNK_LENGTH / block.pageSize;
+    this.#leadPages = (block.hostAddr % CHUNK_LENGTH) / block.pageSize;
   }
+
+  /** The chunk that a page lies in. */
+  chunkOf(pageIndex: number): number {
+    return Math.floor((pageIndex + this.#leadPages) / this.#chunkPages);
+  }
+
+  /** First page of a chunk that is in the block, and the end of its pages. */
+  chunkStart(chunk: number): number {
+    return Math.max(0, chunk * this.#chunkPages - this.#leadPages);
+  }
+  chunkEnd(chunk: number): number {
+    return Math.min(this.pageCount, (chunk + 1) * this.#chunkPages - this.#leadPages);
+  }
+
+  /** Before a page of the chunk is brought alone. @returns false when a Worker is bringing the chunk as a whole */
+  splitChunk(pageIndex: number): boolean {
+    const word = Atomics.compareExchange(this.chunks, this.chunkOf(pageIndex), CHUNK_FREE, CHUNK_SPLIT);
+    return word < CHUNK_MOVING || word >= CHUNK_COPYING;
+  }
+
+  /** What a dead Worker had in hand is nobody's; null: of all Workers. @returns its chunks */
+  abandonChunks(workerIndex: number | null): number[] {
+    const abandoned: number[] = [];
+    for (let chunk = 0; chunk < this.chunks.length; chunk += 1) {
+      const word = Atomics.load(this.chunks, chunk);
+      if (word < CHUNK_MOVING) continue;
+      if (workerIndex !== null && word % CHUNK_MOVING !== workerIndex) continue;
+      Atomics.store(this.chunks, chunk, CHUNK_SPLIT);
+      abandoned.push(chunk);
+    }
+    return abandoned;
+  }
+}
+
+function chunkCountOf(block: StateBlock): number {
+  const end = block.hostAddr + block.usedLength;
+  return Math.ceil((end - alignDown(block.hostAddr, CHUNK_LENGTH)) / CHUNK_LENGTH);
+}
+
+/** Bytes of all that the state holds of a block. */
+function blockLength(block: StateBlock): number {
+  const chunkCount = chunkCountOf(block);
+  return 2 * bitmapLength(block) + alignUp(chunkCount * 4, 64) + alignUp(chunkCount * 8, 64);
 }
 
 function bitmapLength(block: StateBlock): number {
@@ -144,7 +219,7 @@ function bitmapLength(block: StateBlock): number {
 
 function stateLength(blocks: readonly StateBlock[]): number {
   let length = BITMAPS_OFFSET;
-  for (const block of blocks) length += 2 * bitmapLength(block);
+  for (const block of blocks) length += blockLength(block);
   return alignUp(length, 4096);
 }
 
@@ -164,12 +239,9 @@ export class LoadState {
     let offset = BITMAPS_OFFSET;
     let firstPage = 0;
     for (const [index, block] of handle.metadata.blocks.entries()) {
-      const length = bitmapLength(block);
-      const data = new Int32Array(this.#buffer, offset, length / 4);
-      const done = new Int32Array(this.#buffer, offset + length, length / 4);
-      const state = new BlockState(block, index, firstPage, data, done);
+      const state = new BlockState(block, index, firstPage, this.#buffer, offset);
       blocks.push(state);
-      offset += 2 * length;
+      offset += blockLength(block);
       firstPage += state.pageCount;
     }
     this.blocks = blocks;
@@ -226,6 +298,7 @@ export class LoadState {
     state.#header[H_GATE] = 0;
     state.#header[H_STOP] = 0;
     state.#header[H_FAILED_PAGES] = 0;
+    for (const block of state.blocks) block.abandonChunks(null);
     return state;
   }
 
@@ -270,6 +343,22 @@ export class LoadState {
   }
   clearStop(): void {
     Atomics.store(this.#header, H_STOP, 0);
+  }
+
+  /** The fault loop says where it serves; an eager Worker takes that, once. -1 = nothing new. */
+  set hotChunk(planChunk: number) {
+    Atomics.store(this.#header, H_HOT_CHUNK, planChunk + 1);
+  }
+  takeHotChunk(): number {
+    return Atomics.exchange(this.#header, H_HOT_CHUNK, 0) - 1;
+  }
+
+  /** Eager Workers hold back until this is set: the guest's first steps have the CPU to themselves. */
+  get eagerGo(): boolean {
+    return Atomics.load(this.#header, H_EAGER_GO) !== 0;
+  }
+  letEagerGo(): void {
+    Atomics.store(this.#header, H_EAGER_GO, 1);
   }
 
   /** Takes the next chunk number of the eager order. */

@@ -66,9 +66,10 @@ export class Supply {
     this.errno = 0;
     let at = pageIndex;
     const end = pageIndex + pages;
+    let pagesMax = pages;
     while (at < end) {
       const answer = this.#answer;
-      this.#source.resolve(state.index, at, end - at, answer);
+      this.#source.resolve(state.index, at, Math.min(end - at, pagesMax), answer);
       if (answer.state === "pending") return this.#pending(at);
       if (answer.state === "failed") return this.#failed(at, answer.errno);
       const address = block.hostAddr + at * block.pageSize;
@@ -95,8 +96,13 @@ export class Supply {
         case COPY_GONE:
           return GONE;
         case COPY_CHANGED:
-          // The range was unmapped, or unregistered because all its data is in.
-          return SUPPLIED;
+          // Not one registered area: two of them (then page by page), or unmapped, and nobody can touch it any more.
+          if (answer.pages === 1) {
+            setRange(state.done, at, at + 1);
+            at += 1;
+          }
+          pagesMax = 1;
+          break;
         case COPY_NO_MEMORY:
           return this.#failed(at, ENOMEM);
         case COPY_SOURCE:
@@ -112,11 +118,13 @@ export class Supply {
   zeroRun(state: BlockState, pageIndex: number, pages: number): Outcome {
     const { block } = state;
     this.pagesDone = 0;
+    this.errno = 0;
     let at = pageIndex;
     const end = pageIndex + pages;
+    let pagesMax = pages;
     while (at < end) {
       const address = block.hostAddr + at * block.pageSize;
-      const length = (end - at) * block.pageSize;
+      const length = Math.min(end - at, pagesMax) * block.pageSize;
       const zeroed = this.#uffd.zeropage(address, length, 0);
       if (zeroed > 0) {
         const zeroedPages = zeroed / block.pageSize;
@@ -137,7 +145,14 @@ export class Supply {
         case COPY_GONE:
           return GONE;
         case COPY_CHANGED:
-          return SUPPLIED;
+          if (pagesMax === 1) {
+            setRange(state.done, at, at + 1);
+            at += 1;
+          }
+          pagesMax = 1;
+          break;
+        case COPY_NO_MEMORY:
+          return this.#failed(at, ENOMEM);
         default:
           throw unexpected("UFFDIO_ZEROPAGE", address, length, zeroed);
       }
@@ -193,6 +208,7 @@ export class Supply {
       case COPY_GONE:
         return GONE;
       case COPY_CHANGED:
+        setRange(state.done, firstPage, end);
         return SUPPLIED;
       case COPY_NO_MEMORY:
         return this.#failed(firstPage, ENOMEM);
