@@ -4,6 +4,7 @@
  * can change alone.
  */
 #include "fsl_shim.h"
+#include "helper.h"
 #include "kernel.h"
 
 #define ABI_VERSION 1
@@ -33,6 +34,30 @@ int32_t fsl_abi(uint64_t *out, int32_t capacity) {
       NR_ioctl,
       NR_close,
       NR_getpid,
+      NR_madvise,
+      NR_pread64,
+      UFFDIO_MOVE,
+      sizeof(struct uffdio_move),
+      offsetof(struct uffdio_move, move),
+      HELPERS_MAX,
+      HELPER_CALLS_MAX,
+      HELPER_DATA_BYTES,
+      HELPER_STOP_IF_NEGATIVE,
+      HELPER_STOP_UNLESS_EXPECTED,
+      HELPER_ARG_IS_DATA(0),
+      sizeof(struct helper_call),
+      offsetof(struct helper_call, flags),
+      offsetof(struct helper_call, expected),
+      offsetof(struct helper_call, args),
+      sizeof(struct helper_request),
+      offsetof(struct helper_request, calls),
+      offsetof(struct helper_request, data),
+      sizeof(struct helper_reply),
+      offsetof(struct helper_reply, fd_count),
+      offsetof(struct helper_reply, fds),
+      offsetof(struct helper_reply, results),
+      offsetof(struct helper_reply, data),
+      sizeof(struct helper_record),
   };
   const int32_t count = (int32_t)(sizeof(values) / sizeof(values[0]));
   for (int32_t i = 0; i < count && i < capacity; i++) out[i] = values[i];

@@ -30,17 +30,22 @@
 
 #define NR_accept4 BY_ARCH(288, 242)
 #define NR_bind BY_ARCH(49, 200)
+#define NR_capset BY_ARCH(126, 91)
 #define NR_clock_gettime BY_ARCH(228, 113)
 #define NR_close BY_ARCH(3, 57)
+#define NR_close_range BY_ARCH(436, 436) /* Linux 5.9 */
 #define NR_connect BY_ARCH(42, 203)
 #define NR_copy_file_range BY_ARCH(326, 285)
 #define NR_eventfd2 BY_ARCH(290, 19)
+#define NR_exit BY_ARCH(60, 93)
+#define NR_exit_group BY_ARCH(231, 94)
 #define NR_fadvise64 BY_ARCH(221, 223)
 #define NR_fallocate BY_ARCH(285, 47)
 #define NR_fcntl BY_ARCH(72, 25)
 #define NR_flock BY_ARCH(73, 32)
 #define NR_ftruncate BY_ARCH(77, 46)
 #define NR_getpid BY_ARCH(39, 172)
+#define NR_getppid BY_ARCH(110, 173)
 #define NR_getsockopt BY_ARCH(55, 209)
 #define NR_gettid BY_ARCH(186, 178)
 #define NR_ioctl BY_ARCH(16, 29)
@@ -52,6 +57,7 @@
 #define NR_mincore BY_ARCH(27, 232)
 #define NR_mlock BY_ARCH(149, 228)
 #define NR_mmap BY_ARCH(9, 222)
+#define NR_mprotect BY_ARCH(10, 226)
 #define NR_munmap BY_ARCH(11, 215)
 #define NR_nanosleep BY_ARCH(35, 101)
 #define NR_openat BY_ARCH(257, 56)
@@ -69,8 +75,10 @@
 #define NR_pwrite64 BY_ARCH(18, 68)
 #define NR_read BY_ARCH(0, 63)
 #define NR_recvmsg BY_ARCH(47, 212)
+#define NR_restart_syscall BY_ARCH(219, 128)
 #define NR_rt_sigaction BY_ARCH(13, 134)
 #define NR_rt_sigprocmask BY_ARCH(14, 135)
+#define NR_rt_sigreturn BY_ARCH(15, 139)
 #define NR_sched_getaffinity BY_ARCH(204, 123)
 #define NR_sched_setaffinity BY_ARCH(203, 122)
 #define NR_sendmsg BY_ARCH(46, 211)
@@ -179,6 +187,10 @@ struct uffdio_writeprotect {
   struct uffdio_range range;
   uint64_t mode;
 };
+struct uffdio_move {
+  uint64_t dst, src, len, mode;
+  int64_t move;
+};
 struct uffd_msg {
   uint8_t event, reserved1;
   uint16_t reserved2;
@@ -207,6 +219,7 @@ struct uffd_msg {
 #define UFFDIO_WAKE 0x8010aa02ul
 #define UFFDIO_COPY 0xc028aa03ul
 #define UFFDIO_ZEROPAGE 0xc020aa04ul
+#define UFFDIO_MOVE 0xc028aa05ul /* Linux 6.8 */
 #define UFFDIO_WRITEPROTECT 0xc018aa06ul
 #define UFFDIO_CONTINUE 0xc020aa07ul
 #define UFFDIO_POISON 0xc020aa08ul /* Linux 6.6 */
@@ -222,24 +235,33 @@ struct uffd_msg {
 #define F_DUPFD_CLOEXEC 1030
 #define AF_UNIX 1
 #define SOCK_STREAM 1
+#define SOCK_SEQPACKET 5
 #define SOCK_CLOEXEC 02000000
 #define SOL_SOCKET 1
 #define SO_PEERCRED 17
 #define SO_PEERPIDFD 77 /* Linux 6.5 */
 #define SCM_RIGHTS 1
 #define MSG_CMSG_CLOEXEC 0x40000000
+#define MSG_DONTWAIT 0x40
 #define MSG_NOSIGNAL 0x4000
+#define POLLIN 1
+#define PROT_NONE 0
 #define PROT_READ 1
 #define PROT_WRITE 2
 #define MAP_PRIVATE 2
 #define MAP_ANONYMOUS 0x20
+#define MAP_NORESERVE 0x4000
 #define MAP_STACK 0x20000
+#define MADV_DONTFORK 10
+#define MADV_HUGEPAGE 14
+#define MADV_DONTDUMP 16
 #define KCMP_FILE 0
 #define PRIO_PROCESS 0
 #define CLOCK_MONOTONIC 1
 #define SIGKILL 9
 #define SIGTRAP 5
 #define SIG_IGN 1
+#define SIG_SETMASK 2
 
 struct timespec64 {
   int64_t sec, nsec;
@@ -282,7 +304,7 @@ struct rlimit64 {
   uint64_t soft, hard;
 };
 
-#define FD_COUNT_MAX 8
+#define FD_COUNT_MAX 16
 
 _Static_assert(sizeof(struct uffd_msg) == 32, "uffd_msg");
 _Static_assert(offsetof(struct uffd_msg, arg.pagefault.address) == 16, "uffd_msg.address");
@@ -291,6 +313,7 @@ _Static_assert(sizeof(struct uffdio_copy) == 40, "uffdio_copy");
 _Static_assert(sizeof(struct uffdio_fill) == 32, "uffdio_zeropage");
 _Static_assert(sizeof(struct uffdio_register) == 32, "uffdio_register");
 _Static_assert(sizeof(struct uffdio_writeprotect) == 24, "uffdio_writeprotect");
+_Static_assert(sizeof(struct uffdio_move) == 40, "uffdio_move");
 _Static_assert(sizeof(struct uffdio_api) == 24, "uffdio_api");
 _Static_assert(sizeof(struct msghdr64) == 56, "msghdr");
 _Static_assert(sizeof(struct cmsghdr64) == 16, "cmsghdr");

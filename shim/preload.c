@@ -1,50 +1,63 @@
 /*
  * preload.c: the userfaultfd of a program that fsl starts, made by the program itself before its
- * main().
+ * main(), and on request helper tasks in its address space.
  *
  * Loaded with LD_PRELOAD into a dynamically linked QEMU. Its only code is one constructor: it makes
- * a userfaultfd, sends a duplicate over an inherited socket, and cleans the environment, so that
- * the program and its children see what the user gave them. Free-standing: it must load into glibc
+ * a userfaultfd and helpers (helper.c), sends a duplicate and the helpers' sockets over an
+ * inherited socket, and cleans the environment, so that the program and its children see what the
+ * user gave them. Free-standing: it must load into glibc
  * and musl programs alike, and adds nothing to them. It never fails the program: whatever goes
  * wrong is told over the socket, or shows as silence.
  *
  * Environment (all removed, in place):
- *   FSL_PRELOAD=<socket>:<memfd>[:c]  descriptors: where to send, and where this library was loaded
- *                                     from (or -1). `c` closes both when done; the userfaultfd
- *                                     itself is kept in any case
+ *   FSL_PRELOAD=<socket>:<memfd>[:[c][hN]]
+ *                                     descriptors: where to send, and where this library was loaded
+ *                                     from (or -1). `c` closes all of fsl's descriptors when done;
+ *                                     `hN` makes N helpers, 0 to 9
  *   FSL_PRELOAD_NEXT=<text>           the user's own LD_PRELOAD, put back; without it LD_PRELOAD is
  *                                     removed
  *
- * Message (24 bytes, host byte order; with one descriptor by SCM_RIGHTS when result >= 0):
+ * Message (host byte order; by SCM_RIGHTS the userfaultfd when there is one, then a socket for each
+ * helper). Fewer helpers than asked for is no error; without a userfaultfd there are none.
  *    0  u32  magic "fslu"
- *    4  u32  version, 1
+ *    4  u32  version, 2
  *    8  i32  pid
  *   12  i32  number of the userfaultfd here, or -errno
  *   16  i32  way: 1 userfaultfd(2), 2 /dev/userfaultfd
  *   20  i32  errno of way 1 when way 2 had to be tried, or 0
+ *   24       for each helper 24 bytes:
+ *     0  i32  pid
+ *     4  i32  number of the userfaultfd in the helper
+ *     8  u64  address of its staging memory here
+ *    16  u64  length of that, bytes
  *
  * Never UFFD_USER_MODE_ONLY: system calls and KVM that touch a missing page would get EFAULT
  * instead of waiting.
  */
+#include "helper.h"
 #include "kernel.h"
 
 #define MAGIC 0x756c7366u
-#define VERSION 1u
+#define VERSION 2u
 #define WAY_SYSCALL 1
 #define WAY_DEVICE 2
 
 struct message {
   uint32_t magic, version;
   int32_t pid, result, way, first_errno;
+  struct helper_record helpers[HELPERS_MAX];
 };
 
-_Static_assert(sizeof(struct message) == 24, "message");
+#define MESSAGE_BYTES(helper_count) (24 + (uint64_t)(helper_count) * sizeof(struct helper_record))
+
+_Static_assert(sizeof(struct message) == MESSAGE_BYTES(HELPERS_MAX), "message");
 
 struct control {
   struct cmsghdr64 header;
-  int32_t fd;
-  int32_t pad;
+  int32_t fds[1 + HELPERS_MAX];
 };
+
+_Static_assert(1 + HELPERS_MAX <= FD_COUNT_MAX, "fsl_recv takes them all");
 
 /* The text behind "name=" when the entry is that variable, else null. */
 static char *value_of(char *entry, const char *name) {
@@ -80,17 +93,17 @@ static void remove_at(char **envp, int32_t index) {
   } while (envp[index++] != (char *)0);
 }
 
-static void send_result(int32_t socket, const struct message *message, int32_t fd) {
-  struct control control = {
-      .header = {.length = sizeof(struct cmsghdr64) + sizeof(int32_t),
-                 .level = SOL_SOCKET,
-                 .type = SCM_RIGHTS},
-      .fd = fd,
-      .pad = 0,
-  };
-  struct iovec64 part = {(uint64_t)(uintptr_t)message, sizeof(*message)};
+/* Sends the userfaultfd and the helpers' sockets. */
+static void send_result(int32_t socket, const struct message *message, int32_t helper_count,
+                        const int32_t *helper_sockets) {
+  struct control control = {.header = {.level = SOL_SOCKET, .type = SCM_RIGHTS}};
+  int32_t fd_count = 0;
+  if (message->result >= 0) control.fds[fd_count++] = message->result;
+  for (int32_t i = 0; i < helper_count; i++) control.fds[fd_count++] = helper_sockets[i];
+  struct iovec64 part = {(uint64_t)(uintptr_t)message, MESSAGE_BYTES(helper_count)};
   struct msghdr64 header = {.iov = &part, .iov_count = 1};
-  if (fd >= 0) {
+  if (fd_count > 0) {
+    control.header.length = sizeof(control.header) + (uint64_t)fd_count * sizeof(int32_t);
     header.control = &control;
     header.control_length = control.header.length;
   }
@@ -101,26 +114,33 @@ static void send_result(int32_t socket, const struct message *message, int32_t f
 }
 
 /* Returns the userfaultfd, or -errno. */
-static int32_t make_and_send(int32_t socket) {
+static int32_t make_userfaultfd(struct message *message) {
   const int32_t flags = O_CLOEXEC | O_NONBLOCK;
-  struct message message = {.magic = MAGIC,
-                            .version = VERSION,
-                            .pid = (int32_t)sys(NR_getpid),
-                            .way = WAY_SYSCALL,
-                            .first_errno = 0};
-  message.result = (int32_t)sys(NR_userfaultfd, flags);
-  if (message.result == -EPERM || message.result == -ENOSYS || message.result == -EACCES) {
-    message.first_errno = -message.result;
-    message.way = WAY_DEVICE;
-    long device = sys(NR_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC, 0);
-    if (device < 0) {
-      message.result = (int32_t)device;
-    } else {
-      message.result = (int32_t)sys(NR_ioctl, device, USERFAULTFD_IOC_NEW, flags);
-      sys(NR_close, device);
-    }
+  message->way = WAY_SYSCALL;
+  int32_t result = (int32_t)sys(NR_userfaultfd, flags);
+  if (result == -EPERM || result == -ENOSYS || result == -EACCES) {
+    message->first_errno = -result;
+    message->way = WAY_DEVICE;
+    const long device = sys(NR_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC, 0);
+    if (device < 0) return (int32_t)device;
+    result = (int32_t)sys(NR_ioctl, device, USERFAULTFD_IOC_NEW, flags);
+    sys(NR_close, device);
   }
-  send_result(socket, &message, message.result);
+  return result;
+}
+
+/* Returns the userfaultfd, or -errno. */
+static int32_t make_and_send(int32_t socket, int32_t helpers_wanted) {
+  struct message message = {
+      .magic = MAGIC, .version = VERSION, .pid = (int32_t)sys(NR_getpid), .first_errno = 0};
+  int32_t helper_sockets[HELPERS_MAX], helper_count = 0;
+  message.result = make_userfaultfd(&message);
+  if (message.result >= 0 && helpers_wanted > 0) {
+    helper_count = make_helpers(helpers_wanted, message.result, message.helpers, helper_sockets);
+  }
+  send_result(socket, &message, helper_count, helper_sockets);
+  /* The helpers' lives hang on the other end: nobody but fsl may hold this one. */
+  for (int32_t i = 0; i < helper_count; i++) sys(NR_close, helper_sockets[i]);
   return message.result;
 }
 
@@ -150,8 +170,12 @@ static void preload(int argc, char **argv, char **envp) {
   const int32_t socket = number_at(&text);
   if (*text == ':') text++;
   const int32_t memfd = number_at(&text);
-  const int32_t closing = text[0] == ':' && text[1] == 'c';
-  const int32_t uffd = socket >= 0 ? make_and_send(socket) : -1;
+  int32_t closing = 0, helpers_wanted = 0;
+  for (; *text != 0; text++) {
+    if (*text == 'c') closing = 1;
+    if (*text == 'h' && text[1] >= '0' && text[1] <= '9') helpers_wanted = text[1] - '0';
+  }
+  const int32_t uffd = socket >= 0 ? make_and_send(socket, helpers_wanted) : -1;
   if (closing) {
     /* fsl leaves a copy here under a name, over QMP, before it registers anything. */
     if (uffd >= 0) sys(NR_close, uffd);

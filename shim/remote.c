@@ -34,6 +34,7 @@
  */
 #include "fsl_shim.h"
 #include "kernel.h"
+#include "task.h"
 
 #define PTRACE_CONT 7
 #define PTRACE_DETACH 17
@@ -489,52 +490,6 @@ __attribute__((used)) static void thread_main(struct thread *thread) {
   request->answer = at < 0 ? (int32_t)at : borrow(request, (uint64_t)at, thread->scratch);
 }
 
-/*
- * start_thread(flags, stack_top, tid): tid or -errno. The new thread finds its function and
- * argument at the top of its stack, calls, and ends by exit(2) without ever returning here.
- */
-long start_thread(unsigned long flags, void *stack_top, int32_t *tid);
-
-#if defined(__x86_64__)
-__asm__(
-    ".text\n.hidden start_thread\n.type start_thread, @function\nstart_thread:\n"
-    "  mov $56, %eax\n" /* clone(flags, stack, parent_tid, child_tid, tls) */
-    "  xor %r10d, %r10d\n"
-    "  xor %r8d, %r8d\n"
-    "  syscall\n"
-    "  test %rax, %rax\n"
-    "  jnz 1f\n"
-    "  xor %ebp, %ebp\n"
-    "  pop %rax\n"
-    "  pop %rdi\n"
-    "  call *%rax\n"
-    "  mov $60, %eax\n" /* exit */
-    "  xor %edi, %edi\n"
-    "  syscall\n"
-    "  ud2\n"
-    "1:\n"
-    "  ret\n"
-    ".size start_thread, . - start_thread\n");
-#else
-__asm__(
-    ".text\n.hidden start_thread\n.type start_thread, %function\nstart_thread:\n"
-    "  mov x8, #220\n" /* clone(flags, stack, parent_tid, tls, child_tid) */
-    "  mov x3, #0\n"
-    "  mov x4, #0\n"
-    "  svc #0\n"
-    "  cbnz x0, 1f\n"
-    "  mov x29, #0\n"
-    "  ldp x1, x0, [sp], #16\n"
-    "  blr x1\n"
-    "  mov x8, #93\n" /* exit */
-    "  mov x0, #0\n"
-    "  svc #0\n"
-    "  brk #0\n"
-    "1:\n"
-    "  ret\n"
-    ".size start_thread, . - start_thread\n");
-#endif
-
 int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args, int64_t *result,
                            int32_t timeout_ms) {
   if (pid <= 0 || timeout_ms <= 0) return -EINVAL;
@@ -565,7 +520,7 @@ int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args, in
   const uint64_t all = ~(uint64_t)0;
   uint64_t mask = 0;
   sys(NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &mask, sizeof(mask));
-  long tid = start_thread(CLONE_THREAD_FLAGS, stack_top, &thread.tid);
+  long tid = start_task(CLONE_THREAD_FLAGS, stack_top, &thread.tid);
   /*
    * Wait for the *end* of the thread and not for its last store: only then is the target detached
    * and the stack free. The thread's own deadline bounds this.

@@ -36,6 +36,7 @@ export const ENOSYS = 38;
 export const ENODATA = 61;
 export const ENOPROTOOPT = 92;
 export const EOPNOTSUPP = 95;
+export const ECONNRESET = 104;
 export const ETIMEDOUT = 110;
 export const ECONNREFUSED = 111;
 
@@ -89,6 +90,20 @@ export const UFFDIO_ZEROPAGE_BIT = 4n;
 export const UFFDIO_WRITEPROTECT_BIT = 6n;
 export const UFFDIO_CONTINUE_BIT = 7n;
 export const UFFDIO_POISON_BIT = 8n;
+
+/** Linux 6.8. Only a task of the address space itself may call it: src/sys/helper-task.ts. */
+export const UFFDIO_MOVE = 0xc028aa05;
+/** `mode` of UFFDIO_MOVE beside MODE_DONTWAKE: source pages that are not there are skipped. */
+export const MOVE_ALLOW_SRC_HOLES = 2;
+/** struct uffdio_move. */
+export const UFFD_MOVE = {
+  BYTES: 40,
+  DST: 0, // u64
+  SRC: 8, // u64
+  LENGTH: 16, // u64
+  MODE: 24, // u64
+  MOVE: 32, // i64, written by the kernel
+} as const;
 
 /** struct uffd_msg, 32 bytes, host byte order. */
 export const UFFD_MSG = {
@@ -190,7 +205,7 @@ export const POLLERR = 8;
 export const POLLHUP = 16;
 export const POLLNVAL = 32;
 /** Most descriptors of one `poll`, and of one `send` or `recv`. */
-export const FD_COUNT_MAX = 8;
+export const FD_COUNT_MAX = 16;
 
 // ---- sockets ----
 
@@ -263,6 +278,8 @@ export const SIGIO = 29;
 export const SIGRTMIN = 32;
 
 export const WNOHANG = 1;
+/** Children of any kind, also those whose end sends no SIGCHLD. */
+export const WALL = 0x40000000;
 
 export const PR_SET_PDEATHSIG = 1;
 export const PR_SET_DUMPABLE = 4;
@@ -290,6 +307,31 @@ export const SYS_USERFAULTFD = byArch(323, 282);
 export const SYS_IOCTL = byArch(16, 29);
 export const SYS_CLOSE = byArch(3, 57);
 export const SYS_GETPID = byArch(39, 172);
+export const SYS_MADVISE = byArch(28, 233);
+export const SYS_PREAD64 = byArch(17, 67);
+
+// ---- helper tasks: shim/helper.h, whose words are explained there ----
+
+export const HELPERS_MAX = 9;
+export const HELPER_CALLS_MAX = 8;
+export const HELPER_DATA_BYTES = 512;
+export const HELPER_STOP_IF_NEGATIVE = 1;
+export const HELPER_STOP_UNLESS_EXPECTED = 2;
+/** For argument i shifted left by i. */
+export const HELPER_ARG_IS_DATA = 0x100;
+
+export const HELPER_CALL = { BYTES: 64, NUMBER: 0, FLAGS: 4, EXPECTED: 8, ARGS: 16 } as const;
+export const HELPER_REQUEST = { BYTES: 1032, CALL_COUNT: 0, CALLS: 8, DATA: 520 } as const;
+export const HELPER_REPLY = {
+  BYTES: 648,
+  CALLS_MADE: 0,
+  FD_COUNT: 4,
+  FDS: 8,
+  RESULTS: 72,
+  DATA: 136,
+} as const;
+/** One helper in the preload message. */
+export const HELPER_RECORD_BYTES = 24;
 
 /** What the C compiler saw must be what this file says. Order of shim/abi.c. */
 export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
@@ -316,4 +358,41 @@ export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
   ["SYS_ioctl", SYS_IOCTL],
   ["SYS_close", SYS_CLOSE],
   ["SYS_getpid", SYS_GETPID],
+  ["SYS_madvise", SYS_MADVISE],
+  ["SYS_pread64", SYS_PREAD64],
+  ["UFFDIO_MOVE", UFFDIO_MOVE],
+  ["sizeof(uffdio_move)", UFFD_MOVE.BYTES],
+  ["uffdio_move.move", UFFD_MOVE.MOVE],
+  ["HELPERS_MAX", HELPERS_MAX],
+  ["HELPER_CALLS_MAX", HELPER_CALLS_MAX],
+  ["HELPER_DATA_BYTES", HELPER_DATA_BYTES],
+  ["HELPER_STOP_IF_NEGATIVE", HELPER_STOP_IF_NEGATIVE],
+  ["HELPER_STOP_UNLESS_EXPECTED", HELPER_STOP_UNLESS_EXPECTED],
+  ["HELPER_ARG_IS_DATA(0)", HELPER_ARG_IS_DATA],
+  ["sizeof(helper_call)", HELPER_CALL.BYTES],
+  ["helper_call.flags", HELPER_CALL.FLAGS],
+  ["helper_call.expected", HELPER_CALL.EXPECTED],
+  ["helper_call.args", HELPER_CALL.ARGS],
+  ["sizeof(helper_request)", HELPER_REQUEST.BYTES],
+  ["helper_request.calls", HELPER_REQUEST.CALLS],
+  ["helper_request.data", HELPER_REQUEST.DATA],
+  ["sizeof(helper_reply)", HELPER_REPLY.BYTES],
+  ["helper_reply.fd_count", HELPER_REPLY.FD_COUNT],
+  ["helper_reply.fds", HELPER_REPLY.FDS],
+  ["helper_reply.results", HELPER_REPLY.RESULTS],
+  ["helper_reply.data", HELPER_REPLY.DATA],
+  ["sizeof(helper_record)", HELPER_RECORD_BYTES],
 ];
+
+/** The first entry in which the shim's table differs, or null. Pure. */
+export function findAbiMismatch(
+  values: BigUint64Array,
+  count: number,
+): { name: string; expected: number; found: number } | null {
+  if (count !== ABI_TABLE.length) {
+    return { name: "number of entries", expected: ABI_TABLE.length, found: count };
+  }
+  const index = ABI_TABLE.findIndex(([, value], at) => values[at] !== BigInt(value));
+  const [name, expected] = ABI_TABLE[index] ?? ["", 0];
+  return index < 0 ? null : { name, expected, found: Number(values[index]) };
+}

@@ -14,7 +14,7 @@
 import { dlopen, FFIType, type Pointer, ptr, toArrayBuffer } from "bun:ffi";
 import { writeSync } from "node:fs";
 import { FslError } from "../errors.ts";
-import { ABI_TABLE, MFD_CLOEXEC } from "./abi.ts";
+import { ABI_TABLE, findAbiMismatch, MFD_CLOEXEC } from "./abi.ts";
 import { ARCHITECTURE, shimBytes } from "./embedded.ts";
 import { errnoText } from "./errno.ts";
 
@@ -129,16 +129,14 @@ export function load(): void {
  * constant.
  */
 function checkAbi(symbols: Library): void {
-  const found = new BigUint64Array(ABI_TABLE.length);
-  const count = symbols.fsl_abi(found, found.length);
-  const wrong = ABI_TABLE.findIndex(([, value], index) => found[index] !== BigInt(value));
-  if (count === ABI_TABLE.length && wrong < 0) return;
-  const [name, expected] = ABI_TABLE[wrong] ?? ["number of entries", ABI_TABLE.length];
-  const value = wrong < 0 ? count : Number(found[wrong]);
+  const values = new BigUint64Array(ABI_TABLE.length);
+  const mismatch = findAbiMismatch(values, symbols.fsl_abi(values, values.length));
+  if (mismatch === null) return;
+  const { name, expected, found } = mismatch;
   throw new FslError(
     "HOST_UNSUPPORTED",
-    `shim: ABI ${name}: expected ${expected}, found ${value} (${ARCHITECTURE}); run: npm run build`,
-    { name, expected, found: value },
+    `shim: ABI ${name}: expected ${expected}, found ${found} (${ARCHITECTURE}); run: npm run build`,
+    { name, expected, found },
   );
 }
 

@@ -1,0 +1,72 @@
+/*
+ * helper.h: the protocol between fsl and a helper task (shim/helper.c, src/sys/helper-task.ts), and
+ * what the preloaded library says of the helpers that it made (shim/preload.c).
+ *
+ * Host byte order. The socket is a SOCK_SEQPACKET pair: one packet is one request or one reply, and
+ * both have their full length always. A request may carry descriptors by SCM_RIGHTS.
+ */
+#ifndef FSL_HELPER_H
+#define FSL_HELPER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernel.h"
+
+#define HELPERS_MAX 9
+#define HELPER_CALLS_MAX 8
+/* Bytes of inline data; each call's share is a slot of 64, enough for the ioctls' structures. */
+#define HELPER_DATA_BYTES 512
+#define HELPER_STAGING_BYTES (4ul << 20)
+
+/* Bits of `flags`. */
+#define HELPER_STOP_IF_NEGATIVE 1u
+#define HELPER_STOP_UNLESS_EXPECTED 2u
+/*
+ * Argument i is an offset into the request's data, and the call gets the address of the helper's
+ * copy, which it may write to: the copy comes back with the reply.
+ */
+#define HELPER_ARG_IS_DATA(i) (0x100u << (i))
+
+struct helper_call {
+  uint32_t number;
+  uint32_t flags;
+  int64_t expected; /* with HELPER_STOP_UNLESS_EXPECTED */
+  uint64_t args[6];
+};
+
+struct helper_request {
+  uint32_t call_count;
+  uint32_t reserved;
+  struct helper_call calls[HELPER_CALLS_MAX];
+  uint8_t data[HELPER_DATA_BYTES];
+};
+
+struct helper_reply {
+  int32_t calls_made; /* up to the one that stopped the rest, that one included */
+  int32_t fd_count;   /* descriptors that came with the request, and their numbers in the helper */
+  int32_t fds[FD_COUNT_MAX];
+  int64_t results[HELPER_CALLS_MAX]; /* -errno is what the kernel gives */
+  uint8_t data[HELPER_DATA_BYTES];
+};
+
+/* One helper, as the preload message has it. Its socket is among the message's descriptors. */
+struct helper_record {
+  int32_t pid;
+  int32_t uffd; /* number of the userfaultfd in the helper */
+  uint64_t staging_addr, staging_bytes;
+};
+
+_Static_assert(sizeof(struct helper_call) == 64, "helper_call");
+_Static_assert(sizeof(struct helper_request) == 1032, "helper_request");
+_Static_assert(sizeof(struct helper_reply) == 648, "helper_reply");
+_Static_assert(sizeof(struct helper_record) == 24, "helper_record");
+
+/*
+ * Makes up to `count` helpers of the calling process. records[i] and sockets[i] describe the i-th:
+ * the socket is fsl's end, close-on-exec, the caller's to send and to close. Returns how many there
+ * are; each is ready for requests. Not being able to make one is not an error.
+ */
+int32_t make_helpers(int32_t count, int32_t uffd, struct helper_record *records, int32_t *sockets);
+
+#endif
