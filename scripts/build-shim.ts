@@ -13,8 +13,8 @@ const CACHE = join(ROOT, ".cache", "zig");
 const EMBEDDED = join(BUILD, "libraries.json");
 const ARCHITECTURES = ["x86_64", "aarch64"] as const;
 const LIBRARIES = {
-  shim: ["abi.c", "memory.c", "posix.c", "remote.c", "uffd.c"],
-  preload: ["memory.c", "preload.c"],
+  shim: ["abi.c", "memory.c", "posix.c", "remote.c", "task.c", "uffd.c"],
+  preload: ["helper.c", "memory.c", "preload.c", "task.c"],
 } as const;
 const FLAGS = [
   "-std=c11",

@@ -80,7 +80,7 @@ FSL_EXPORT num_t fsl_pwrite(fd_t fd, num_t buffer_addr, num_t length, num_t offs
 FSL_EXPORT num_t fsl_copy_file_range(fd_t in, num_t in_offset, fd_t out, num_t out_offset,
                                      num_t length);
 /*
- * poll(2) on up to 8 descriptors; negative ones are skipped. fds[i] in, revents[i] out; `events` is
+ * poll(2) on up to 16 descriptors; negative ones are skipped. fds[i] in, revents[i] out; `events` is
  * the same for all (1 = POLLIN). timeout -1 = none.
  */
 FSL_EXPORT int32_t fsl_poll(const int32_t *fds, int32_t *revents, int32_t count, int32_t events,
@@ -95,7 +95,7 @@ FSL_EXPORT int32_t fsl_unix_connect(const char *path);
 FSL_EXPORT int32_t fsl_unix_accept(fd_t listener);
 FSL_EXPORT int32_t fsl_shutdown(fd_t socket, int32_t how);
 /*
- * sendmsg(2) of one buffer and up to 8 descriptors (fd_count may be 0), never with SIGPIPE. Returns
+ * sendmsg(2) of one buffer and up to 16 descriptors (fd_count may be 0), never with SIGPIPE. Returns
  * bytes sent.
  */
 FSL_EXPORT num_t fsl_send(fd_t socket, const void *buffer, num_t length, const int32_t *fds,

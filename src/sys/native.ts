@@ -379,7 +379,7 @@ export function copyFileRange(
 }
 
 /**
- * poll(2) on up to 8 descriptors, all for the same `events`; negative ones are skipped. -EINTR is
+ * poll(2) on up to 16 descriptors, all for the same `events`; negative ones are skipped. -EINTR is
  * returned.
  */
 export function poll(
@@ -417,7 +417,7 @@ export function shutdown(socket: number, how: number): number {
   return lib.fsl_shutdown(socket, how);
 }
 
-/** sendmsg(2) of one buffer and up to 8 descriptors, never with SIGPIPE. Bytes sent. */
+/** sendmsg(2) of one buffer and up to 16 descriptors, never with SIGPIPE. Bytes sent. */
 export function send(
   socket: number,
   buffer: Memory,
