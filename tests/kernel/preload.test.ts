@@ -112,7 +112,7 @@ describe("the preload library in a dynamic program", () => {
     const { length, fd, message } = receive(own);
     expect(length).toBe(MESSAGE_BYTES);
     expect(message.getUint32(0, true)).toBe(MAGIC);
-    expect(message.getUint32(4, true)).toBe(1);
+    expect(message.getUint32(4, true)).toBe(2);
     expect(message.getInt32(8, true)).toBeGreaterThan(1);
     expect(message.getInt32(16, true)).toBe(1);
     expect(message.getInt32(20, true)).toBe(0);
