@@ -545,7 +545,8 @@ class SectionWalk {
   #checkUndescribedTail(fileOffset: number): void {
     const { byteLength } = this.#source;
     const tailOffset = byteLength - FOOTER_LENGTH - 1;
-    if (tailOffset >= fileOffset) {
+    // Right behind RAM END an EOF alone is left when there are no devices at all.
+    if (tailOffset >= fileOffset || byteLength - 1 === fileOffset) {
       const tail = this.#source.read(tailOffset, FOOTER_LENGTH + 1);
       if (tail[0] === QEMU_VM_SECTION_FOOTER && tail[FOOTER_LENGTH] === QEMU_VM_EOF) return;
     }
