@@ -1,0 +1,331 @@
+/**
+ * fsl's end of a helper task: a task in the target's address space that makes system calls there
+ * when asked (shim/helper.c, shim/helper.h). UFFDIO_MOVE needs one: the kernel moves pages only
+ * within the caller's own address space. Mechanism only: the helper makes any call that its seccomp
+ * filter lets through; a call that it does not ends the helper.
+ *
+ * A batch is begun, filled with up to 8 calls, and run: one packet there, one packet back, 15 to
+ * 20 µs. `run` blocks until the calls have been made. Nothing here allocates after construction.
+ *
+ * Addresses are the target's. Descriptors are the helper's: `sendDescriptor` says the number that a
+ * descriptor has there. A structure that a call takes by address travels in the batch: each call has
+ * 64 bytes of inline data, which the helper hands to the kernel as its own copy, and which come back
+ * with the answer.
+ *
+ * One owner at a time, on any thread; a `HelperRecord` goes to a Worker by structured clone. Who has
+ * the record closes it, once: `HelperTask.close` or `endHelper`.
+ */
+import { assert } from "../errors.ts";
+import {
+  ECONNRESET,
+  EINTR,
+  ENODATA,
+  EPIPE,
+  HELPER_ARG_IS_DATA,
+  HELPER_CALL,
+  HELPER_CALLS_MAX,
+  HELPER_DATA_BYTES,
+  HELPER_REPLY,
+  HELPER_REQUEST,
+  HELPER_STOP_IF_NEGATIVE,
+  HELPER_STOP_UNLESS_EXPECTED,
+  SIGKILL,
+  SYS_CLOSE,
+  SYS_IOCTL,
+  SYS_MADVISE,
+  SYS_PREAD64,
+  UFFD_MOVE,
+  UFFDIO_MOVE,
+  WALL,
+  WNOHANG,
+} from "./abi.ts";
+import * as native from "./native.ts";
+
+/** A helper, as plain numbers. */
+export interface HelperRecord {
+  /** This process's end of the socket. Closing it ends the helper. */
+  readonly fd: number;
+  /** A child of this process, to be waited for when the helper has ended. */
+  readonly pid: number;
+  /** Address in the target of memory that only this helper uses; 2 MiB aligned, huge pages. */
+  readonly stagingAddr: number;
+  /** Bytes. */
+  readonly stagingLength: number;
+  /** Number of the userfaultfd in the helper. */
+  readonly uffdFd: number;
+}
+
+/** The helper has ended, or broke the protocol: `run` and `sendDescriptor` will not work again. */
+export const HELPER_GONE = -EPIPE;
+/** Result of a call that was not made, because one before it stopped the batch. */
+export const CALL_NOT_MADE = -ENODATA;
+
+/** Inline data of each call, bytes. */
+const SLOT_LENGTH = HELPER_DATA_BYTES / HELPER_CALLS_MAX;
+const TWO_TO_32 = 0x1_0000_0000;
+const NO_FDS = new Int32Array(0);
+/** How often and how long apart a helper's end is asked for, and when it is forced. */
+const REAP_PAUSE_MS = 2;
+const REAP_TRIES = 500;
+const SIGKILL_AFTER_TRIES = 50;
+
+export class HelperTask {
+  readonly record: HelperRecord;
+  readonly #request = new Int32Array(HELPER_REQUEST.BYTES / 4);
+  readonly #reply = new Int32Array(HELPER_REPLY.BYTES / 4);
+  readonly #sentFd = new Int32Array(1);
+  readonly #out = new Int32Array(2);
+  #callCount = 0;
+  #callsMade = 0;
+  #isGone = false;
+  #isClosed = false;
+
+  constructor(record: HelperRecord) {
+    this.record = record;
+  }
+
+  /** Starts a batch. */
+  begin(): void {
+    this.#callCount = 0;
+    this.#callsMade = 0;
+  }
+
+  /**
+   * Adds a system call to the batch.
+   * @param number for the target's architecture, which is this one: SYS_*
+   * @param stopOnError a negative result ends the batch
+   * @returns its index, for `result`
+   */
+  add(
+    number: number,
+    a0: number,
+    a1: number,
+    a2: number,
+    a3: number,
+    a4: number,
+    a5: number,
+    stopOnError: boolean,
+  ): number {
+    const index = this.#callCount;
+    assert(index < HELPER_CALLS_MAX, "a batch has at most 8 calls");
+    this.#callCount = index + 1;
+    const at = callWord(index);
+    this.#request[at + HELPER_CALL.NUMBER / 4] = number;
+    this.#request[at + HELPER_CALL.FLAGS / 4] = stopOnError ? HELPER_STOP_IF_NEGATIVE : 0;
+    const argsAt = at + HELPER_CALL.ARGS / 4;
+    put64(this.#request, argsAt, a0);
+    put64(this.#request, argsAt + 2, a1);
+    put64(this.#request, argsAt + 4, a2);
+    put64(this.#request, argsAt + 6, a3);
+    put64(this.#request, argsAt + 8, a4);
+    put64(this.#request, argsAt + 10, a5);
+    return index;
+  }
+
+  /** The batch ends after call `index` unless its result is this. */
+  stopUnless(index: number, expected: number): void {
+    assert(index < this.#callCount, "no such call");
+    const at = callWord(index);
+    this.#request[at + HELPER_CALL.FLAGS / 4] =
+      (this.#request[at + HELPER_CALL.FLAGS / 4] ?? 0) | HELPER_STOP_UNLESS_EXPECTED;
+    put64(this.#request, at + HELPER_CALL.EXPECTED / 4, expected);
+  }
+
+  /** Argument `argument` of call `index` becomes the address of that call's inline data. */
+  passData(index: number, argument: number): void {
+    assert(index < this.#callCount && argument >= 0 && argument < 6, "no such argument");
+    const at = callWord(index);
+    this.#request[at + HELPER_CALL.FLAGS / 4] =
+      (this.#request[at + HELPER_CALL.FLAGS / 4] ?? 0) | (HELPER_ARG_IS_DATA << argument);
+    put64(this.#request, at + HELPER_CALL.ARGS / 4 + 2 * argument, index * SLOT_LENGTH);
+  }
+
+  /** Sets eight bytes of a call's inline data; `offset` is a multiple of 8 below 64. */
+  setData(index: number, offset: number, value: number): void {
+    put64(this.#request, (HELPER_REQUEST.DATA + index * SLOT_LENGTH + offset) / 4, value);
+  }
+
+  /** Eight bytes of a call's inline data, as they came back; signed. */
+  data(index: number, offset: number): number {
+    return get64(this.#reply, (HELPER_REPLY.DATA + index * SLOT_LENGTH + offset) / 4);
+  }
+
+  /**
+   * Adds pread(2) of exactly `length` bytes: fewer, as at the end of a file that was cut short, end
+   * the batch, so that a `move` behind it does not take what the memory held before.
+   * @param addr in the target, usually staging memory
+   */
+  preadInto(fdInHelper: number, addr: number, length: number, offset: number): number {
+    const index = this.add(SYS_PREAD64, fdInHelper, addr, length, offset, 0, 0, true);
+    this.stopUnless(index, length);
+    return index;
+  }
+
+  /**
+   * Adds UFFDIO_MOVE (Linux 6.8); `moveOutcome` says what came of it. Anything but the whole length
+   * ends the batch. All of it private anonymous memory; the destination registered.
+   * @param mode MODE_DONTWAKE, MOVE_ALLOW_SRC_HOLES
+   */
+  move(dstAddr: number, srcAddr: number, length: number, mode: number): number {
+    const index = this.add(SYS_IOCTL, this.record.uffdFd, UFFDIO_MOVE, 0, 0, 0, 0, true);
+    this.passData(index, 2);
+    this.setData(index, UFFD_MOVE.DST, dstAddr);
+    this.setData(index, UFFD_MOVE.SRC, srcAddr);
+    this.setData(index, UFFD_MOVE.LENGTH, length);
+    this.setData(index, UFFD_MOVE.MODE, mode);
+    this.setData(index, UFFD_MOVE.MOVE, 0);
+    return index;
+  }
+
+  /**
+   * Adds madvise(2), for instance MADV_DONTNEED of staging memory that still holds what a failed
+   * move left there.
+   */
+  madvise(addr: number, length: number, advice: number): number {
+    return this.add(SYS_MADVISE, addr, length, advice, 0, 0, 0, true);
+  }
+
+  /** Adds close(2) of a descriptor that was sent. */
+  closeDescriptor(fdInHelper: number): number {
+    return this.add(SYS_CLOSE, fdInHelper, 0, 0, 0, 0, 0, false);
+  }
+
+  /**
+   * Has the batch made. Blocks until it is: as long as its calls take.
+   * @returns how many calls were made, the one that ended the batch included; HELPER_GONE
+   */
+  run(): number {
+    const exchanged = this.#exchange(NO_FDS);
+    if (exchanged < 0) return exchanged;
+    this.#callsMade = this.#reply[HELPER_REPLY.CALLS_MADE / 4] ?? 0;
+    return this.#callsMade;
+  }
+
+  /** What call `index` of the last batch returned: >= 0 or -errno; CALL_NOT_MADE. */
+  result(index: number): number {
+    if (index >= this.#callsMade) return CALL_NOT_MADE;
+    return get64(this.#reply, HELPER_REPLY.RESULTS / 4 + 2 * index);
+  }
+
+  /**
+   * What a `move` of the last batch has done, by the kernel's signed field: bytes moved (> 0, maybe
+   * fewer than asked for: then a page at that place was present, or the next -errno applies there),
+   * or -errno when nothing was moved:
+   *
+   *   EEXIST  the first page of the destination is present; nobody was woken
+   *   EAGAIN  the address space is changing (an event waits to be read), or a page of the source
+   *           was busy for a moment: read events, try again
+   *   ENOENT  a page of the source is not there (and no MOVE_ALLOW_SRC_HOLES), or the destination
+   *           is not mapped any more
+   *   EINVAL  never for this memory: shared or file memory, not registered, locked (mlockall) where
+   *           the source is not, other protection, or a helper of another address space
+   *   EBUSY   a page of the source is shared with a forked child
+   *   ENOMEM  no memory for page tables
+   *   ESRCH   the target is ending
+   *   ENODATA (CALL_NOT_MADE) a call before it ended the batch
+   *
+   * A huge page of the source that is moved in part is split first, which takes 0.3 to 0.5 ms.
+   * What a failed move leaves in the source stays there: discard it before it is filled again.
+   * (Measured on Linux 6.18.) @source Linux mm/userfaultfd.c move_pages, fs/userfaultfd.c
+   */
+  moveOutcome(index: number): number {
+    if (index >= this.#callsMade) return CALL_NOT_MADE;
+    const moved = this.data(index, UFFD_MOVE.MOVE);
+    return moved === 0 ? this.result(index) : moved;
+  }
+
+  /**
+   * Gives the helper a copy of a descriptor. Not between `begin` and `run`.
+   * @returns its number there; HELPER_GONE; CALL_NOT_MADE when it cannot take another (EMFILE)
+   */
+  sendDescriptor(fd: number): number {
+    this.begin();
+    this.#sentFd[0] = fd;
+    const exchanged = this.#exchange(this.#sentFd);
+    if (exchanged < 0) return exchanged;
+    const count = this.#reply[HELPER_REPLY.FD_COUNT / 4] ?? 0;
+    return count > 0 ? (this.#reply[HELPER_REPLY.FDS / 4] ?? -1) : CALL_NOT_MADE;
+  }
+
+  /**
+   * Ends the helper, at once or when the call that it is in returns. Idempotent. Whoever owns the
+   * record waits for the pid: `reapHelper`.
+   */
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    native.close(this.record.fd);
+  }
+
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  /** Sends the request, waits for the reply. 0, HELPER_GONE, or what sendmsg(2) says. */
+  #exchange(fds: Int32Array): number {
+    if (this.#isGone || this.#isClosed) return HELPER_GONE;
+    const { fd } = this.record;
+    this.#request[HELPER_REQUEST.CALL_COUNT / 4] = this.#callCount;
+    let sent: number;
+    do {
+      sent = native.send(fd, this.#request, HELPER_REQUEST.BYTES, fds, fds.length, 0);
+    } while (sent === -EINTR);
+    if (sent < 0) {
+      this.#isGone = sent === -EPIPE || sent === -ECONNRESET;
+      return this.#isGone ? HELPER_GONE : sent;
+    }
+    let received: number;
+    do {
+      received = native.recv(fd, this.#reply, HELPER_REPLY.BYTES, NO_FDS, 0, this.#out, 0);
+    } while (received === -EINTR);
+    if (received === HELPER_REPLY.BYTES) return 0;
+    this.#isGone = true;
+    return HELPER_GONE;
+  }
+}
+
+/** Ends a helper that nobody uses: closes its socket, and waits for its pid on the side. */
+export function endHelper(record: HelperRecord): Promise<void> {
+  native.close(record.fd);
+  return reapHelper(record.pid);
+}
+
+/**
+ * Waits for the end of a helper whose socket is closed, which takes microseconds, or as long as the
+ * call that it is in; after 0.1 s it is killed. Does not keep the event loop alive.
+ * @param pid of a child of this process; one that is somebody else's child is left alone
+ */
+export async function reapHelper(pid: number): Promise<void> {
+  const status = new Int32Array(1);
+  for (let attempt = 0; attempt < REAP_TRIES; attempt += 1) {
+    if (native.waitpid(pid, WNOHANG | WALL, status) !== 0) return;
+    if (attempt === SIGKILL_AFTER_TRIES) killChild(pid);
+    await new Promise<void>((resolve) => {
+      setTimeout(resolve, REAP_PAUSE_MS).unref();
+    });
+  }
+}
+
+/** By pidfd. The pid is that of a child not waited for, so it can be nobody else's. */
+function killChild(pid: number): void {
+  const pidfd = native.pidfdOpen(pid, 0);
+  if (pidfd < 0) return;
+  native.pidfdSendSignal(pidfd, SIGKILL);
+  native.close(pidfd);
+}
+
+/** Index of the first 32-bit word of a call in the request. */
+function callWord(index: number): number {
+  return (HELPER_REQUEST.CALLS + index * HELPER_CALL.BYTES) / 4;
+}
+
+/** A 64-bit integer in two words, little-endian; |value| < 2^53. */
+function put64(words: Int32Array, at: number, value: number): void {
+  words[at] = value | 0;
+  words[at + 1] = Math.floor(value / TWO_TO_32);
+}
+
+/** Exact for |value| < 2^53. */
+function get64(words: Int32Array, at: number): number {
+  return (words[at + 1] ?? 0) * TWO_TO_32 + ((words[at] ?? 0) >>> 0);
+}
