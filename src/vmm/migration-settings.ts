@@ -116,7 +116,8 @@ export class MigrationSettings {
     // Noted first: if the connection breaks in between, `restore` rather does too much.
     for (const [name] of capabilities) this.#changedCapabilities.add(name);
     for (const [name] of parameters) this.#changedParameters.add(name);
-    await this.#set(capabilities, parameters);
+    // In this order: mapped-ram cannot be switched on while a parameter stands in its way.
+    await this.#carryOut(this.#setParameters(parameters), this.#setCapabilities(capabilities));
   }
 
   /**
@@ -130,30 +131,33 @@ export class MigrationSettings {
     const parameters = [...this.#changedParameters].map((name): [string, unknown] => {
       return [name, this.#parameters.get(name)];
     });
-    await this.#set(capabilities, parameters);
+    // And in this order: such a parameter cannot be set while mapped-ram is on.
+    await this.#carryOut(this.#setCapabilities(capabilities), this.#setParameters(parameters));
     this.#changedCapabilities.clear();
     this.#changedParameters.clear();
   }
 
-  async #set(capabilities: [string, boolean][], parameters: [string, unknown][]): Promise<void> {
-    const replies: Promise<QmpReply>[] = [];
-    if (capabilities.length > 0) {
-      const list = capabilities.map(([capability, state]) => ({ capability, state }));
-      replies.push(this.#qmp.execute("migrate-set-capabilities", { capabilities: list }));
-    }
-    if (parameters.length > 0) {
-      replies.push(this.#qmp.execute("migrate-set-parameters", Object.fromEntries(parameters)));
-    }
-    for (const reply of await Promise.all(replies)) {
-      if (!reply.ok) {
-        throw new FslError(
-          "TARGET_MISMATCH",
-          `migration settings: QEMU refused a change: ${reply.description}`,
-          {
-            description: reply.description,
-          },
-        );
-      }
+  #setCapabilities(states: [string, boolean][]): Promise<QmpReply> | null {
+    if (states.length === 0) return null;
+    const capabilities = states.map(([capability, state]) => ({ capability, state }));
+    return this.#qmp.execute("migrate-set-capabilities", { capabilities });
+  }
+
+  #setParameters(values: [string, unknown][]): Promise<QmpReply> | null {
+    if (values.length === 0) return null;
+    return this.#qmp.execute("migrate-set-parameters", Object.fromEntries(values));
+  }
+
+  /** Commands under way, in the order in which they were sent. */
+  async #carryOut(...commands: (Promise<QmpReply> | null)[]): Promise<void> {
+    for (const reply of await Promise.all(commands)) {
+      if (reply === null || reply.ok) continue;
+      const { description } = reply;
+      throw new FslError(
+        "TARGET_MISMATCH",
+        `migration settings: QEMU refused a change: ${description}`,
+        { description },
+      );
     }
   }
 

@@ -3,6 +3,7 @@
  * that lives as long as its test.
  */
 import {
+  existsSync,
   mkdtempSync,
   readFileSync,
   readdirSync,
@@ -230,4 +231,75 @@ export function expectRefusal(error: FslError, code: string, text: RegExp): void
     code: code as FslError["code"],
     message: expect.stringMatching(text) as unknown as string,
   });
+}
+
+/** The QEMU that tests use; FSL_QEMU names another one. */
+export const QEMU = process.env["FSL_QEMU"] ?? "qemu-system-x86_64";
+
+/** Command line of a small guest on TCG without any device of its own. */
+export function guestArgv(machine: string, ...extra: string[]): string[] {
+  const quiet = ["-nodefaults", "-no-user-config", "-display", "none"];
+  return [QEMU, "-M", machine, "-accel", "tcg", "-m", "64", ...quiet, ...extra];
+}
+
+/** Makes the first drive of a pc or q35 guest out of `bootSector`. */
+export function bootDrive(path: string): string[] {
+  return ["-drive", `file=${path},format=raw,if=ide,snapshot=on`];
+}
+
+/** A QEMU that the test itself started, as somebody else would: with its own QMP socket. */
+export class OwnQemu {
+  readonly qmpPath: string;
+  readonly #child: Bun.Subprocess;
+
+  private constructor(child: Bun.Subprocess, qmpPath: string) {
+    this.#child = child;
+    this.qmpPath = qmpPath;
+  }
+
+  /** @returns when its QMP socket is there */
+  static async start(scratch: Scratch, argv: readonly string[]): Promise<OwnQemu> {
+    const qmpPath = join(scratch.path, `qmp-${Math.random().toString(36).slice(2)}`);
+    const child = Bun.spawn([...argv, "-qmp", `unix:${qmpPath},server=on,wait=off`], {
+      stdio: ["ignore", "ignore", "inherit"],
+    });
+    const qemu = new OwnQemu(child, qmpPath);
+    await until(() => existsSync(qmpPath), "QMP socket");
+    return qemu;
+  }
+
+  get pid(): number {
+    return this.#child.pid;
+  }
+
+  get exited(): Promise<number> {
+    return this.#child.exited;
+  }
+
+  /** One command on a connection of its own. */
+  async ask(command: string, args?: Record<string, unknown>): Promise<unknown> {
+    return askQmp(this.qmpPath, command, args);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#child.kill("SIGKILL");
+    await this.#child.exited;
+  }
+}
+
+/** One command on a connection of its own; a refusal is an error. */
+export async function askQmp(
+  path: string,
+  command: string,
+  args?: Record<string, unknown>,
+): Promise<unknown> {
+  const client = QmpClient.open(native.unixConnect(path), {
+    peer: "test",
+    greetingTimeoutMs: 10_000,
+  });
+  try {
+    return await client.request(command, args);
+  } finally {
+    client.close();
+  }
 }

@@ -45,13 +45,13 @@ describe("MigrationSettings", () => {
     const settings = await MigrationSettings.read(client);
     await settings.apply(CHANGES);
     expect(changes()).toEqual([
+      { "max-bandwidth": 0 },
       {
         capabilities: [
           { capability: "mapped-ram", state: true },
           { capability: "multifd", state: false },
         ],
       },
-      { "max-bandwidth": 0 },
     ]);
   });
 
