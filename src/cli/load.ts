@@ -27,6 +27,11 @@ const args = {
     description: "where in the file the snapshot begins; default: found out",
   },
   report: { type: "string", valueHint: "file", description: "write the load's figures as JSON" },
+  "working-set": {
+    type: "string",
+    valueHint: "file|none",
+    description: "pages the guest touches first, recorded and brought in first; default: SNAP.fslws",
+  },
   "lazy-despite-discards": {
     type: "boolean",
     description: "shared memory and huge pages lazily although the guest may give memory back",
@@ -58,6 +63,7 @@ export const loadCommand = defineCommand({
         paused: flags.paused === true,
         lazyDespiteDiscards: flags["lazy-despite-discards"] === true,
         startedAtMs: 0,
+        ...workingSet(flags["working-set"], flags.snapshot),
         ...serving,
         ...(flags.offset === undefined ? {} : { snapshotOffset: byteSize(flags.offset, "offset") }),
       });
@@ -94,4 +100,8 @@ function summary(report: LoadReport): string {
     `${times.join(", ")}: ${formatBytes(bytes.fault + bytes.eager)}, ${pages.fault} pages by ` +
     `${report.faults} faults, ${pages.eager} by the eager load`
   );
+}
+
+function workingSet(flag: string | undefined, snapshot: string): { workingSet?: string } {
+  return flag === "none" ? {} : { workingSet: flag ?? `${snapshot}.fslws` };
 }

@@ -80,6 +80,19 @@ export function countBits(words: Int32Array): number {
   return count;
 }
 
+/** How many bits of [start, end) are set. */
+export function countRange(words: Int32Array, start: number, end: number): number {
+  let count = 0;
+  for (let index = start; index < end; ) {
+    const wordEnd = Math.min(end, (index & ~31) + 32);
+    const length = wordEnd - index;
+    const mask = length === 32 ? -1 : ((1 << length) - 1) << (index & 31);
+    count += popCount((words[index >>> 5] ?? 0) & mask);
+    index = wordEnd;
+  }
+  return count;
+}
+
 /** How many bits of `wanted & ~done` are set. */
 export function countMissing(wanted: Int32Array, done: Int32Array): number {
   let count = 0;

@@ -11,13 +11,24 @@ import * as sys from "../sys/native.ts";
 import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { alignDown } from "../pages.ts";
-import { nextMissing } from "./bits.ts";
-import { add, type BlockState, C_EAGER_PAGES, type LoadState } from "./state.ts";
+import { countRange, nextBit, nextMissing, setRange } from "./bits.ts";
+import type { ChunkMover } from "./chunk-mover.ts";
+import {
+  add,
+  type BlockState,
+  C_EAGER_PAGES,
+  C_MOVED_CHUNKS,
+  CHUNK_COPYING,
+  CHUNK_DONE,
+  CHUNK_FREE,
+  CHUNK_MOVING,
+  CHUNK_SPLIT,
+  type LoadState,
+  recordLatency,
+} from "./state.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { FAILED, GONE, type Outcome, RETRY, SUPPLIED, Supply } from "./supply.ts";
 
-/** Bytes of a chunk, the unit that a Worker takes from the common cursor: the reach of one page table page. */
-export const CHUNK_LENGTH = 0x200000;
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
 const FAILED_PAUSE_MS = 200;
@@ -36,44 +47,33 @@ export interface EagerLoopOptions {
   readonly pieceLength: number;
   /** Plan-wide chunk numbers in the order of loading. */
   readonly order: Uint32Array;
+  /** Runs to bring in first, before the eager load is let go: block index, first page, pages; three numbers each. */
+  readonly replay: Int32Array;
+  /** Brings whole chunks where that can be done; null: every page is copied. */
+  readonly mover: ChunkMover | null;
   /** Data pages of all eager Workers together, bytes per second; 0 = no limit. This Worker's share. */
   readonly bytesPerSecond: number;
   readonly onFailure: (failure: PageFailure) => void;
   readonly onRecovered: (failure: PageFailure) => void;
 }
 
-/** One chunk's place: chunks are aligned in the target's address space so that huge pages can be given back. */
-export interface Chunk {
-  readonly blockIndex: number;
-  /** Half-open page range. */
-  readonly pageStart: number;
-  readonly pageEnd: number;
-}
-
-/** All chunks of a load, in address order. Chunks without data are left out. */
-export function planChunks(state: LoadState): Chunk[] {
-  const chunks: Chunk[] = [];
-  const none = new Int32Array(0);
+/** Plan-wide numbers of all chunks that have data, by address. */
+export function planChunks(state: LoadState): Uint32Array {
+  const numbers: number[] = [];
   for (const block of state.blocks) {
-    const { hostAddr, pageSize } = block.block;
-    let page = nextMissing(block.data, none, 0, block.pageCount, true);
+    let page = nextBit(block.data, 0, block.pageCount, true);
     while (page < block.pageCount) {
-      const address = hostAddr + page * pageSize;
-      const chunkEndAddr = address - (address % CHUNK_LENGTH) + CHUNK_LENGTH;
-      const startAddr = Math.max(hostAddr, chunkEndAddr - CHUNK_LENGTH);
-      const pageStart = Math.ceil((startAddr - hostAddr) / pageSize);
-      const pageEnd = Math.min(block.pageCount, Math.ceil((chunkEndAddr - hostAddr) / pageSize));
-      chunks.push({ blockIndex: block.index, pageStart, pageEnd });
-      page = nextMissing(block.data, none, pageEnd, block.pageCount, true);
+      const chunk = block.chunkOf(page);
+      numbers.push(block.firstChunk + chunk);
+      page = nextBit(block.data, block.chunkEnd(chunk), block.pageCount, true);
     }
   }
-  return chunks;
+  return Uint32Array.from(numbers);
 }
 
 export class EagerLoop {
   readonly #options: EagerLoopOptions;
   readonly #supply: Supply;
-  readonly #chunks: readonly Chunk[];
   readonly #readyFd: Int32Array;
   readonly #revents = new Int32Array(1);
   /** Pages that could not be read and have not come yet, by block and page. */
@@ -88,7 +88,6 @@ export class EagerLoop {
   constructor(options: EagerLoopOptions) {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters);
-    this.#chunks = planChunks(options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
@@ -99,31 +98,54 @@ export class EagerLoop {
   /** Takes chunks until none is left and every page that was put off has come too. */
   run(): EagerEnd {
     const { state, order } = this.#options;
+    if (this.#replay() === GONE) return "gone";
+    while (!state.eagerGo && !state.stopped) this.#sleep(PARK_MS);
     this.#startedMs = performance.now();
-    const putOff: Chunk[] = [];
-    for (;;) {
-      const turn = state.takeChunk();
-      const chunk = this.#chunks[order[turn] ?? -1];
-      if (chunk === undefined) break;
-      const outcome = this.#bringChunk(chunk);
-      if (state.stopped) return "stopped";
+    const putOff: number[] = [];
+    let turn = -1;
+    while (turn < order.length && !state.stopped) {
+      // Where the guest is now comes first, and what lies behind it; then the order.
+      const hot = state.takeHotChunk();
+      if (hot < 0) turn = state.takeChunk();
+      const chunk = hot < 0 ? order[turn] : hot;
+      if (chunk === undefined) continue;
+      let outcome = this.#bringChunk(chunk);
+      if (outcome === SUPPLIED && hot >= 0) outcome = this.#bringChunk(hot + 1);
       if (outcome === GONE) return "gone";
       if (outcome !== SUPPLIED) putOff.push(chunk);
     }
-    return this.#bringPutOff(putOff);
+    return state.stopped ? "stopped" : this.#bringPutOff(putOff);
   }
 
   close(): void {
     this.#supply.close();
   }
 
+  /** The working set. A run that cannot be had now comes with its chunk. */
+  #replay(): Outcome {
+    const { state: load, replay } = this.#options;
+    for (let at = 3 * load.takeRun(); at < replay.length && !load.stopped; at = 3 * load.takeRun()) {
+      const state = load.blocks[replay[at] ?? -1];
+      const end = (replay[at + 1] ?? 0) + (replay[at + 2] ?? 0);
+      if (state === undefined) continue;
+      let page = nextMissing(state.data, state.done, replay[at + 1] ?? 0, end, true);
+      while (page < end) {
+        const chunkEnd = Math.min(end, state.chunkEnd(state.chunkOf(page)));
+        const outcome = state.splitChunk(page) ? this.#bringPiece(state, page, chunkEnd) : SUPPLIED;
+        if (outcome === GONE) return GONE;
+        page = outcome === SUPPLIED ? nextMissing(state.data, state.done, page + 1, end, true) : end;
+      }
+    }
+    return SUPPLIED;
+  }
+
   /** Chunks with pages that are not to be had yet: tried again until they are. */
-  #bringPutOff(chunks: Chunk[]): EagerEnd {
+  #bringPutOff(chunks: number[]): EagerEnd {
     const { state } = this.#options;
     let left = chunks;
     while (left.length > 0) {
       this.#waitForSource(FAILED_PAUSE_MS);
-      const still: Chunk[] = [];
+      const still: number[] = [];
       for (const chunk of left) {
         if (state.stopped) return "stopped";
         const outcome = this.#bringChunk(chunk);
@@ -135,16 +157,67 @@ export class EagerLoop {
     return "finished";
   }
 
-  /** Brings what is missing of a chunk. Goes past pages that fail, and says so by its outcome. */
-  #bringChunk(chunk: Chunk): Outcome {
+  /** Brings what is missing of a chunk, unless another Worker has it in hand or it is complete. */
+  #bringChunk(planChunk: number): Outcome {
+    const { state: load, workerIndex, mover } = this.#options;
+    const state = load.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
+    const chunk = planChunk - (state?.firstChunk ?? 0);
+    if (state === undefined || chunk >= state.chunks.length) return SUPPLIED;
+    if (mover?.canMove(state, chunk)) {
+      const moving = CHUNK_MOVING + workerIndex;
+      if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, moving) === CHUNK_FREE) {
+        const outcome = this.#moveChunk(mover, state, chunk);
+        if (outcome === SUPPLIED || outcome === GONE) return outcome;
+      }
+    }
+    // Pages may be served one by one from here on.
+    Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, CHUNK_SPLIT);
+    const copying = CHUNK_COPYING + workerIndex;
+    if (Atomics.compareExchange(state.chunks, chunk, CHUNK_SPLIT, copying) !== CHUNK_SPLIT) return SUPPLIED;
+    const outcome = this.#copyChunk(state, chunk);
+    Atomics.store(state.chunks, chunk, outcome === SUPPLIED ? CHUNK_DONE : CHUNK_SPLIT);
+    return outcome;
+  }
+
+  /** A chunk that nobody has touched, in one piece. Faults in it wait meanwhile; they are woken in any case. */
+  #moveChunk(mover: ChunkMover, state: BlockState, chunk: number): Outcome {
+    const { state: load, counters, workerIndex, uffd } = this.#options;
+    const { canDiscard } = load.metadata;
+    const { block } = state;
+    const start = state.chunkStart(chunk);
+    const end = state.chunkEnd(chunk);
+    let moved = mover.read(state, chunk);
+    if (moved) {
+      while (canDiscard && !load.enterCopy(workerIndex)) this.#sleep(PARK_MS);
+      // A REMOVE may have marked pages while the bytes were read: those are zero now.
+      moved = nextBit(state.done, start, end, true) === end && mover.move(state, chunk);
+      if (moved) setRange(state.done, start, end);
+      if (canDiscard) load.leaveCopy(workerIndex);
+    }
+    Atomics.store(state.chunks, chunk, moved ? CHUNK_DONE : CHUNK_SPLIT);
+    const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
+    if (!moved || waitingSinceNs > 0) {
+      uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
+    }
+    if (!moved) return mover.isGone ? GONE : RETRY;
+    if (waitingSinceNs > 0) recordLatency(counters, sys.clockNs() - waitingSinceNs);
+    const dataPages = countRange(state.data, start, end);
+    add(counters, C_EAGER_PAGES, dataPages);
+    add(counters, C_MOVED_CHUNKS, 1);
+    this.#pace(dataPages * block.pageSize);
+    return SUPPLIED;
+  }
+
+  /** Copies what is missing of a chunk. Goes past pages that fail, and says so by its outcome. */
+  #copyChunk(state: BlockState, chunk: number): Outcome {
     const { state: load } = this.#options;
-    const state = load.blocks[chunk.blockIndex];
-    if (state === undefined) return SUPPLIED;
+    const start = state.chunkStart(chunk);
+    const end = state.chunkEnd(chunk);
     let worst: Outcome = SUPPLIED;
-    let at = nextMissing(state.data, state.done, chunk.pageStart, chunk.pageEnd, true);
-    while (at < chunk.pageEnd) {
-      if (load.stopped) return worst;
-      const outcome = this.#bringPiece(state, at, chunk.pageEnd);
+    let at = nextMissing(state.data, state.done, start, end, true);
+    while (at < end) {
+      if (load.stopped) return RETRY;
+      const outcome = this.#bringPiece(state, at, end);
       if (outcome === GONE) return GONE;
       if (outcome === RETRY) {
         this.#sleep(PARK_MS);
@@ -153,12 +226,11 @@ export class EagerLoop {
         const hostPages = state.block.hostPageSize / state.block.pageSize;
         at = alignDown(this.#supply.failedPage, hostPages) + hostPages;
       }
-      at = nextMissing(state.data, state.done, at, chunk.pageEnd, true);
+      at = nextMissing(state.data, state.done, at, end, true);
     }
     if (worst !== SUPPLIED) return worst;
-    if (this.#failures.size > 0) this.#recover(state, chunk);
-    const { pageStart, pageEnd } = chunk;
-    this.#options.source.release?.(state.index, pageStart, pageEnd - pageStart);
+    if (this.#failures.size > 0) this.#recover(state, start, end);
+    this.#options.source.release?.(state.index, start, end - start);
     return SUPPLIED;
   }
 
@@ -208,11 +280,11 @@ export class EagerLoop {
   }
 
   /** A chunk is complete: what had failed in it has come, by whichever Worker. */
-  #recover(state: BlockState, chunk: Chunk): void {
+  #recover(state: BlockState, start: number, end: number): void {
     for (const [key, failure] of this.#failures) {
       const { idstr, pageIndex } = failure;
       if (idstr !== state.block.idstr) continue;
-      if (pageIndex < chunk.pageStart || pageIndex >= chunk.pageEnd) continue;
+      if (pageIndex < start || pageIndex >= end) continue;
       this.#failures.delete(key);
       this.#options.onRecovered(failure);
     }

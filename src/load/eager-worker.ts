@@ -15,6 +15,8 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report })
     workerIndex: start.workerIndex,
     pieceLength: start.pieceLength,
     order: start.order,
+    replay: start.replay,
+    mover: null,
     bytesPerSecond: start.bytesPerSecond,
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),

@@ -18,6 +18,7 @@ import {
   add,
   type BlockState,
   C_BATCHES,
+  C_CHUNK_FAULTS,
   C_FAULT_PAGES,
   C_FAULTS,
   C_PENDING,
@@ -28,11 +29,14 @@ import {
   type LoadState,
   recordLatency,
 } from "./state.ts";
-import { FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
+import { COMING, FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
 
 /** First pause before a failed read is tried again, and the longest, ms. */
 const RETRY_PAUSE_MS = 20;
 const RETRY_PAUSE_MAX_MS = 2000;
+
+/** A guest that asks for so many pages while the eager load still holds back is better served by it. */
+const FAULTS_PAUSE_MAX = 1024;
 
 /** How the loop ended. */
 export type LoopEnd = "stopped" | "gone";
@@ -82,6 +86,7 @@ export class FaultLoop {
   readonly #served = new Int32Array(2 * EVENTS_MAX);
   #servedCount = 0;
   #lastBlock: BlockState | undefined;
+  #faults = 0;
 
   constructor(options: FaultLoopOptions) {
     this.#options = options;
@@ -197,6 +202,7 @@ export class FaultLoop {
     }
     state.eventCount = 0;
     state.busy = false;
+    if (this.#faults >= FAULTS_PAUSE_MAX) state.letEagerGo();
     return this.#options.clusterPages > 1 ? this.#bringNeighbours() : SUPPLIED;
   }
 
@@ -232,8 +238,10 @@ export class FaultLoop {
     const hostPage = Math.floor((address - block.hostAddr) / block.hostPageSize);
     const page = (hostPage * block.hostPageSize) / block.pageSize;
     add(counters, C_FAULTS, 1);
+    this.#faults += 1;
     const outcome = this.#bring(state, page);
-    if (outcome !== SUPPLIED && outcome !== GONE) this.#wait(state, page, outcome);
+    if (outcome === SUPPLIED) this.#options.state.hotChunk = state.firstChunk + state.chunkOf(page);
+    else if (outcome !== GONE && outcome !== COMING) this.#wait(state, page, outcome);
     return outcome;
   }
 
@@ -246,9 +254,9 @@ export class FaultLoop {
       add(counters, C_FAULT_PAGES, this.#supply.pagesDone);
       return outcome;
     }
-    if (!testBit(state.data, page) || testBit(state.done, page)) {
-      return this.#bringZeros(state, page);
-    }
+    if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
+    if (!state.splitChunk(page)) return this.#awaitChunk(state, page);
+    if (!testBit(state.data, page)) return this.#bringZeros(state, page);
     const outcome = this.#supply.copyRun(state, page, 1);
     if (this.#supply.pagesDone > 0) {
       add(counters, C_FAULT_PAGES, 1);
@@ -262,13 +270,18 @@ export class FaultLoop {
     return outcome;
   }
 
-  /**
-   * A page that is zero in the snapshot, was given back by the guest, or is there already (the event was stale:
-   * EEXIST, and the waiter is woken). Zero pages beside it in the same 2 MiB come along; they cost 0.12 µs each.
-   */
+  /** An eager Worker is bringing the whole chunk and wakes whoever waits in it, whether that succeeds or not. */
+  #awaitChunk(state: BlockState, page: number): Outcome {
+    const chunk = state.chunkOf(page);
+    if (state.chunkFaultNs[chunk] === 0) state.chunkFaultNs[chunk] = sys.clockNs();
+    add(this.#options.counters, C_CHUNK_FAULTS, 1);
+    this.#log(state, page);
+    return COMING;
+  }
+
+  /** A page that is zero in the snapshot. Zero pages beside it in the same 2 MiB come along; they cost 0.12 µs each. */
   #bringZeros(state: BlockState, page: number): Outcome {
     const { counters } = this.#options;
-    if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
     const windowStart = Math.max(page - (page % ZERO_WINDOW_PAGES), 0);
     const windowEnd = Math.min(windowStart + ZERO_WINDOW_PAGES, state.pageCount);
     this.#findRegistered(state, page);
@@ -368,7 +381,7 @@ export class FaultLoop {
       if (waiting.reason === FAILED && nowMs < waiting.retryAtMs) continue;
       const outcome = this.#bring(waiting.state, waiting.pageIndex);
       if (outcome === GONE) return GONE;
-      if (outcome === SUPPLIED) {
+      if (outcome === SUPPLIED || outcome === COMING) {
         this.#waiting.splice(index, 1);
         if (waiting.reason === FAILED) this.#options.onRecovered(this.#failure(waiting));
       } else {

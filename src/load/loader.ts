@@ -11,7 +11,7 @@
  */
 import { closeSync, fchmodSync, openSync } from "node:fs";
 import { resolve } from "node:path";
-import { FslError } from "../errors.ts";
+import { FslError, isFslError } from "../errors.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import { planSeed, writeSeed } from "../snapshot/seed.ts";
 import { openSnapshot, type Snapshot } from "../snapshot/snapshot.ts";
@@ -47,6 +47,15 @@ import {
 } from "./state.ts";
 import { Supply } from "./supply.ts";
 import { Crew } from "./workers.ts";
+import {
+  growWorkingSet,
+  identityFits,
+  planReplay,
+  readWorkingSet,
+  type WorkingSet,
+  type WorkingSetIdentity,
+  writeWorkingSet,
+} from "./working-set.ts";
 
 export type LoadMode = "lazy" | "copy";
 
@@ -62,6 +71,8 @@ export interface LoadOptions extends ServingOptions {
   readonly paused?: boolean;
   /** Where page bytes come from; absent = the snapshot file. */
   readonly source?: PageSourceSpec;
+  /** File of the working set: brought in first if it is there, recorded if it is not. Absent = neither. */
+  readonly workingSet?: string;
   /** Shared memory and huge pages lazily, although discards of them cannot be noticed. */
   readonly lazyDespiteDiscards?: boolean;
   /** `performance.now()` from which the report's times count; default: the call. */
@@ -150,13 +161,46 @@ class Load {
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
     const { state, serving } = await this.#arm(this.#crew, prepared, lazy, fill);
+    const set = this.#readWorkingSet(prepared.snapshot);
+    // Comes in while QEMU loads its devices.
+    serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
     const seedFd = takeSeed(prepared, [...lazy, ...fill]);
     state.phase = PHASE_HANDING_OVER;
     await this.#handOver(seedFd, prepared.snapshot.streamOffset);
     state.phase = PHASE_STATE_LOADED;
-    if (!this.#options.paused) await this.#resume();
+    const { paused } = this.#options;
+    if (!paused) await this.#resume();
     state.phase = PHASE_RUNNING;
-    return this.#handle(this.#finish(serving));
+    serving.letEagerGo(paused || set !== null ? 0 : EAGER_PAUSE_MS);
+    return this.#handle(this.#finish(serving, set));
+  }
+
+  /** Null when there is none, or none that fits: that is worth a word, and no reason to fail. */
+  #readWorkingSet(snapshot: Snapshot): WorkingSet | null {
+    const { workingSet, logger } = this.#options;
+    if (workingSet === undefined) return null;
+    try {
+      const set = readWorkingSet(workingSet);
+      if (set === null || identityFits(set.identity, workingSetIdentity(snapshot))) return set;
+      logger?.info(`working set ${workingSet}: of another snapshot, not used`);
+    } catch (error) {
+      if (!isFslError(error)) throw error;
+      logger?.warn(`${error.message}; not used`);
+    }
+    return null;
+  }
+
+  /** Writes down what the guest touched first. The place need not be writable. */
+  #recordWorkingSet(before: WorkingSet | null, faultLogLength: number): void {
+    const [{ workingSet, logger }, state, snapshot] = [this.#options, this.#state, this.#prepared?.snapshot];
+    if (workingSet === undefined || state === undefined || snapshot === undefined) return;
+    const set = growWorkingSet(before, workingSetIdentity(snapshot), state, faultLogLength);
+    if (set === null) return;
+    try {
+      writeWorkingSet(workingSet, set);
+    } catch (error) {
+      logger?.info(`working set ${workingSet}: cannot be written: ${(error as Error).message}`);
+    }
   }
 
   /** Opens the snapshot while the target starts, then holds the two against one another. */
@@ -285,10 +329,18 @@ class Load {
   }
 
   /** Brings in the rest, then lets go of everything. */
-  async #finish(serving: Serving): Promise<LoadReport> {
+  async #finish(serving: Serving, set: WorkingSet | null): Promise<LoadReport> {
+    let recordedLength: number | undefined;
+    const timer = setTimeout(() => {
+      recordedLength = this.#state?.faultLogLength;
+    }, RECORD_MS);
     const complete = await serving.bringRest();
+    clearTimeout(timer);
     if (complete) {
       this.#times.residentMs = this.#now();
+      if (!this.#options.paused) {
+        this.#recordWorkingSet(set, recordedLength ?? this.#state?.faultLogLength ?? 0);
+      }
       await serving.finish();
     } else {
       await serving.stop();
@@ -365,6 +417,16 @@ async function letZeroExtentsGo(
     supply.close();
     source.close();
   }
+}
+
+/** How long after resume a fault still is a first touch that the next load should bring in beforehand. */
+const RECORD_MS = 2000;
+/** How long the guest's first steps have the CPUs to themselves, when no working set is there to speed them. */
+const EAGER_PAUSE_MS = 50;
+
+function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
+  const { size, mtimeNs } = snapshot.identity;
+  return { size, mtimeNs, streamOffset: snapshot.streamOffset };
 }
 
 /** What can be worked out of the snapshot alone, while the target starts. */

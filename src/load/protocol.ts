@@ -23,6 +23,8 @@ export interface EagerWorkerStart extends WorkerStartBase {
   readonly role: "eager";
   readonly pieceLength: number;
   readonly order: Uint32Array;
+  /** Runs to bring in first: block index, first page, pages; three numbers each. */
+  readonly replay: Int32Array;
   readonly bytesPerSecond: number;
   /** 0..19, higher leaves more to others; see setpriority(2). */
   readonly nice: number;

@@ -181,6 +181,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     const serving = new Serving(target, adopted, uffd, crew, options);
     await serving.serveFaults();
     serving.wakeAll();
+    serving.letEagerGo(0);
     await goOn(adopted, target);
     const dataBytes = dataBytesOf(adopted);
     const done = bringRest(serving).finally(() => {

@@ -16,7 +16,7 @@ import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
-import { Crew } from "./workers.ts";
+import { Crew, type CrewEnd } from "./workers.ts";
 
 /** Name under which the target keeps a copy of the load state. */
 export const KEPT_STATE = "fsl-state";
@@ -77,6 +77,8 @@ export class Serving {
   readonly #failures = new Map<string, KnownFailure>();
   readonly #lost = Promise.withResolvers<never>();
   #errorTimer: ReturnType<typeof setInterval> | undefined;
+  #goTimer: ReturnType<typeof setTimeout> | undefined;
+  #eager: Promise<CrewEnd> | undefined;
   #suppliedWrong = false;
 
   constructor(
@@ -101,7 +103,7 @@ export class Serving {
         options.logger?.warn(`${role} Worker failed: ${error.message}; ${next}`);
         if (!replaced) this.#lost.reject(error);
       },
-      beforeReplacement: (start) => state.leaveCopy(start.workerIndex),
+      beforeReplacement: (start) => this.#abandonWork(start.workerIndex),
       afterReplacement: (start) => {
         if (start.role === "fault") this.wakeAll();
       },
@@ -142,19 +144,34 @@ export class Serving {
   }
 
   /**
-   * Brings in the rest.
+   * Sets the eager Workers to work: first the working set, then, when they are let go, everything.
+   * @param replay runs of pages that the guest will ask for, see `flattenRuns`
+   */
+  startEager(replay: Int32Array): void {
+    this.#eager = this.#crew.loadEagerly(this.#eagerStarts(replay));
+    this.#eager.catch(() => {});
+  }
+
+  /** Lets the eager load begin after a pause, or at once when the guest asks for many pages (fault-loop.ts). */
+  letEagerGo(delayMs: number): void {
+    if (delayMs <= 0) this.#state.letEagerGo();
+    else this.#goTimer = setTimeout(() => this.#state.letEagerGo(), delayMs);
+  }
+
+  /**
+   * Waits until the rest is in.
    * @returns true when all RAM is in, false when the target has ended before
    */
   async bringRest(): Promise<boolean> {
     const gone = this.#target.exited.then(() => "gone" as const);
-    for (let pass = 0; pass < EAGER_PASSES_MAX && this.missingPages() > 0; pass += 1) {
-      this.#state.resetChunks();
-      const loading = this.#crew.loadEagerly(this.#eagerStarts());
-      loading.catch(() => {});
-      const end = await Promise.race([loading, gone, this.#lost.promise]);
+    if (this.#eager === undefined) this.startEager(new Int32Array(0));
+    for (let pass = 0; pass < EAGER_PASSES_MAX; pass += 1) {
+      const end = await Promise.race([this.#eager, gone, this.#lost.promise]);
       if (end === "gone") return false;
+      if (this.missingPages() === 0) return true;
+      this.#state.resetChunks();
+      this.startEager(new Int32Array(0));
     }
-    if (this.missingPages() === 0) return true;
     // Pages are missing and nobody brings them: nothing may be closed while the target lives.
     await gone;
     return false;
@@ -177,11 +194,25 @@ export class Serving {
   /** Ends the Workers. The target must be complete, gone, or about to be served by somebody else. */
   async stop(): Promise<void> {
     clearInterval(this.#errorTimer);
+    clearTimeout(this.#goTimer);
     this.#state.stop();
     sys.write(this.#stopFd, ONE);
     await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);
     this.#crew.dismiss();
     sys.close(this.#stopFd);
+  }
+
+  /** What a dead Worker had in hand: faults that wait for a chunk of its are woken and served one by one. */
+  #abandonWork(workerIndex: number): void {
+    this.#state.leaveCopy(workerIndex);
+    for (const block of this.#state.blocks) {
+      const { hostAddr, pageSize } = block.block;
+      for (const chunk of block.abandonChunks(workerIndex)) {
+        const start = block.chunkStart(chunk);
+        const length = (block.chunkEnd(chunk) - start) * pageSize;
+        this.#uffd.wake(hostAddr + start * pageSize, length);
+      }
+    }
   }
 
   missingPages(): number {
@@ -199,11 +230,11 @@ export class Serving {
     }
   }
 
-  #eagerStarts(): EagerWorkerStart[] {
+  #eagerStarts(replay: Int32Array): EagerWorkerStart[] {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
     const workers = eagerWorkerCount(this.#options);
-    const order = Uint32Array.from(planChunks(state).keys());
+    const order = planChunks(state);
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
       handle: state.handle,
@@ -212,6 +243,7 @@ export class Serving {
       workerIndex: index + 1,
       pieceLength: eager.pieceLength ?? 256 * KiB,
       order,
+      replay,
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
       nice: eager.nice ?? 10,
     }));

@@ -52,6 +52,7 @@ const H_FAILURE = 11;
 const H_HOT_CHUNK = 14;
 /** The eager load may begin. */
 const H_EAGER_GO = 15;
+const H_REPLAY_CURSOR = 16;
 /** One word per Worker: it is inside an announced copy. */
 const H_INFLIGHT = 32;
 const H_LENGTH = 64;
@@ -90,6 +91,9 @@ export const C_LATENCY_MAX = 7;
 export const C_REMOVED_PAGES = 8;
 export const C_BATCHES = 9;
 export const C_PENDING = 10;
+/** Chunks that came as a whole; faults that waited for such a one. */
+export const C_MOVED_CHUNKS = 11;
+export const C_CHUNK_FAULTS = 12;
 const C_HISTOGRAM = 64;
 /** Latency histogram: 16 buckets per power of two of ns, from 256 ns to 2^38 ns. */
 const HISTOGRAM_SHIFT = 8;
@@ -139,6 +143,8 @@ export class BlockState {
   readonly firstPage: number;
   readonly data: Int32Array;
   readonly done: Int32Array;
+  /** Plan-wide number of chunk 0. */
+  readonly firstChunk: number;
   /** One word a chunk: CHUNK_*. Chunk 0 holds the block's first address; chunks are aligned in the target. */
   readonly chunks: Int32Array;
   /** When the first fault came that waits for a chunk to be moved; 0 = none waits. */
@@ -151,6 +157,7 @@ export class BlockState {
     block: StateBlock,
     index: number,
     firstPage: number,
+    firstChunk: number,
     buffer: ArrayBuffer,
     offset: number,
   ) {
@@ -158,6 +165,7 @@ export class BlockState {
     this.index = index;
     this.pageCount = block.usedLength / block.pageSize;
     this.firstPage = firstPage;
+    this.firstChunk = firstChunk;
     const bitmap = bitmapLength(block);
     const chunkCount = chunkCountOf(block);
     this.data = new Int32Array(buffer, offset, bitmap / 4);
@@ -238,9 +246,11 @@ export class LoadState {
     const blocks: BlockState[] = [];
     let offset = BITMAPS_OFFSET;
     let firstPage = 0;
+    let firstChunk = 0;
     for (const [index, block] of handle.metadata.blocks.entries()) {
-      const state = new BlockState(block, index, firstPage, this.#buffer, offset);
+      const state = new BlockState(block, index, firstPage, firstChunk, this.#buffer, offset);
       blocks.push(state);
+      firstChunk += state.chunks.length;
       offset += blockLength(block);
       firstPage += state.pageCount;
     }
@@ -364,6 +374,10 @@ export class LoadState {
   /** Takes the next chunk number of the eager order. */
   takeChunk(): number {
     return Atomics.add(this.#header, H_EAGER_CURSOR, 1);
+  }
+  /** Takes the next run number of the working set. */
+  takeRun(): number {
+    return Atomics.add(this.#header, H_REPLAY_CURSOR, 1);
   }
   resetChunks(): void {
     Atomics.store(this.#header, H_EAGER_CURSOR, 0);

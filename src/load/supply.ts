@@ -32,7 +32,9 @@ export const PENDING = 2;
 export const FAILED = 3;
 /** The target has ended. */
 export const GONE = 4;
-export type Outcome = 0 | 1 | 2 | 3 | 4;
+/** Somebody else is bringing it and wakes whoever waits. */
+export const COMING = 5;
+export type Outcome = 0 | 1 | 2 | 3 | 4 | 5;
 
 export class Supply {
   readonly #uffd: Uffd;
