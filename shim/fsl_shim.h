@@ -118,6 +118,8 @@ FSL_EXPORT int32_t fsl_pidfd_getfd(fd_t pidfd, int32_t target_fd);
 FSL_EXPORT int32_t fsl_pidfd_send_signal(fd_t pidfd, int32_t signal);
 /* kcmp(2) KCMP_FILE: 0 same open file, 1 to 3 different. */
 FSL_EXPORT int32_t fsl_kcmp_file(int32_t pid1, int32_t pid2, int32_t fd1, int32_t fd2);
+/* kcmp(2) KCMP_VM: 0 one address space, 1 to 3 two. */
+FSL_EXPORT int32_t fsl_kcmp_vm(int32_t pid1, int32_t pid2);
 FSL_EXPORT num_t fsl_process_vm_readv(int32_t pid, num_t remote_addr, num_t local_addr,
                                       num_t length);
 FSL_EXPORT num_t fsl_process_vm_writev(int32_t pid, num_t remote_addr, num_t local_addr,

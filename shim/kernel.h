@@ -256,6 +256,7 @@ struct uffd_msg {
 #define MADV_HUGEPAGE 14
 #define MADV_DONTDUMP 16
 #define KCMP_FILE 0
+#define KCMP_VM 1
 #define PRIO_PROCESS 0
 #define CLOCK_MONOTONIC 1
 #define SIGKILL 9

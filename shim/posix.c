@@ -231,6 +231,10 @@ int32_t fsl_kcmp_file(int32_t pid1, int32_t pid2, int32_t fd1, int32_t fd2) {
   return (int32_t)sys(NR_kcmp, pid1, pid2, KCMP_FILE, fd1, fd2);
 }
 
+int32_t fsl_kcmp_vm(int32_t pid1, int32_t pid2) {
+  return (int32_t)sys(NR_kcmp, pid1, pid2, KCMP_VM, 0, 0);
+}
+
 num_t fsl_process_vm_readv(int32_t pid, num_t remote_addr, num_t local_addr, num_t length) {
   struct iovec64 local = {(uint64_t)local_addr, (uint64_t)length};
   struct iovec64 remote = {(uint64_t)remote_addr, (uint64_t)length};

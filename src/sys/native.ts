@@ -66,6 +66,7 @@ const SYMBOLS = {
   fsl_pidfd_getfd: { args: [i32, i32], returns: i32 },
   fsl_pidfd_send_signal: { args: [i32, i32], returns: i32 },
   fsl_kcmp_file: { args: [i32, i32, i32, i32], returns: i32 },
+  fsl_kcmp_vm: { args: [i32, i32], returns: i32 },
   fsl_process_vm_readv: { args: [i32, f64, f64, f64], returns: f64 },
   fsl_process_vm_writev: { args: [i32, f64, f64, f64], returns: f64 },
   fsl_process_madvise: { args: [i32, f64, f64, i32], returns: f64 },
@@ -474,6 +475,11 @@ export function pidfdSendSignal(pidfd: number, signal: number): number {
 /** 0 when the two descriptors are the same open file, 1 to 3 when they differ. */
 export function kcmpFile(pid1: number, pid2: number, fd1: number, fd2: number): number {
   return lib.fsl_kcmp_file(pid1, pid2, fd1, fd2);
+}
+
+/** 0 when the two processes share one address space, 1 to 3 when they do not. */
+export function kcmpVm(pid1: number, pid2: number): number {
+  return lib.fsl_kcmp_vm(pid1, pid2);
 }
 
 /** From another process's memory to an address of this one. Waits where a page is missing. */

@@ -9,6 +9,7 @@
 import { closeSync, openSync } from "node:fs";
 import { constants } from "node:os";
 import { FslError, assert, isFslError } from "../errors.ts";
+import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
@@ -83,6 +84,8 @@ export class QemuTarget implements Target {
   /** The way that the userfaultfd was come by, for reports. */
   #way: UserfaultfdWay | null = null;
   #keptNames = new Set<string>();
+  /** Helper tasks that nobody has taken. */
+  #helpers: HelperRecord[] = [];
 
   /** @param qmp connected, not necessarily greeted yet; owned by the target from now on */
   constructor(process: QemuProcess, qmp: QmpClient, options: QemuTargetOptions = {}) {
@@ -144,6 +147,7 @@ export class QemuTarget implements Target {
     assert(this.#phase === "connected", `takeUserfaultfd in phase ${this.#phase}`);
     const taken = await this.#guard(this.#take());
     this.#way = taken.way;
+    this.#helpers.push(...taken.helpers);
     try {
       const kept = this.keepDescriptor(USERFAULTFD_NAME, taken.fd);
       if (taken.remoteFd === null) {
@@ -159,6 +163,10 @@ export class QemuTarget implements Target {
       throw error;
     }
     return taken.fd;
+  }
+
+  takeHelpers(): HelperRecord[] {
+    return this.#helpers.splice(0);
   }
 
   async keepDescriptor(name: string, fd: number): Promise<void> {
@@ -221,6 +229,7 @@ export class QemuTarget implements Target {
   async release(): Promise<void> {
     assert(this.#phase === "loaded", `release in phase ${this.#phase}`);
     this.#phase = "released";
+    this.#endHelpers();
     await this.#guard(this.#putBack());
     // The connection to a spawned QEMU stays: when the last monitor's client goes, QEMU closes
     // fdsets of the user's that are not in use at that moment.
@@ -237,6 +246,7 @@ export class QemuTarget implements Target {
 
   /** Closes fsl's descriptors: the QMP connection and the pidfd. QEMU goes on. Idempotent. */
   close(): void {
+    this.#endHelpers();
     this.#qmp.close();
     this.#process.close();
   }
@@ -254,6 +264,10 @@ export class QemuTarget implements Target {
       );
     }
     return makeUserfaultfd(this.#request(), way);
+  }
+
+  #endHelpers(): void {
+    for (const helper of this.#helpers.splice(0)) void endHelper(helper);
   }
 
   #request(): UserfaultfdRequest {

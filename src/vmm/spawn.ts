@@ -30,6 +30,8 @@ export interface SpawnOptions {
   readonly stdio?: readonly [StandardStream, StandardStream, StandardStream];
   /** Forces one way to the userfaultfd; for tests. */
   readonly userfaultfdWay?: UserfaultfdWay;
+  /** Helper tasks to be made in QEMU, 0 to 9, with the preloaded library only; 0 when left out. */
+  readonly helperTasks?: number;
   /** How long QEMU may take to greet, milliseconds. */
   readonly greetingTimeoutMs?: number;
 }
@@ -201,7 +203,10 @@ function startChild(
   const [, ...args] = qemuCommandLine(options.argv, qmpFd);
   return Bun.spawn([program, ...args], {
     argv0: options.argv[0] ?? program,
-    env: preload === null ? { ...env } : preloadEnvironment(env, childSocket, library),
+    env:
+      preload === null
+        ? { ...env }
+        : preloadEnvironment(env, childSocket, library, options.helperTasks ?? 0),
     stdio: [...(options.stdio ?? ["inherit", "inherit", "inherit"]), ...layout.slots],
   } as Bun.SpawnOptions.OptionsObject<"inherit", "inherit", "inherit">);
 }

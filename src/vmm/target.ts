@@ -7,6 +7,8 @@
  * → `release`. Until `loadState` everything can be undone by `abandon`; after it nothing can.
  */
 
+import type { HelperRecord } from "../sys/helper-task.ts";
+
 /** A RAMBlock's place in the target's address space. */
 export interface GuestRegion {
   /** RAMBlock name as QEMU spells it, e.g. `pc.ram`. */
@@ -102,6 +104,12 @@ export interface Target extends ServedTarget {
    * the returned one.
    */
   takeUserfaultfd(): Promise<number>;
+  /**
+   * After `takeUserfaultfd`: tasks in the target's address space that make system calls there for
+   * this process, for UFFDIO_MOVE. Empty when there are none. The caller ends what it takes
+   * (`endHelper`); the target ends the rest when it is released, abandoned or closed.
+   */
+  takeHelpers?(): HelperRecord[];
   /** Leaves a copy of a descriptor in the target under a name, so that it outlives fsl. */
   keepDescriptor(name: string, fd: number): Promise<void>;
   /**

@@ -25,8 +25,13 @@ import {
   SYS_USERFAULTFD,
   USERFAULTFD_IOC_NEW,
 } from "../sys/abi.ts";
+import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
-import { PRELOAD_MESSAGE_LENGTH, parsePreloadMessage } from "./preload-protocol.ts";
+import {
+  PRELOAD_DESCRIPTORS_MAX,
+  PRELOAD_MESSAGE_LENGTH_MAX,
+  parsePreloadMessage,
+} from "./preload-protocol.ts";
 import type { QmpClient } from "./qmp.ts";
 
 export type UserfaultfdWay = "preload" | "ptrace" | "device";
@@ -46,6 +51,8 @@ export interface TakenUserfaultfd {
   readonly way: UserfaultfdWay;
   /** Its number in QEMU, when fsl made it there and may close it there. */
   readonly remoteFd: number | null;
+  /** Helper tasks that came with it. Owned by the caller. */
+  readonly helpers: readonly HelperRecord[];
 }
 
 /**
@@ -68,15 +75,33 @@ const USERFAULTFD_LINK = "anon_inode:[userfaultfd]";
  * @returns null when there is no usable userfaultfd
  */
 export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd | null {
-  const bytes = Buffer.alloc(PRELOAD_MESSAGE_LENGTH);
-  const fds = new Int32Array(1);
+  const bytes = Buffer.alloc(PRELOAD_MESSAGE_LENGTH_MAX);
+  const buffer = new Int32Array(PRELOAD_DESCRIPTORS_MAX);
   const out = new Int32Array(2);
-  const received = native.recv(socket, bytes, bytes.length, fds, fds.length, out, MSG_DONTWAIT);
-  const fd = received >= 0 && (out[0] ?? 0) > 0 ? (fds[0] ?? -1) : -1;
-  if (fd < 0) return null;
-  const message = parsePreloadMessage(bytes.subarray(0, received));
-  if (message?.pid === pid && isUserfaultfd(fd)) return { fd, way: "preload", remoteFd: null };
+  const received = native.recv(
+    socket,
+    bytes,
+    bytes.length,
+    buffer,
+    buffer.length,
+    out,
+    MSG_DONTWAIT,
+  );
+  const fds = received < 0 ? [] : [...buffer.subarray(0, out[0])];
+  const fd = fds[0] ?? -1;
+  const message = fd < 0 ? null : parsePreloadMessage(bytes.subarray(0, received), fds);
+  if (message?.pid !== pid || !isUserfaultfd(fd)) {
+    for (const each of fds) native.close(each);
+    return null;
+  }
+  const { helpers } = message;
+  // A program that runs QEMU by exec(2), as taskset does, has QEMU's pid, but its memory is gone:
+  // but for its helpers, if it made any.
+  if (helpers.every((helper) => native.kcmpVm(pid, helper.pid) <= 0)) {
+    return { fd, way: "preload", remoteFd: null, helpers };
+  }
   native.close(fd);
+  for (const helper of helpers) void endHelper(helper);
   return null;
 }
 
@@ -161,7 +186,7 @@ function fetchUserfaultfd(
   if (fd < 0) throw refused(request, "pidfd_getfd", fd);
   // A borrowed thread that had other things to do once returned a system call's number as a
   // descriptor.
-  if (isUserfaultfd(fd)) return { fd, way, remoteFd };
+  if (isUserfaultfd(fd)) return { fd, way, remoteFd, helpers: [] };
   const found = linkOf(`/proc/self/fd/${fd}`);
   native.close(fd);
   throw new FslError(
