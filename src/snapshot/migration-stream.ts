@@ -15,7 +15,7 @@
  * Bodies: RAM START is mapped-ram.ts; RAM PART and END are one EOS word; FULL bodies have no length in the stream, the
  * description tells it.
  */
-import { assert } from "../errors.ts";
+import { assert, type FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
 import { ByteReader, damaged, unsupported, type ByteSource } from "./byte-reader.ts";
 import { RAM_FLAG_EOS, readRamStartBody, type RAMBlock } from "./mapped-ram.ts";
@@ -479,9 +479,7 @@ class SectionWalk {
     const footerOffset = this.#reader.offset;
     const what = `footer of section ${open.name}`;
     const mark = this.#reader.readU8(what);
-    if (mark !== QEMU_VM_SECTION_FOOTER) {
-      throw damaged(this.#source, footerOffset, what, "byte 0x7e", `byte ${hex(mark)}`);
-    }
+    if (mark !== QEMU_VM_SECTION_FOOTER) throw this.#noFooter(footerOffset, open, mark);
     const id = this.#reader.readU32BE(what);
     if (id !== open.id) throw damaged(this.#source, footerOffset, what, `id ${open.id}`, id);
     const length = this.#reader.offset - open.fileOffset;
@@ -489,6 +487,21 @@ class SectionWalk {
     const section: StreamSection = { ...open, length, bodyLength, count: 1, command: null };
     this.sections.push(section);
     return section;
+  }
+
+  /** Where the first footer is missing and a section begins instead, the saver was told to write none. */
+  #noFooter(
+    footerOffset: number,
+    open: { kind: SectionKind; name: string | null },
+    mark: number,
+  ): FslError {
+    const isSection = mark >= QEMU_VM_SECTION_PART && mark <= QEMU_VM_COMMAND;
+    if (open.kind === "start" && isSection) {
+      const what = "snapshot saved with send-section-footer=off";
+      return unsupported(this.#source, footerOffset, what, "section footers", `byte ${hex(mark)}`);
+    }
+    const what = `footer of section ${open.name}`;
+    return damaged(this.#source, footerOffset, what, "byte 0x7e", `byte ${hex(mark)}`);
   }
 
   /**

@@ -146,6 +146,15 @@ export class QemuOracle {
     await this.migrated();
   }
 
+  /** Loads `path` into a QEMU that was started with `-incoming defer`, and waits until it is done. */
+  async load(path: string): Promise<void> {
+    await this.command("migrate-set-capabilities", {
+      capabilities: [{ capability: "mapped-ram", state: true }],
+    });
+    await this.command("migrate-incoming", { uri: `file:${path}`, "exit-on-error": false });
+    await this.migrated();
+  }
+
   /** Waits until a migration is over. */
   async migrated(): Promise<void> {
     for (;;) {

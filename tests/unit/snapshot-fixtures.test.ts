@@ -63,7 +63,11 @@ describe.each(COMPLETE)("snapshot %s of QEMU 10.0.2", (name, offset) => {
       const { dataPages } = readPageBitmap(source, block);
       return { idstr, usedLength, headerOffset, bitmapOffset, pagesOffset, dataPages };
     });
-    expect(blocks).toEqual(facts.blocks.map(({ stalePages: _, ...block }) => block));
+    // Stale pages are nothing that a parser can see.
+    expect(blocks.map((block, index) => ({ ...facts.blocks[index], ...block }))).toEqual([
+      ...facts.blocks,
+    ]);
+    expect(facts.blocks).toMatchObject(blocks);
   });
 
   test("has the device sections that QEMU's description lists", () => {

@@ -251,6 +251,12 @@ describe("sections are refused", () => {
       "ram.start.footer",
     ],
     [
+      "without section footers",
+      { corrupt: { "ram.start.footer": 0x02 } },
+      "SNAPSHOT_UNSUPPORTED",
+      "ram.start.footer",
+    ],
+    [
       "with a footer of another section",
       { corrupt: { "end.footerId": 1 } },
       "SNAPSHOT_FORMAT",
