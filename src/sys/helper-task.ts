@@ -15,6 +15,7 @@
  * One owner at a time, on any thread; a `HelperRecord` goes to a Worker by structured clone. Who has
  * the record closes it, once: `HelperTask.close` or `endHelper`.
  */
+import { readFileSync } from "node:fs";
 import { assert } from "../errors.ts";
 import {
   ECONNRESET,
@@ -64,6 +65,8 @@ export const CALL_NOT_MADE = -ENODATA;
 const SLOT_LENGTH = HELPER_DATA_BYTES / HELPER_CALLS_MAX;
 const TWO_TO_32 = 0x1_0000_0000;
 const NO_FDS = new Int32Array(0);
+/** What the task calls itself, shim/helper.c. */
+const HELPER_NAME = "fsl-helper";
 /** How often and how long apart a helper's end is asked for, and when it is forced. */
 const REAP_PAUSE_MS = 2;
 const REAP_TRIES = 500;
@@ -293,9 +296,11 @@ export function endHelper(record: HelperRecord): Promise<void> {
 /**
  * Waits for the end of a helper whose socket is closed, which takes microseconds, or as long as the
  * call that it is in; after 0.1 s it is killed. Does not keep the event loop alive.
- * @param pid of a child of this process; one that is somebody else's child is left alone
+ * @param pid as the helper's record has it; of no use when QEMU has another pid namespace, so only
+ * a child of this process with the helper's name is touched
  */
 export async function reapHelper(pid: number): Promise<void> {
+  if (!isHelper(pid)) return;
   const status = new Int32Array(1);
   for (let attempt = 0; attempt < REAP_TRIES; attempt += 1) {
     if (native.waitpid(pid, WNOHANG | WALL, status) !== 0) return;
@@ -303,6 +308,14 @@ export async function reapHelper(pid: number): Promise<void> {
     await new Promise<void>((resolve) => {
       setTimeout(resolve, REAP_PAUSE_MS).unref();
     });
+  }
+}
+
+function isHelper(pid: number): boolean {
+  try {
+    return readFileSync(`/proc/${pid}/comm`, "latin1") === `${HELPER_NAME}\n`;
+  } catch {
+    return false; // It is gone: somebody else's child.
   }
 }
 

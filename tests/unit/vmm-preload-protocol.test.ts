@@ -9,38 +9,73 @@ const MAGIC = 0x756c7366;
 
 describe("parsePreloadMessage", () => {
   test("reads process and result", () => {
-    expect(parsePreloadMessage(message(MAGIC, 1, 123, 7, 1, 0))).toEqual({ pid: 123, result: 7 });
-    expect(parsePreloadMessage(message(MAGIC, 1, 123, -1, 2, 1))).toEqual({ pid: 123, result: -1 });
+    expect(parsePreloadMessage(message(MAGIC, 2, 123, 7, 1, 0), [9])).toEqual({
+      pid: 123,
+      result: 7,
+      helpers: [],
+    });
+    expect(parsePreloadMessage(message(MAGIC, 2, 123, -1, 2, 1), [])).toEqual({
+      pid: 123,
+      result: -1,
+      helpers: [],
+    });
+  });
+
+  test("pairs each helper with its socket", () => {
+    const first = [124, 7, 0x4000_0000, 0x7f12, 0x40_0000, 0];
+    const second = [125, 7, 0x4040_0000, 0x7f12, 0x40_0000, 0];
+    const bytes = message(MAGIC, 2, 123, 7, 1, 0, ...first, ...second);
+    const staging = { stagingLength: 0x40_0000, uffdFd: 7 };
+    expect(parsePreloadMessage(bytes, [9, 10, 11])?.helpers).toEqual([
+      { fd: 10, pid: 124, stagingAddr: 0x7f12_4000_0000, ...staging },
+      { fd: 11, pid: 125, stagingAddr: 0x7f12_4040_0000, ...staging },
+    ]);
+  });
+
+  test.each([
+    ["a descriptor too few", [9]],
+    ["a descriptor too many", [9, 10, 11]],
+  ])("refuses one helper with %s", (_what, fds) => {
+    const bytes = message(MAGIC, 2, 123, 7, 1, 0, 124, 7, 0x4000_0000, 0x7f12, 0x40_0000, 0);
+    expect(parsePreloadMessage(bytes, fds)).toBeNull();
   });
 
   test.each([
     ["nothing", message()],
-    ["a short message", message(MAGIC, 1, 123, 7, 1)],
-    ["a long message", message(MAGIC, 1, 123, 7, 1, 0, 0)],
-    ["another magic", message(MAGIC + 1, 1, 123, 7, 1, 0)],
-    ["another version", message(MAGIC, 2, 123, 7, 1, 0)],
+    ["a short message", message(MAGIC, 2, 123, 7, 1)],
+    ["a long message", message(MAGIC, 2, 123, 7, 1, 0, 0)],
+    ["another magic", message(MAGIC + 1, 2, 123, 7, 1, 0)],
+    ["another version", message(MAGIC, 1, 123, 7, 1, 0)],
   ])("refuses %s", (_what, bytes) => {
-    expect(parsePreloadMessage(bytes)).toBeNull();
+    expect(parsePreloadMessage(bytes, [9])).toBeNull();
   });
 
   test("reads a message in the middle of a buffer", () => {
     const buffer = new Uint8Array(40);
-    buffer.set(message(MAGIC, 1, 5, 6, 1, 0), 3);
-    expect(parsePreloadMessage(buffer.subarray(3, 27))).toEqual({ pid: 5, result: 6 });
+    buffer.set(message(MAGIC, 2, 5, 6, 1, 0), 3);
+    expect(parsePreloadMessage(buffer.subarray(3, 27), [9])?.pid).toBe(5);
   });
 });
 
 describe("preloadEnvironment", () => {
   test("adds its variables to the user's", () => {
-    expect(preloadEnvironment({ HOME: "/h" }, 4, 5)).toEqual({
+    expect(preloadEnvironment({ HOME: "/h" }, 4, 5, 0)).toEqual({
       HOME: "/h",
       FSL_PRELOAD: "4:5:c",
       LD_PRELOAD: "/proc/self/fd/5",
     });
   });
 
+  test.each([
+    [1, "4:5:ch1"],
+    [9, "4:5:ch9"],
+    [10, "4:5:ch9"],
+  ])("asks for %d helpers", (count, expected) => {
+    expect(preloadEnvironment({}, 4, 5, count)["FSL_PRELOAD"]).toBe(expected);
+  });
+
   test("keeps the user's own LD_PRELOAD behind it, and says what to put back", () => {
-    expect(preloadEnvironment({ LD_PRELOAD: "a.so:b.so" }, 4, 5)).toEqual({
+    expect(preloadEnvironment({ LD_PRELOAD: "a.so:b.so" }, 4, 5, 0)).toEqual({
       FSL_PRELOAD: "4:5:c",
       FSL_PRELOAD_NEXT: "a.so:b.so",
       LD_PRELOAD: "/proc/self/fd/5:a.so:b.so",
