@@ -53,7 +53,7 @@ export const loadCommand = defineCommand({
     setQuiet(flags.quiet === true);
     const serving = servingOptions(flags);
     const grace = graceMs(flags);
-    const target = spawnQemu({ argv: qemu });
+    const target = spawnQemu({ argv: qemu, helperTasks: serving.eager?.workers ?? 2 });
     const stopForwarding = forwardSignals(target, grace);
     try {
       const handle = await loadSnapshot({

@@ -11,7 +11,7 @@ import { alignDown, alignUp, MiB } from "../pages.ts";
 import type { Snapshot } from "../snapshot/snapshot.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
-import { REGISTER_MISSING, UFFDIO_COPY_BIT } from "../sys/abi.ts";
+import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
 import { nextBit, nextMissing, setRange } from "./bits.ts";
 import type { BlockPlan } from "./plan.ts";
 import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
@@ -85,8 +85,13 @@ export function planRegistration(
   return { registered, zero };
 }
 
-/** Registers every lazy block as a whole. @throws FslError HOST_UNSUPPORTED, with nothing left registered by the caller */
-export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): void {
+/**
+ * Registers every lazy block as a whole.
+ * @returns names of the blocks that whole huge pages can be moved into
+ * @throws FslError HOST_UNSUPPORTED, with nothing left registered by the caller
+ */
+export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): Set<string> {
+  const movable = new Set<string>();
   for (const { block, region } of plans) {
     const ioctls = uffd.register(region.hostAddr, block.usedLength, REGISTER_MISSING);
     if ((ioctls & (1n << UFFDIO_COPY_BIT)) === 0n) {
@@ -96,7 +101,10 @@ export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): void {
         { idstr: block.idstr, backing: region.backing },
       );
     }
+    const isPlain = region.backing === "anonymous" && !region.shared && region.pageSize === block.pageSize;
+    if (isPlain && (ioctls & (1n << UFFDIO_MOVE_BIT)) !== 0n) movable.add(block.idstr);
   }
+  return movable;
 }
 
 /** Takes the zero extents out again; afterwards the kernel fills them natively, with huge pages. */

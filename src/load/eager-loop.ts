@@ -199,7 +199,7 @@ export class EagerLoop {
     if (!moved || waitingSinceNs > 0) {
       uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
     }
-    if (!moved) return mover.isGone ? GONE : RETRY;
+    if (!moved) return RETRY;
     if (waitingSinceNs > 0) recordLatency(counters, sys.clockNs() - waitingSinceNs);
     const dataPages = countRange(state.data, start, end);
     add(counters, C_EAGER_PAGES, dataPages);

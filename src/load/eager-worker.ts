@@ -1,5 +1,6 @@
 /** Worker entry point: one eager loader. */
 import * as sys from "../sys/native.ts";
+import { ChunkMover } from "./chunk-mover.ts";
 import { EagerLoop } from "./eager-loop.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
@@ -16,7 +17,7 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report })
     pieceLength: start.pieceLength,
     order: start.order,
     replay: start.replay,
-    mover: null,
+    mover: start.helper === null ? null : new ChunkMover(start.helper, start.fileFd),
     bytesPerSecond: start.bytesPerSecond,
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),

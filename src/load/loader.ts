@@ -243,7 +243,7 @@ class Load {
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
     uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
-    registerBlocks(uffd, lazy);
+    const movable = registerBlocks(uffd, lazy);
     const registrations = lazy.map((plan) => planRegistration(prepared.zeroRuns, plan));
     const registered = registrations.flatMap((registration) => registration.registered);
     const { state, fd } = LoadState.create({
@@ -251,7 +251,7 @@ class Load {
       paused: this.#options.paused === true,
       snapshotPath: snapshot.path,
       snapshotIdentity: { ...snapshot.identity, streamOffset: snapshot.streamOffset },
-      blocks: lazy.map(stateBlock),
+      blocks: lazy.map((block) => stateBlock(block, movable)),
       registered: registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
       canDiscard,
       source: this.#options.source ?? { options: { fd: snapshot.fd } },
@@ -269,7 +269,11 @@ class Load {
       this.#options.logger?.info(`${corrected} bytes were in QEMU's memory already and were corrected`);
     }
     // The Worker gets ready and the target takes its copies while we go on here.
-    const serving = new Serving(this.#target, state, uffd, crew, this.#options);
+    const serving = new Serving(this.#target, state, uffd, crew, this.#options, {
+      // A source of the caller's own is asked for every page.
+      records: this.#options.source === undefined ? (this.#target.takeHelpers?.() ?? []) : [],
+      fileFd: snapshot.fd,
+    });
     this.#serving = serving;
     const served = serving.serveFaults();
     const kept = this.#keepState(fd);
@@ -479,7 +483,7 @@ function makeSeed(snapshot: Snapshot, without: ReadonlySet<string>): number {
 }
 
 const SIGXFSZ = 25;
-function stateBlock({ block, region }: BlockPlan): StateBlock {
+function stateBlock({ block, region }: BlockPlan, movable: ReadonlySet<string>): StateBlock {
   return {
     idstr: block.idstr,
     hostAddr: region.hostAddr,
@@ -487,5 +491,6 @@ function stateBlock({ block, region }: BlockPlan): StateBlock {
     pageSize: block.pageSize,
     hostPageSize: region.pageSize,
     pagesOffset: block.pagesOffset,
+    movable: movable.has(block.idstr),
   };
 }

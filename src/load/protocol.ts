@@ -1,5 +1,6 @@
 /** What the main thread and its Workers say to one another. The Workers' loops are synchronous: control goes through
  * the load state and an eventfd, these messages only start a Worker and report from it. */
+import type { HelperRecord } from "../sys/helper-task.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { StateHandle } from "./state.ts";
@@ -25,6 +26,10 @@ export interface EagerWorkerStart extends WorkerStartBase {
   readonly order: Uint32Array;
   /** Runs to bring in first: block index, first page, pages; three numbers each. */
   readonly replay: Int32Array;
+  /** A helper in the target, for whole chunks; null: every page is copied. */
+  readonly helper: HelperRecord | null;
+  /** Descriptor of the snapshot file, for the helper. */
+  readonly fileFd: number;
   readonly bytesPerSecond: number;
   /** 0..19, higher leaves more to others; see setpriority(2). */
   readonly nice: number;

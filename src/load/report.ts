@@ -1,11 +1,13 @@
 /** The figures of a load, from the counters of the Workers. The names of `LoadReport` are a contract (README.md). */
 import { countMissing } from "./bits.ts";
 import {
+  C_CHUNK_FAULTS,
   C_EAGER_PAGES,
   C_FAULT_PAGES,
   C_FAULTS,
   C_LATENCY_MAX,
   C_LATENCY_SUM,
+  C_MOVED_CHUNKS,
   C_REDUNDANT_PAGES,
   C_REMOVED_PAGES,
   C_RETRIES,
@@ -62,6 +64,9 @@ export interface LoadReport extends LoadTimes {
   /** Copies that found the page there already, and copies that the kernel put off. */
   readonly redundantPages: number;
   readonly retries: number;
+  /** Chunks of 2 MiB that came as huge pages, and faults that waited for one. */
+  readonly movedChunks: number;
+  readonly chunkFaults: number;
   /** Pages that the guest gave back while loading. */
   readonly removedPages: number;
   /** What each block was: lazy, seed, fill or ignored, with its data bytes. */
@@ -97,21 +102,27 @@ export function progressOf(state: LoadState, dataBytes: number): LoadProgress {
 }
 
 export function latencyOf(state: LoadState): FaultLatency {
-  const counters = state.counters(0);
-  const buckets = histogramOf(counters);
+  // A fault that waited for a whole chunk is counted by the eager Worker that brought it.
+  const workers = Array.from({ length: WORKERS_MAX }, (_, index) => state.counters(index));
+  const buckets = new Float64Array(histogramOf(state.counters(0)).length);
+  for (const counters of workers) {
+    for (const [index, bucket] of histogramOf(counters).entries()) {
+      buckets[index] = (buckets[index] ?? 0) + bucket;
+    }
+  }
   const count = buckets.reduce((sum, bucket) => sum + bucket, 0);
   if (count === 0) return { p50: null, p99: null, max: null, mean: null, histogram: [] };
   const histogram: { fromUs: number; count: number }[] = [];
   for (const [index, bucket] of buckets.entries()) {
     if (bucket > 0) histogram.push({ fromUs: histogramEdgeNs(index) / 1000, count: bucket });
   }
-  const max = (counters[C_LATENCY_MAX] ?? 0) / 1000;
+  const max = Math.max(...workers.map((counters) => counters[C_LATENCY_MAX] ?? 0)) / 1000;
   return {
     // The middle of a bucket may lie above the longest time in it.
     p50: Math.min(quantileUs(buckets, count, 0.5), max),
     p99: Math.min(quantileUs(buckets, count, 0.99), max),
     max,
-    mean: (counters[C_LATENCY_SUM] ?? 0) / count / 1000,
+    mean: total(state, C_LATENCY_SUM) / count / 1000,
     histogram,
   };
 }
@@ -159,6 +170,8 @@ export function reportOf(state: LoadState | null, input: ReportInput): LoadRepor
         : latencyOf(state),
     redundantPages: sum(C_REDUNDANT_PAGES),
     retries: sum(C_RETRIES),
+    movedChunks: sum(C_MOVED_CHUNKS),
+    chunkFaults: sum(C_CHUNK_FAULTS),
     removedPages: sum(C_REMOVED_PAGES),
     blocks: input.blocks,
   };

@@ -9,6 +9,7 @@ import { hex, KiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
+import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import type { ServedTarget } from "../vmm/target.ts";
 import { countMissing, setRange, testBit } from "./bits.ts";
@@ -54,6 +55,12 @@ export interface ServingOptions {
   readonly logger?: Logger;
 }
 
+/** What brings whole chunks: helper tasks in the target, and the snapshot file. */
+export interface ServingHelpers {
+  readonly records: readonly HelperRecord[];
+  readonly fileFd: number;
+}
+
 const ERROR_LIMIT_MS = 30_000;
 
 /** A page that cannot be read, and since when. */
@@ -74,6 +81,7 @@ export class Serving {
   readonly #uffd: Uffd;
   readonly #crew: Crew;
   readonly #stopFd: number;
+  readonly #helpers: ServingHelpers;
   readonly #failures = new Map<string, KnownFailure>();
   readonly #lost = Promise.withResolvers<never>();
   #errorTimer: ReturnType<typeof setInterval> | undefined;
@@ -87,12 +95,14 @@ export class Serving {
     uffd: Uffd,
     crew: Crew,
     options: ServingOptions,
+    helpers: ServingHelpers = { records: [], fileFd: -1 },
   ) {
     this.#target = target;
     this.#state = state;
     this.#uffd = uffd;
     this.#crew = crew;
     this.#options = options;
+    this.#helpers = helpers;
     this.#stopFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
     this.#lost.promise.catch(() => {});
     crew.listen({
@@ -199,6 +209,7 @@ export class Serving {
     sys.write(this.#stopFd, ONE);
     await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);
     this.#crew.dismiss();
+    await Promise.all(this.#helpers.records.map(endHelper));
     sys.close(this.#stopFd);
   }
 
@@ -244,6 +255,8 @@ export class Serving {
       pieceLength: eager.pieceLength ?? 256 * KiB,
       order,
       replay,
+      helper: this.#helpers.records[index] ?? null,
+      fileFd: this.#helpers.fileFd,
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
       nice: eager.nice ?? 10,
     }));

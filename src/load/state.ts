@@ -111,6 +111,8 @@ export interface StateBlock {
   readonly hostPageSize: number;
   /** File offset of page 0 in the snapshot. */
   readonly pagesOffset: number;
+  /** Whole huge pages can be moved into it: private anonymous memory, and the kernel knows how. */
+  readonly movable: boolean;
 }
 
 /** What a later fsl needs in order to go on. JSON. */

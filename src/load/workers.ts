@@ -123,7 +123,8 @@ class Post {
       this.#ended.reject(failure);
       return;
     }
-    const start = this.#start;
+    // Its helper may be in the middle of an answer to the dead Worker.
+    const start = this.#start?.role === "eager" ? { ...this.#start, helper: null } : this.#start;
     if (start === undefined) return;
     this.events?.beforeReplacement(start);
     const [worker, loaded] = this.#hire();

@@ -87,6 +87,7 @@ export const MODE_DONTWAKE = 1;
 export const UFFDIO_WAKE_BIT = 2n;
 export const UFFDIO_COPY_BIT = 3n;
 export const UFFDIO_ZEROPAGE_BIT = 4n;
+export const UFFDIO_MOVE_BIT = 5n;
 export const UFFDIO_WRITEPROTECT_BIT = 6n;
 export const UFFDIO_CONTINUE_BIT = 7n;
 export const UFFDIO_POISON_BIT = 8n;
