@@ -40,6 +40,8 @@ export interface QemuProcess {
   readonly preloadSocket: number;
   /** Path of a QMP socket that a later fsl can connect to; null when there is none. */
   readonly controlPath: string | null;
+  /** Whether the process runs the program that fsl started: `taskset` and scripts run another one. */
+  readonly runsStartedProgram: boolean;
   /** fsl started it: to abandon it is to end it. */
   readonly isSpawned: boolean;
   /**
@@ -254,7 +256,8 @@ export class QemuTarget implements Target {
   async #take(): Promise<TakenUserfaultfd> {
     const way = this.#options.userfaultfdWay;
     if (this.#process.preloadSocket >= 0 && (way === undefined || way === "preload")) {
-      const preloaded = receivePreloaded(this.#process.preloadSocket, this.pid);
+      const { preloadSocket, runsStartedProgram } = this.#process;
+      const preloaded = receivePreloaded(preloadSocket, this.pid, runsStartedProgram);
       if (preloaded !== null) return preloaded;
     }
     if (way === "preload") {

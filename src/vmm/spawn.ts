@@ -109,6 +109,7 @@ class SpawnedQemu implements QemuProcess {
   readonly #program: string;
   readonly #socketPath: string;
   #isClosed = false;
+  #runsStartedProgram = false;
 
   constructor(
     child: Bun.Subprocess,
@@ -145,13 +146,18 @@ class SpawnedQemu implements QemuProcess {
     return this.#pidfd;
   }
 
+  get runsStartedProgram(): boolean {
+    return this.#runsStartedProgram;
+  }
+
   /**
    * A wrapper script may have started QEMU as a child of its own. QEMU called listen(2) on the
    * inherited socket, and the kernel tells everybody who connects afterwards which process did
    * that. The connection is given up at once.
    */
   identify(): void {
-    if (runsProgram(this.#pid, this.#program)) return;
+    this.#runsStartedProgram = runsProgram(this.#pid, this.#program);
+    if (this.#runsStartedProgram) return;
     const probe = native.unixConnect(this.#socketPath);
     if (probe < 0) return;
     try {

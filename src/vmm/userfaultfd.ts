@@ -72,9 +72,14 @@ const USERFAULTFD_LINK = "anon_inode:[userfaultfd]";
  * @param socket fsl's end of the socket that QEMU inherited
  * @param pid who must have made it: another program's userfaultfd (of a shell around QEMU, say) is
  * of no use
+ * @param isStartedProgram whether the process runs the program that it was started with
  * @returns null when there is no usable userfaultfd
  */
-export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd | null {
+export function receivePreloaded(
+  socket: number,
+  pid: number,
+  isStartedProgram: boolean,
+): TakenUserfaultfd | null {
   const bytes = Buffer.alloc(PRELOAD_MESSAGE_LENGTH_MAX);
   const buffer = new Int32Array(PRELOAD_DESCRIPTORS_MAX);
   const out = new Int32Array(2);
@@ -97,7 +102,7 @@ export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd 
   const { helpers } = message;
   // A program that runs QEMU by exec(2), as taskset does, has QEMU's pid, but its memory is gone:
   // but for its helpers, if it made any.
-  if (helpers.every((helper) => native.kcmpVm(pid, helper.pid) <= 0)) {
+  if (isStartedProgram && helpers.every((helper) => native.kcmpVm(pid, helper.pid) <= 0)) {
     return { fd, way: "preload", remoteFd: null, helpers };
   }
   native.close(fd);
