@@ -132,7 +132,8 @@ describe("mappedByOthers", () => {
     const own = native.mmap(0, length, PROT_READ, MAP_SHARED, memfd, 0);
     expect(mappedByOthers(files, process.pid)).toEqual(new Set());
     const program =
-      "globalThis.kept = Bun.mmap('/proc/self/fd/3', { shared: true }); console.log('mapped'); setInterval(() => {}, 1e6)";
+      "globalThis.kept = Bun.mmap('/proc/self/fd/3', { shared: true });" +
+      "console.log('mapped'); setInterval(() => {}, 1e6)";
     const child = Bun.spawn([process.execPath, "-e", program], {
       stdio: ["ignore", "pipe", "inherit", memfd],
     });

@@ -2,14 +2,22 @@ import { describe, expect, test } from "bun:test";
 import { BLOCK_COUNT_MAX, parseRamblocks, TABLE_LENGTH_MAX } from "../../src/vmm/ramblock.ts";
 import { expectRefusal, refusalOf } from "../helpers/qemu-vmm.ts";
 
-/** As QEMU 10.0.2 printed it for a q35 with VGA, a dimm and a hotplugged NIC. */
-const REAL = `              Block Name    PSize              Offset               Used              Total                HVA  RO
-                  pc.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007ff2a7e00000  rw
-                      d1    2 MiB  0x0000000010000000 0x0000000008000000 0x0000000008000000 0x00007ff29fc00000  rw
-    /rom@etc/acpi/tables    4 KiB  0x0000000018080000 0x0000000000020000 0x0000000000200000 0x00007ff2b8400000  ro
-0000:00:02.0/vga.vram    4 KiB  0x0000000018100000 0x0000000001000000 0x0000000001000000 0x00007ff2b6e00000  rw
-a name with spaces that is longer than its column   64 KiB  0x0000000019100000 0x0000000000010000 0x0000000000010000 0x00007ff2b6d00000  rw
-`;
+/** Lines as QEMU 10.0.2 prints them, spaces and all; the last name overflows its column. */
+const REAL = [
+  "              Block Name    PSize              Offset               Used              Total" +
+    "                HVA  RO",
+  "                  pc.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 " +
+    "0x00007ff2a7e00000  rw",
+  "                      d1    2 MiB  0x0000000010000000 0x0000000008000000 0x0000000008000000 " +
+    "0x00007ff29fc00000  rw",
+  "    /rom@etc/acpi/tables    4 KiB  0x0000000018080000 0x0000000000020000 0x0000000000200000 " +
+    "0x00007ff2b8400000  ro",
+  "   0000:00:02.0/vga.vram    4 KiB  0x0000000018100000 0x0000000001000000 0x0000000001000000 " +
+    "0x00007ff2b6e00000  rw",
+  "a name with spaces that is longer than its column   64 KiB  0x0000000019100000 " +
+    "0x0000000000010000 0x0000000000010000 0x00007ff2b6d00000  rw",
+  "",
+].join("\n");
 
 const HEADER = "Block Name PSize Offset Used Total HVA RO\n";
 
