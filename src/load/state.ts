@@ -299,7 +299,7 @@ export class LoadState {
       throw new FslError("TARGET_LOST", `load state: metadata of ${textLength} bytes`);
     }
     const text = new Uint8Array(buffer.slice(METADATA_OFFSET, METADATA_OFFSET + textLength));
-    const metadata = JSON.parse(new TextDecoder().decode(text)) as StateMetadata;
+    const metadata = parseMetadata(new TextDecoder().decode(text));
     if (stateLength(metadata.blocks) !== fdLength) {
       throw new FslError("TARGET_LOST", `load state: ${fdLength} bytes do not fit its blocks`);
     }
@@ -461,6 +461,41 @@ export class LoadState {
   set faultLogLength(value: number) {
     Atomics.store(this.#header, H_FAULT_LOG_LENGTH, value);
   }
+}
+
+/** @throws FslError TARGET_LOST for a text that no fsl of this version has written */
+function parseMetadata(text: string): StateMetadata {
+  try {
+    const value = JSON.parse(text) as Partial<StateMetadata> | null;
+    const { blocks, registered, target } = value ?? {};
+    const isSound =
+      Array.isArray(blocks) &&
+      blocks.every(isBlock) &&
+      Array.isArray(registered) &&
+      registered.every(isWhole) &&
+      isWhole(target?.pid);
+    if (isSound) return value as StateMetadata;
+  } catch {
+    // Not even JSON: the same thing to whoever asks.
+  }
+  throw new FslError("TARGET_LOST", "load state: its metadata is damaged");
+}
+
+function isBlock(value: unknown): boolean {
+  const block = value as StateBlock | null;
+  if (typeof block?.idstr !== "string") return false;
+  const { hostAddr, usedLength, pageSize, hostPageSize, pagesOffset } = block;
+  return (
+    [hostAddr, usedLength, pageSize, hostPageSize, pagesOffset].every(isWhole) &&
+    pageSize > 0 &&
+    usedLength % pageSize === 0 &&
+    hostPageSize >= pageSize &&
+    hostPageSize % pageSize === 0
+  );
+}
+
+function isWhole(value: unknown): boolean {
+  return Number.isSafeInteger(value) && (value as number) >= 0;
 }
 
 function mapState(fd: number, length: number): number {
