@@ -47,7 +47,7 @@ export const saveCommand = defineCommand({
         qmpPath: flags.qmp,
         path: flags.snapshot,
         live: flags.live === true,
-        then: flags.then,
+        afterwards: flags.then,
         signal: abort.signal,
         onProgress: (now) => {
           state = now;

@@ -40,7 +40,7 @@ export interface SaveOptions {
   /** 1..255: RAM is saved by so many channels at once; one stream when left out. */
   readonly multifdChannels?: number;
   /** What QEMU does afterwards: end, run on, or stay stopped. */
-  readonly then: "quit" | "cont" | "stay";
+  readonly afterwards: "quit" | "cont" | "stay";
   /** Checks the complete file before it is renamed; throws when it is not sound. */
   readonly verify: (path: string) => void | Promise<void>;
   /** Called a few times a second. */
@@ -72,7 +72,7 @@ const SAVABLE_STATES = ["running", "paused", "prelaunch", "suspended", "watchdog
 const IDLE_MIGRATIONS = ["none", "completed", "failed", "cancelled"];
 
 /**
- * Saves the guest. Returns when the snapshot is complete at its path and QEMU is as `then` says.
+ * Saves the guest. Returns when the snapshot is complete at its path and QEMU is as `afterwards` says.
  * @throws FslError SAVE_FAILED when it cannot be saved (`details.aborted` when `signal` said so);
  * TARGET_LOST when QEMU cannot be reached or ends; TARGET_MISMATCH when its version cannot do it
  */
@@ -200,9 +200,9 @@ class Save {
   /** After success. */
   async finish(): Promise<void> {
     await this.#putBack();
-    const { then } = this.#options;
-    if (then === "cont") await this.#request("cont");
-    if (then !== "quit") return;
+    const { afterwards } = this.#options;
+    if (afterwards === "cont") await this.#request("cont");
+    if (afterwards !== "quit") return;
     await this.#request("quit").catch((error: unknown) => {
       if (!this.#qmp.isClosed) throw error; // It may be gone before it has answered.
     });

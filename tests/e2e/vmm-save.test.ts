@@ -57,7 +57,7 @@ afterEach(async () => {
 afterAll(() => scratch[Symbol.dispose]());
 
 function save(options: Partial<SaveOptions> = {}): Promise<void> {
-  const defaults = { live: false, then: "stay", verify: () => {} } as const;
+  const defaults = { live: false, afterwards: "stay", verify: () => {} } as const;
   return saveSnapshot({ qmpPath: qemu.qmpPath, path, ...defaults, ...options });
 }
 
@@ -92,7 +92,7 @@ describe("saveSnapshot", () => {
     ["live", { live: true }],
     ["live, by two channels", { live: true, multifdChannels: 2 }],
   ])("saves a guest %s", async (_how, options) => {
-    await save({ ...options, then: "cont" });
+    await save({ ...options, afterwards: "cont" });
     await expectUndone(["guest.snap"]);
     const { mode, size } = statSync(path);
     expect(mode & 0o777).toBe(0o600);
@@ -103,13 +103,13 @@ describe("saveSnapshot", () => {
   test.each([
     ["stay", "postmigrate"],
     ["cont", "running"],
-  ] as const)("then: %s leaves the guest %s", async (then, status) => {
-    await save({ then });
+  ] as const)("afterwards: %s leaves the guest %s", async (afterwards, status) => {
+    await save({ afterwards });
     expect(await runState()).toBe(status);
   });
 
-  test("then: quit ends QEMU in order", async () => {
-    await save({ then: "quit" });
+  test("afterwards: quit ends QEMU in order", async () => {
+    await save({ afterwards: "quit" });
     expect(await qemu.exited).toBe(0);
     expect(existsSync(path)).toBe(true);
   });
@@ -133,7 +133,7 @@ describe("saveSnapshot", () => {
     const real = join(directory, "real.snap");
     writeFileSync(real, "old");
     symlinkSync("real.snap", path);
-    await save({ then: "cont" });
+    await save({ afterwards: "cont" });
     expect(readlinkSync(path)).toBe("real.snap");
     expect(statSync(real).size).toBeGreaterThan(64 * 1024 * 1024);
     expect(readdirSync(directory).sort()).toEqual(["guest.snap", "real.snap"]);
@@ -192,7 +192,7 @@ describe("saveSnapshot that fails", () => {
     const saving = save({ live, signal: abort.signal, onProgress: () => abort.abort() });
     expectRefusal(await refusalOf(saving), "SAVE_FAILED", /interrupted/);
     await expectUndone();
-    await save({ live, then: "cont" });
+    await save({ live, afterwards: "cont" });
     await expectUndone(["guest.snap"]);
   });
 

@@ -46,7 +46,7 @@ function spawn(argv: readonly string[], options = {}): QemuTarget {
 
 beforeAll(async () => {
   await using qemu = await OwnQemu.start(scratch, guestArgv("pc", ...bootDrive(disk)));
-  const options = { qmpPath: qemu.qmpPath, then: "cont", verify: () => {} } as const;
+  const options = { qmpPath: qemu.qmpPath, afterwards: "cont", verify: () => {} } as const;
   await saveSnapshot({ ...options, path: liveSnapshotPath, live: true });
   await saveSnapshot({ ...options, path: snapshotPath, live: false });
 });
@@ -251,7 +251,7 @@ describe("loadState", () => {
     await qemu.release();
     const again = join(scratch.path, "again.snap");
     const verify = (): void => {};
-    await saveSnapshot({ qmpPath: own, path: again, live: false, then: "stay", verify });
+    await saveSnapshot({ qmpPath: own, path: again, live: false, afterwards: "stay", verify });
     expect(Bun.file(again).size).toBeGreaterThan(64 * 1024 * 1024);
   });
 
