@@ -153,16 +153,13 @@ set_up_guest() {
 # Sets up one set, unless it is ready; never two at a time.
 set_up() {
   if "$1_ready"; then return; fi
-  if [ -z "$locked" ]; then
-    mkdir -p .cache
-    exec 9>.cache/setup.lock
-    flock 9
-    locked=yes
-  fi
+  mkdir -p .cache
+  exec 9>.cache/setup.lock
+  flock 9
   "set_up_$1"
+  exec 9>&-
 }
 
-locked=
 [ $# -gt 0 ] || set -- tools qemu guest
 while [ $# -gt 0 ]; do
   case $1 in
