@@ -234,6 +234,7 @@ static int64_t vdso_addr(int32_t pid, uint8_t *scratch) {
   long length = sys(NR_read, fd, scratch, AUXV_BYTES_MAX);
   sys(NR_close, fd);
   if (length < 0) return length;
+  if (length == 0) return -ESRCH; /* it has ended: its memory is gone */
   for (long at = 0; at + 16 <= length; at += 16) {
     const uint64_t *entry = (const uint64_t *)(const void *)(scratch + at);
     if (entry[0] == AT_SYSINFO_EHDR) return (int64_t)entry[1];

@@ -157,7 +157,7 @@ static int memory(const char *kind, size_t pages, uint64_t features) {
 
 /* ---- signals ---- */
 
-#define STORM_SIGNAL 34
+#define STORM_SIGNAL 40
 
 static volatile sig_atomic_t received, disordered;
 static volatile int sent, to_send, stopping;
