@@ -1,0 +1,112 @@
+/*
+ * host.c: what the benchmark needs of the host and TypeScript cannot do well.
+ *
+ *   launch CGROUP|- PROGRAM [ARG ...]   joins the cgroup, dies with its parent, becomes PROGRAM
+ *   touch BYTES                         takes memory, writes to it and gives it back, so that a
+ *                                       virtual machine has it from its host before a run
+ *   warm FILE                           reads the file's data (not its holes) into the page cache
+ *   drop FILE                           takes the file out of the page cache
+ *
+ * warm and drop print the bytes of the file that are in the page cache afterwards.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define PAGE 4096u
+#define WINDOW (1u << 30)
+#define PIECE (4u << 20)
+
+static void fail(const char *what) {
+  fprintf(stderr, "bench-host: %s: %s\n", what, strerror(errno));
+  exit(2);
+}
+
+static int launch(char **arguments) {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (strcmp(arguments[0], "-") != 0) {
+    int fd = open(arguments[0], O_WRONLY | O_CLOEXEC);
+    if (fd < 0 || write(fd, "0", 1) != 1) fail(arguments[0]);
+  }
+  execvp(arguments[1], arguments + 1);
+  fail(arguments[1]);
+  return 2;
+}
+
+static int touch(uint64_t length) {
+  uint8_t *memory =
+      mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) fail("mmap");
+  madvise(memory, length, MADV_HUGEPAGE);
+  for (uint64_t at = 0; at < length; at += PAGE) memory[at] = 1;
+  return 0;
+}
+
+/* Calls `visit` for every extent of the file that holds data. */
+static void for_data(int fd, void (*visit)(int fd, off_t start, off_t end)) {
+  for (off_t at = 0;;) {
+    off_t start = lseek(fd, at, SEEK_DATA);
+    if (start < 0 && errno == ENXIO) return;
+    if (start < 0) fail("SEEK_DATA");
+    at = lseek(fd, start, SEEK_HOLE);
+    if (at < 0) fail("SEEK_HOLE");
+    visit(fd, start, at);
+  }
+}
+
+static void read_extent(int fd, off_t start, off_t end) {
+  static uint8_t buffer[PIECE];
+  for (off_t at = start; at < end;) {
+    size_t wanted = end - at < PIECE ? (size_t)(end - at) : PIECE;
+    ssize_t got = pread(fd, buffer, wanted, at);
+    if (got <= 0) fail("pread");
+    at += got;
+  }
+}
+
+static uint64_t cached_bytes(int fd) {
+  static unsigned char present[WINDOW / PAGE];
+  struct stat about;
+  uint64_t pages = 0;
+  if (fstat(fd, &about) != 0) fail("fstat");
+  for (off_t at = 0; at < about.st_size; at += WINDOW) {
+    size_t length = about.st_size - at < WINDOW ? (size_t)(about.st_size - at) : WINDOW;
+    void *map = mmap(NULL, length, PROT_READ, MAP_SHARED, fd, at);
+    if (map == MAP_FAILED || mincore(map, length, present) != 0) fail("mincore");
+    for (size_t page = 0; page < (length + PAGE - 1) / PAGE; page++) pages += present[page] & 1;
+    munmap(map, length);
+  }
+  return pages * PAGE;
+}
+
+static int page_cache(const char *path, int warm) {
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) fail(path);
+  if (warm) {
+    for_data(fd, read_extent);
+  } else {
+    if (fdatasync(fd) != 0) fail("fdatasync");
+    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+  }
+  printf("%llu\n", (unsigned long long)cached_bytes(fd));
+  return 0;
+}
+
+int main(int count, char **arguments) {
+  if (count >= 4 && strcmp(arguments[1], "launch") == 0) return launch(arguments + 2);
+  if (count == 3 && strcmp(arguments[1], "touch") == 0)
+    return touch(strtoull(arguments[2], NULL, 0));
+  if (count == 3 && strcmp(arguments[1], "warm") == 0) return page_cache(arguments[2], 1);
+  if (count == 3 && strcmp(arguments[1], "drop") == 0) return page_cache(arguments[2], 0);
+  fprintf(stderr, "usage: bench-host launch|touch|warm|drop ...\n");
+  return 2;
+}
