@@ -38,6 +38,9 @@ const RETRY_PAUSE_MAX_MS = 2000;
 /** A guest that asks for so many pages while the eager load still holds back is better served by it. */
 const FAULTS_PAUSE_MAX = 1024;
 
+/** In the event buffer: a place that nothing was read into. */
+const NO_EVENT = 0;
+
 /** How the loop ended. */
 export type LoopEnd = "stopped" | "gone";
 
@@ -85,6 +88,8 @@ export class FaultLoop {
   /** Faults of the batch whose neighbours are still to come: block index and page index in pairs. */
   readonly #served = new Int32Array(2 * EVENTS_MAX);
   #servedCount = 0;
+  /** Events that the last read put into the buffer. */
+  #eventsRead = 0;
   #lastBlock: BlockState | undefined;
   #faults = 0;
 
@@ -105,6 +110,7 @@ export class FaultLoop {
     if (left > 0) this.#markRemoved(left);
     state.openGate();
     if (left > 0 && this.#serveBatch(left) === GONE) return "gone";
+    this.#events.clearTypes(EVENTS_MAX);
     for (;;) {
       const ready = sys.poll(this.#fds, this.#revents, this.#pollCount(), POLLIN, this.#timeoutMs());
       if (state.stopped || this.#revents[1]) return "stopped";
@@ -149,12 +155,15 @@ export class FaultLoop {
     if (canDiscard) {
       state.closeGate();
       while (state.copiesInFlight) sys.poll(this.#fds, this.#revents, 0, 0, 0);
+      // Should we be killed with events read and not counted: a REMOVE is told once only. The next fsl looks at the whole
+      // buffer; where nothing was read the type is 0.
+      this.#events.clearTypes(this.#eventsRead);
+      state.eventCount = EVENTS_MAX;
     }
     const count = uffd.readEvents(state.eventsAddress, EVENTS_MAX);
-    if (count > 0) {
-      state.eventCount = count;
-      if (canDiscard) this.#markRemoved(count);
-    }
+    state.eventCount = Math.max(count, 0);
+    this.#eventsRead = state.eventCount;
+    if (count > 0 && canDiscard) this.#markRemoved(count);
     if (canDiscard) state.openGate();
     if (count < 0) return GONE;
     return count === 0 ? SUPPLIED : this.#serveBatch(count);
@@ -192,7 +201,7 @@ export class FaultLoop {
     add(counters, C_BATCHES, 1);
     for (let index = 0; index < count; index += 1) {
       const type = events.type(index);
-      if (type === EVENT_REMOVE) continue;
+      if (type === EVENT_REMOVE || type === NO_EVENT) continue;
       if (type !== EVENT_PAGEFAULT) {
         throw new FslError("INTERNAL", `userfaultfd event ${hex(type)}: not asked for`);
       }

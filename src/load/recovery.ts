@@ -3,7 +3,7 @@
  * another fsl finds both in /proc/PID/fd, takes the lock, wakes everybody who waits, and goes on where the first one was.
  */
 import { closeSync, fstatSync, openSync, readdirSync, readlinkSync } from "node:fs";
-import { FslError } from "../errors.ts";
+import { FslError, isFslError } from "../errors.ts";
 import { openSnapshot } from "../snapshot/snapshot.ts";
 import { EAGAIN, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
@@ -19,9 +19,11 @@ import {
   PHASE_RUNNING,
   PHASE_STATE_LOADED,
 } from "./state.ts";
-import { countBits } from "./bits.ts";
+import { countBits, testBit } from "./bits.ts";
 import { Crew } from "./workers.ts";
 
+const LOCK_TRIES = 10;
+const LOCK_PAUSE_MS = 10;
 const STATE_LINK = "/memfd:fsl-state (deleted)";
 const UFFD_LINK = "anon_inode:[userfaultfd]";
 
@@ -33,7 +35,7 @@ export interface FoundLoad {
   /** A living fsl holds its lock. */
   readonly served: boolean;
   readonly progress: LoadProgress;
-  /** The page that was last found unreadable. */
+  /** The page that was last found unreadable and is still missing. */
   readonly lastFailure: LoadState["lastFailure"];
 }
 
@@ -45,7 +47,12 @@ export interface FoundLoad {
 export function lockState(stateFd: number): number {
   // flock(2) belongs to the open file, and the target has a copy of ours: the lock needs an open file of its own.
   const lockFd = openSync(`/proc/self/fd/${stateFd}`, "r+");
-  const result = sys.flock(lockFd, LOCK_EX | LOCK_NB);
+  let result = sys.flock(lockFd, LOCK_EX | LOCK_NB);
+  // `fsl status` of somebody holds it for microseconds, to see whether it is free.
+  for (let tries = 1; result === -EAGAIN && tries < LOCK_TRIES; tries += 1) {
+    Bun.sleepSync(LOCK_PAUSE_MS);
+    result = sys.flock(lockFd, LOCK_EX | LOCK_NB);
+  }
   if (result === 0) return lockFd;
   closeSync(lockFd);
   const why = result === -EAGAIN ? "another fsl serves it" : sys.errnoText(-result);
@@ -83,7 +90,8 @@ function lookAt(pid: number, stateNumber: number): FoundLoad | null {
     return null;
   }
   try {
-    const state = LoadState.adopt(fd, fstatSync(fd).size, false);
+    const state = adoptOrNull(fd);
+    if (state === null) return null;
     try {
       if (state.metadata.target.pid !== pid) return null;
       const served = sys.flock(fd, LOCK_SH | LOCK_NB) !== 0;
@@ -93,7 +101,7 @@ function lookAt(pid: number, stateNumber: number): FoundLoad | null {
         phase: PHASES[state.phase] ?? "armed",
         served,
         progress: progressOf(state, dataBytesOf(state)),
-        lastFailure: state.lastFailure,
+        lastFailure: missingFailure(state),
       };
     } finally {
       state.unmap();
@@ -101,6 +109,24 @@ function lookAt(pid: number, stateNumber: number): FoundLoad | null {
   } finally {
     closeSync(fd);
   }
+}
+
+/** Null for a state that is not complete yet, or that another version of fsl has made. */
+function adoptOrNull(fd: number): LoadState | null {
+  try {
+    return LoadState.adopt(fd, fstatSync(fd).size, false);
+  } catch (error) {
+    if (isFslError(error)) return null;
+    throw error;
+  }
+}
+
+/** The page that was last found unreadable, unless it has come since. */
+function missingFailure(state: LoadState): LoadState["lastFailure"] {
+  const { lastFailure } = state;
+  if (lastFailure === null) return null;
+  const block = state.blocks.find(({ block: { idstr } }) => idstr === lastFailure.idstr);
+  return block === undefined || testBit(block.done, lastFailure.pageIndex) ? null : lastFailure;
 }
 
 function dataBytesOf(state: LoadState): number {
@@ -158,6 +184,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
   }
   const stateFd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
   const opened: number[] = [stateFd];
+  let begun: Serving | undefined;
   try {
     opened.push(lockState(stateFd));
     const state = LoadState.adopt(stateFd, fstatSync(stateFd).size, true);
@@ -179,6 +206,10 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     const adopted = withSource(state, snapshot.fd);
     const crew = new Crew(eagerWorkerCount(options));
     const serving = new Serving(target, adopted, uffd, crew, options);
+    begun = serving;
+    // The dead fsl may have read REMOVE events without marking their pages: nothing is copied before that is done. The
+    // fault loop does it first of all, and opens the gate.
+    if (adopted.metadata.canDiscard) adopted.closeGate();
     await serving.serveFaults();
     serving.wakeAll();
     serving.letEagerGo(0);
@@ -199,6 +230,8 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
       },
     };
   } catch (error) {
+    // Nothing is unregistered: whoever waits goes on waiting, and another fsl can try again.
+    await begun?.stop();
     for (const fd of opened) sys.close(fd);
     throw error;
   }

@@ -96,6 +96,11 @@ export class UffdEvents {
     return this.#data.getUint8(index * UFFD_MSG.BYTES);
   }
 
+  /** Makes the first `count` types 0, which no event has: what a read puts there then shows. */
+  clearTypes(count: number): void {
+    for (let index = 0; index < count; index += 1) this.#data.setUint8(index * UFFD_MSG.BYTES, 0);
+  }
+
   /** Bits of UFFD_PAGEFAULT_FLAG_*. */
   faultFlags(index: number): number {
     return this.#data.getUint32(index * UFFD_MSG.BYTES + UFFD_MSG.FAULT_FLAGS, true);

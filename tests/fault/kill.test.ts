@@ -1,0 +1,265 @@
+/**
+ * fsl is killed (SIGKILL) at every stage of a load. The guest waits, nothing is lost, and `fsl resume` goes on where the
+ * dead one was: afterwards all memory is what QEMU's own load brings in. Many more kills with `npm run soak`.
+ */
+import { describe, expect, test } from "bun:test";
+import {
+  PHASE_FINISHED,
+  PHASE_HANDING_OVER,
+  PHASE_RUNNING,
+  PHASE_STATE_LOADED,
+} from "../../src/load/state.ts";
+import {
+  FaultRun,
+  openLoadState,
+  randomNumbers,
+  repetitions,
+  SEED,
+  someoneWaits,
+  waitingThreads,
+} from "../helpers/fault-runs.ts";
+import {
+  type GuestSnapshot,
+  snapshotOf,
+  type SnapshotSpec,
+  whyNoGuests,
+  whyNoKvm,
+} from "../helpers/guests.ts";
+import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { until, whyNoExecutable, within } from "../helpers/load-runs.ts";
+
+const TIMEOUT_MS = 120_000;
+const SOAK_MS = 3_600_000;
+const reason = whyNoExecutable() ?? whyNoGuests();
+
+const LINUX: SnapshotSpec = {};
+const BARE: SnapshotSpec = { guest: "bare" };
+const BARE_KVM: SnapshotSpec = { guest: "bare", accel: "kvm", machine: "pc" };
+
+/** Spins until the load state that `pid` has is as `wanted` says: nobody tells, and it lasts for microseconds only. */
+async function spinUntil(
+  pid: number,
+  wanted: (state: NonNullable<ReturnType<typeof openLoadState>>) => boolean,
+): Promise<void> {
+  const state = await until(() => openLoadState(pid), 20_000, "a load state");
+  const endMs = performance.now() + 20_000;
+  while (!wanted(state)) {
+    if (performance.now() > endMs) throw new Error(`phase ${state.phase} stays`);
+  }
+  state.unmap();
+}
+
+/** Resumes to the end, with further kills at random moments, and compares all memory with the oracle's. */
+async function resumeToEnd(
+  run: FaultRun,
+  snapshot: GuestSnapshot,
+  random: () => number,
+  kills: number,
+): Promise<void> {
+  for (let kill = 0; kill < kills; kill += 1) {
+    const next = await run.resume("--eager-rate", "100M");
+    await Bun.sleep(random() * 300);
+    await next.kill();
+    if ((await run.status()) === null) break; // It had come to its end.
+  }
+  if ((await run.status()) !== null) {
+    const { code, stderr } = await (await run.resume()).end();
+    expect(stderr).toContain("all RAM is in");
+    expect(code).toBe(0);
+  }
+  expect(await run.status()).toBeNull();
+  const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+  expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+}
+
+describe.skipIf(reason !== null)("fsl killed", () => {
+  test(
+    "while QEMU starts: nothing was handed over, and QEMU ends in order",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using run = await FaultRun.start(snapshot);
+      const pid = await run.qemuPid();
+      await run.fsl.kill();
+      await run.qmp.ready;
+      expect(await run.status()).toBeNull();
+      const { code, stderr } = await (await run.resume()).end();
+      expect(stderr).toContain(`process ${pid}: has no load of fsl to go on with`);
+      expect(code).toBe(8);
+      expect(await run.qmp.execute<object>("query-status")).toMatchObject({ status: "inmigrate" });
+      process.kill(pid, "SIGTERM");
+      await run.qmp.waitEvent("SHUTDOWN");
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "while arming: nothing was handed over, which is said",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using run = await FaultRun.start(snapshot);
+      const pid = await run.qemuPid();
+      // fsl's own state first, then QEMU's copy of it.
+      await until(() => openLoadState(run.fsl.pid), 20_000, "a load state");
+      await run.fsl.kill();
+      const status = await run.status();
+      if (status === null || status.phase !== "armed") {
+        // Too early for QEMU's copy: as while it starts. Or it had been quicker.
+        expect(status?.phase ?? "armed").toBeOneOf(["armed", "handing over", "loaded", "running"]);
+        return;
+      }
+      expect(status).toMatchObject({ served: false });
+      const { code, stderr } = await (await run.resume()).end();
+      expect(stderr).toContain("before the state was handed over, so nothing is lost");
+      expect(code).toBe(8);
+      expect(await run.status()).toMatchObject({ pid, served: false });
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["while the state is handed over", PHASE_HANDING_OVER],
+    ["between hand-over and resume", PHASE_STATE_LOADED],
+    ["right after resume", PHASE_RUNNING],
+  ])(
+    "%s: fsl resume goes on",
+    async (_, phase) => {
+      const snapshot = await snapshotOf(BARE);
+      await using run = await FaultRun.start(snapshot, {
+        flags: ["--paused", "--eager-rate", "4M"],
+      });
+      const pid = await run.qemuPid();
+      await until(() => openLoadState(pid), 20_000, "a load state");
+      await spinUntil(pid, (state) => state.phase >= phase);
+      await run.fsl.kill();
+      expect(await run.status()).toMatchObject({ served: false });
+      const { status } = await run.qmp.execute<{ status: string }>("query-status");
+      if (phase === PHASE_HANDING_OVER && status === "inmigrate") {
+        // QEMU had not been told to load its state yet.
+        const { code, stderr } = await (await run.resume()).end();
+        expect(stderr).toContain("its state was not loaded (none); end it and load again");
+        expect(code).toBe(8);
+        return;
+      }
+      await resumeToEnd(run, snapshot, randomNumbers(SEED), 0);
+      expect(await run.qmp.execute<object>("query-status")).toMatchObject({ running: false });
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "between hand-over and resume: the guest that was to run runs",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using run = await FaultRun.start(snapshot, { flags: ["--eager-rate", "1M"] });
+      const pid = await run.qemuPid();
+      await spinUntil(pid, (state) => state.phase >= PHASE_STATE_LOADED);
+      await run.fsl.kill();
+      const resumed = await run.resume();
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect((await resumed.end()).code).toBe(0);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "while finishing: fsl resume cleans up",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      for (let round = 0; round < repetitions(4, 40); round += 1) {
+        await using run = await FaultRun.start(snapshot, { flags: ["--paused"] });
+        const pid = await run.qemuPid();
+        const isLate = round % 2 === 1;
+        await spinUntil(pid, (state) =>
+          isLate
+            ? state.phase === PHASE_FINISHED
+            : state.blocks.every(({ data, done }) =>
+                data.every((word, i) => (word & ~(done[i] ?? 0)) === 0),
+              ),
+        );
+        await run.fsl.kill();
+        await resumeToEnd(run, snapshot, randomNumbers(SEED), 0);
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "at random moments of a paused load, and fsl resume too: every byte as QEMU loads it",
+    async () => {
+      const snapshot = await snapshotOf(LINUX);
+      const random = randomNumbers(SEED);
+      for (let round = 0; round < repetitions(3, 100); round += 1) {
+        await using run = await FaultRun.start(snapshot, {
+          flags: ["--paused", "--eager-rate", "50M"],
+        });
+        const pid = await run.qemuPid();
+        await spinUntil(pid, (state) => state.phase >= PHASE_HANDING_OVER);
+        await Bun.sleep(random() * 1000);
+        await run.fsl.kill();
+        await resumeToEnd(run, snapshot, random, Math.floor(random() * 3));
+      }
+    },
+    SOAK_MS,
+  );
+
+  test(
+    "at random moments of a Linux guest that reads its memory: it waits, then sums up right",
+    async () => {
+      const snapshot = await snapshotOf({ smp: 2 });
+      const random = randomNumbers(SEED + 1);
+      for (let round = 0; round < repetitions(4, 100); round += 1) {
+        await using run = await FaultRun.start(snapshot, { flags: ["--eager-rate", "1M"] });
+        await run.serial.waitFor(/^tick /);
+        const pid = await run.qemuPid();
+        const sum = run.serial.waitForNext(/^SUM /, 60_000);
+        run.serial.send("sum 2\n");
+        await Bun.sleep(random() * 150);
+        await run.fsl.kill();
+        const kills = Math.floor(random() * 3);
+        for (let kill = 0; kill < kills; kill += 1) {
+          const next = await run.resume("--eager-rate", "1M");
+          await Bun.sleep(random() * 100);
+          await next.kill();
+        }
+        const isDone = run.serial.lines.some(({ text }) => text.startsWith("SUM "));
+        if (!isDone) {
+          await someoneWaits(pid);
+          expect(await run.status()).toMatchObject({ served: false, phase: "running" });
+          expect(waitingThreads(pid)).toBeGreaterThan(0);
+          expect(run.serial.lines.some(({ text }) => text.startsWith("SUM "))).toBe(false);
+        }
+        const resumed = (await run.status()) === null ? null : await run.resume();
+        const [, verdict, , checksum] = (await sum).text.split(" ");
+        expect([verdict, checksum]).toEqual(["ok", snapshot.checksum]);
+        if (resumed !== null) expect((await resumed.end()).code).toBe(0);
+        expect((await run.serial.command("verify"))[0]).toBe("ok");
+      }
+    },
+    SOAK_MS,
+  );
+
+  test.skipIf(whyNoKvm() !== null)(
+    "with a KVM guest: its vCPU waits in the kernel and goes on",
+    async () => {
+      const snapshot = await snapshotOf(BARE_KVM);
+      const random = randomNumbers(SEED + 2);
+      for (let round = 0; round < repetitions(2, 50); round += 1) {
+        await using run = await FaultRun.start(snapshot, { flags: ["--eager-rate", "64K"] });
+        const pid = await run.qemuPid();
+        await spinUntil(pid, (state) => state.phase >= PHASE_RUNNING);
+        await Bun.sleep(random() * 100);
+        await run.fsl.kill();
+        await someoneWaits(pid);
+        const before = run.serial.lines.length;
+        expect(await run.status()).toMatchObject({ served: false });
+        expect(run.serial.lines.length).toBe(before);
+        const resumed = await run.resume();
+        await within(run.serial.waitForNext(/^tick \d+ ok/), 60_000, "a round of the guest");
+        expect((await resumed.end()).code).toBe(0);
+        expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+      }
+    },
+    SOAK_MS,
+  );
+});
