@@ -237,13 +237,40 @@ export class ByteReader {
     return text;
   }
 
+  /** See `damaged`; of this reader's source. */
+  damaged(
+    fileOffset: number,
+    what: string,
+    expected: string,
+    found: string | number,
+    details: ErrorDetails = {},
+  ): FslError {
+    return damaged(this.source, fileOffset, what, expected, found, details);
+  }
+
+  /** See `unsupported`; of this reader's source. */
+  unsupported(
+    fileOffset: number,
+    what: string,
+    expected: string,
+    found: string | number,
+    details: ErrorDetails = {},
+  ): FslError {
+    return unsupported(this.source, fileOffset, what, expected, found, details);
+  }
+
   /** The error for something that would reach past the end of the file. */
-  pastEnd(fieldOffset: number, what: string, endOffset: number): FslError {
+  pastEnd(
+    fieldOffset: number,
+    what: string,
+    endOffset: number,
+    details: ErrorDetails = {},
+  ): FslError {
     const { name, byteLength } = this.source;
     return new FslError(
       "SNAPSHOT_FORMAT",
       `${what}: ends at ${hex(endOffset)} but the file is ${byteLength} bytes (${name} at ${hex(fieldOffset)})`,
-      { path: name, fileOffset: fieldOffset, expected: byteLength, found: endOffset },
+      { path: name, fileOffset: fieldOffset, expected: byteLength, found: endOffset, ...details },
     );
   }
 

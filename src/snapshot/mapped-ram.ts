@@ -22,8 +22,9 @@
  * The stream goes on at pages_offset + used_length. With x-ignore-shared (QEMU 11.0) both offsets 0 mean that the block
  * was not saved; the stream then goes on right behind the header.
  */
-import { alignUp, hex } from "../pages.ts";
-import { damaged, unsupported, type ByteReader } from "./byte-reader.ts";
+import type { FslError } from "../errors.ts";
+import { hex } from "../pages.ts";
+import type { ByteReader } from "./byte-reader.ts";
 
 /** QEMU's named piece of guest RAM, as the snapshot has it. Structured-cloneable. */
 export interface RAMBlock {
@@ -86,29 +87,18 @@ export function readRamStartBody(reader: ByteReader, format: BlockRecordFormat):
   const word = reader.readU64BE("RAM size word");
   const flags = word % RAM_FLAGS_SPAN;
   if (flags !== RAM_FLAG_MEM_SIZE) {
-    throw damaged(
-      reader.source,
-      wordOffset,
-      "RAM size word",
-      "flags 0x4 (MEM_SIZE)",
-      `flags ${hex(flags)}`,
-    );
+    const expected = `flags ${hex(RAM_FLAG_MEM_SIZE)} (MEM_SIZE)`;
+    throw reader.damaged(wordOffset, "RAM size word", expected, `flags ${hex(flags)}`);
   }
   const totalLength = word - flags;
-  if (totalLength === 0)
-    throw damaged(reader.source, wordOffset, "RAM size word", "RAM", "0 bytes");
+  if (totalLength === 0) throw reader.damaged(wordOffset, "RAM size word", "RAM", "0 bytes");
 
   const blocks = readBlocks(reader, totalLength, format);
   const endOffset = reader.offset;
-  const endWord = reader.readU64BE("end of the RAM START section");
+  const endWord = reader.readU64BE("end of RAM START");
   if (endWord !== RAM_FLAG_EOS) {
-    throw damaged(
-      reader.source,
-      endOffset,
-      "end of the RAM START section",
-      "word 0x10 (EOS)",
-      hex(endWord),
-    );
+    const expected = `word ${hex(RAM_FLAG_EOS)} (EOS)`;
+    throw reader.damaged(endOffset, "end of RAM START", expected, hex(endWord));
   }
   return blocks;
 }
@@ -118,30 +108,28 @@ function readBlocks(
   totalLength: number,
   format: BlockRecordFormat,
 ): RAMBlock[] {
+  const what = "RAMBlock list";
   const blocks: RAMBlock[] = [];
   const idstrs = new Set<string>();
   let pageSize = format.targetPageSize;
   let remainingLength = totalLength;
   while (remainingLength > 0) {
-    const recordOffset = reader.offset;
+    const at = reader.offset;
     if (blocks.length === BLOCK_COUNT_MAX) {
-      throw unsupported(
-        reader.source,
-        recordOffset,
-        "RAMBlock list",
-        `at most ${BLOCK_COUNT_MAX} blocks`,
-        "more",
-      );
+      throw reader.unsupported(at, what, `at most ${BLOCK_COUNT_MAX} blocks`, "more");
     }
-    const block = readBlock(reader, remainingLength, pageSize, format.ignoreShared);
+    const record = readRecord(reader, format.ignoreShared);
+    checkSizes(reader, record, remainingLength, pageSize);
+    const block = toBlock(record);
     if (idstrs.has(block.idstr)) {
-      throw damaged(
-        reader.source,
-        recordOffset,
-        "RAMBlock list",
-        "each name once",
-        `${block.idstr} again`,
-      );
+      throw reader.damaged(at, what, "each name once", `${block.idstr} again`);
+    }
+    if (!block.notSaved) {
+      checkRegions(reader, block);
+      reader.seek(block.pagesOffset + block.usedLength, `RAMBlock ${block.idstr}`);
+    } else if (!format.ignoreShared) {
+      const found = "offsets 0 without x-ignore-shared";
+      throw refuse(reader, block, block.headerOffset, "bitmap and pages", found);
     }
     idstrs.add(block.idstr);
     // One target page size per machine: the first block speaks for all.
@@ -152,110 +140,83 @@ function readBlocks(
   return blocks;
 }
 
-function readBlock(
-  reader: ByteReader,
-  remainingLength: number,
-  pageSizeWanted: number | null,
-  ignoreShared: boolean,
-): RAMBlock {
-  const { source } = reader;
-  const recordOffset = reader.offset;
-  const idstr = reader.readString8("RAMBlock name");
-  if (idstr === "") throw damaged(source, recordOffset, "RAMBlock name", "a name", "an empty one");
-  const what = `RAMBlock ${idstr}`;
-
-  const lengthOffset = reader.offset;
-  const usedLength = reader.readU64BE(`${what}: used_length`);
-  if (usedLength === 0 || usedLength > remainingLength) {
-    const expected = `used_length of 1 to ${remainingLength} bytes`;
-    throw damaged(source, lengthOffset, what, expected, usedLength, { idstr });
-  }
-  const guestPhysicalAddr = ignoreShared
-    ? reader.readU64BE(`${what}: guest physical address`)
-    : null;
-
-  const headerOffset = reader.offset;
-  const header = readHeader(reader, what, idstr, pageSizeWanted);
-  const { pageSize, bitmapOffset, pagesOffset } = header;
-  if (usedLength % pageSize !== 0) {
-    throw damaged(source, lengthOffset, what, `used_length in pages of ${pageSize}`, usedLength, {
-      idstr,
-    });
-  }
-  const pageCount = usedLength / pageSize;
-  if (pageCount > BLOCK_PAGES_MAX) {
-    throw unsupported(source, lengthOffset, what, `at most ${BLOCK_PAGES_MAX} pages`, pageCount, {
-      idstr,
-    });
-  }
-  const notSaved = bitmapOffset === 0 && pagesOffset === 0;
-  if (notSaved && !ignoreShared) {
-    throw damaged(
-      source,
-      headerOffset,
-      what,
-      "bitmap and pages",
-      "offsets 0 without x-ignore-shared",
-      { idstr },
-    );
-  }
-  // QEMU: DIV_ROUND_UP(num_pages, BITS_PER_LONG) longs, 64-bit savers only.
-  const bitmapLength = notSaved ? 0 : Math.ceil(pageCount / 64) * 8;
-  const block: RAMBlock = {
-    idstr,
-    usedLength,
-    pageSize,
-    pageCount,
-    bitmapOffset,
-    bitmapLength,
-    pagesOffset,
-    recordOffset,
-    headerOffset,
-    notSaved,
-    guestPhysicalAddr,
-  };
-  if (!notSaved) {
-    checkRegions(reader, block);
-    reader.seek(pagesOffset + usedLength, `${what}: pages`);
-  }
-  return block;
-}
-
-interface MappedRamHeader {
+/** The fields of a block record as they stand in the file. */
+interface BlockRecord {
+  readonly idstr: string;
+  readonly recordOffset: number;
+  readonly usedLength: number;
+  readonly guestPhysicalAddr: number | null;
+  readonly headerOffset: number;
   readonly pageSize: number;
   readonly bitmapOffset: number;
   readonly pagesOffset: number;
 }
 
-function readHeader(
-  reader: ByteReader,
-  what: string,
-  idstr: string,
-  pageSizeWanted: number | null,
-): MappedRamHeader {
-  const { source } = reader;
+/** Only what must be right for reading on is checked here: name and header version. */
+function readRecord(reader: ByteReader, ignoreShared: boolean): BlockRecord {
+  const recordOffset = reader.offset;
+  const idstr = reader.readString8("RAMBlock name");
+  if (idstr === "") throw reader.damaged(recordOffset, "RAMBlock name", "a name", "an empty one");
+  const what = `RAMBlock ${idstr}`;
+  const usedLength = reader.readU64BE(`${what}: used_length`);
+  const guestPhysicalAddr = ignoreShared ? reader.readU64BE(`${what}: address`) : null;
+
   const headerOffset = reader.offset;
   const version = reader.readU32BE(`${what}: mapped-ram header`);
-  if (version !== MAPPED_RAM_VERSION) {
-    const refuse = version > MAPPED_RAM_VERSION ? unsupported : damaged;
-    throw refuse(source, headerOffset, `${what}: mapped-ram header`, "version 1", version, {
-      idstr,
-    });
+  if (version > MAPPED_RAM_VERSION) {
+    throw reader.unsupported(headerOffset, what, "header version 1", version, { idstr });
+  }
+  if (version < MAPPED_RAM_VERSION) {
+    throw reader.damaged(headerOffset, what, "header version 1", version, { idstr });
   }
   const pageSize = reader.readU64BE(`${what}: page_size`);
+  const bitmapOffset = reader.readU64BE(`${what}: bitmap_offset`);
+  const pagesOffset = reader.readU64BE(`${what}: pages_offset`);
+  const offsets = { recordOffset, headerOffset, bitmapOffset, pagesOffset };
+  return { idstr, usedLength, guestPhysicalAddr, pageSize, ...offsets };
+}
+
+/**
+ * Lengths and page size: whole pages, within the total, few enough to count.
+ * @param pageSizeWanted bytes; null when nothing has told it yet
+ */
+function checkSizes(
+  reader: ByteReader,
+  record: BlockRecord,
+  remainingLength: number,
+  pageSizeWanted: number | null,
+): void {
+  const { idstr, recordOffset, headerOffset, usedLength, pageSize } = record;
+  const lengthOffset = recordOffset + 1 + idstr.length;
+  const pageSizeOffset = headerOffset + 4;
+  if (usedLength === 0 || usedLength > remainingLength) {
+    const expected = `used_length of 1 to ${remainingLength} bytes`;
+    throw refuse(reader, record, lengthOffset, expected, usedLength);
+  }
   const isPowerOfTwo = Number.isInteger(Math.log2(pageSize));
   if (!isPowerOfTwo || pageSize < PAGE_SIZE_MIN || pageSize > PAGE_SIZE_MAX) {
     const expected = `page_size ${PAGE_SIZE_MIN} to ${PAGE_SIZE_MAX}, a power of two`;
-    throw damaged(source, headerOffset + 4, what, expected, pageSize, { idstr });
+    throw refuse(reader, record, pageSizeOffset, expected, pageSize);
   }
   if (pageSizeWanted !== null && pageSize !== pageSizeWanted) {
-    throw damaged(source, headerOffset + 4, what, `page_size ${pageSizeWanted}`, pageSize, {
-      idstr,
-    });
+    throw refuse(reader, record, pageSizeOffset, `page_size ${pageSizeWanted}`, pageSize);
   }
-  const bitmapOffset = reader.readU64BE(`${what}: bitmap_offset`);
-  const pagesOffset = reader.readU64BE(`${what}: pages_offset`);
-  return { pageSize, bitmapOffset, pagesOffset };
+  if (usedLength % pageSize !== 0) {
+    throw refuse(reader, record, lengthOffset, `used_length in pages of ${pageSize}`, usedLength);
+  }
+  if (usedLength / pageSize > BLOCK_PAGES_MAX) {
+    const what = `RAMBlock ${idstr}`;
+    const expected = `at most ${BLOCK_PAGES_MAX} pages`;
+    throw reader.unsupported(lengthOffset, what, expected, usedLength / pageSize, { idstr });
+  }
+}
+
+function toBlock(record: BlockRecord): RAMBlock {
+  const pageCount = record.usedLength / record.pageSize;
+  const notSaved = record.bitmapOffset === 0 && record.pagesOffset === 0;
+  // QEMU writes whole `unsigned long`s; 64-bit savers only.
+  const bitmapLength = notSaved ? 0 : Math.ceil(pageCount / 64) * 8;
+  return { ...record, pageCount, bitmapLength, notSaved };
 }
 
 /**
@@ -263,32 +224,40 @@ function readHeader(
  * other are disjoint and in file order. QEMU checks none of it but the alignment.
  */
 function checkRegions(reader: ByteReader, block: RAMBlock): void {
-  const { source } = reader;
-  const { idstr, headerOffset, bitmapOffset, bitmapLength, pagesOffset, usedLength, pageSize } =
-    block;
-  const what = `RAMBlock ${idstr}`;
+  const { byteLength } = reader.source;
+  const { idstr, headerOffset, bitmapOffset, bitmapLength, pagesOffset, pageSize } = block;
   const headerEnd = headerOffset + MAPPED_RAM_HEADER_LENGTH;
   const bitmapEnd = bitmapOffset + bitmapLength;
-  const at = { bitmap: headerOffset + 12, pages: headerOffset + 20 };
+  const pagesEnd = pagesOffset + block.usedLength;
+  const bitmapField = headerOffset + 12;
+  const pagesField = headerOffset + 20;
   if (bitmapOffset < headerEnd) {
     const expected = `bitmap_offset at or behind ${hex(headerEnd)}`;
-    throw damaged(source, at.bitmap, what, expected, hex(bitmapOffset), { idstr });
+    throw refuse(reader, block, bitmapField, expected, hex(bitmapOffset));
   }
-  if (bitmapEnd > source.byteLength) throw reader.pastEnd(at.bitmap, `${what}: bitmap`, bitmapEnd);
+  if (bitmapEnd > byteLength) {
+    throw reader.pastEnd(bitmapField, `RAMBlock ${idstr}: bitmap`, bitmapEnd, { idstr });
+  }
   if (pagesOffset < bitmapEnd) {
     const expected = `pages_offset at or behind the bitmap's end ${hex(bitmapEnd)}`;
-    throw damaged(source, at.pages, what, expected, hex(pagesOffset), { idstr });
+    throw refuse(reader, block, pagesField, expected, hex(pagesOffset));
   }
-  if (pagesOffset !== alignUp(pagesOffset, pageSize)) {
-    throw damaged(
-      source,
-      at.pages,
-      what,
-      `pages_offset in steps of ${pageSize}`,
-      hex(pagesOffset),
-      { idstr },
-    );
+  if (pagesOffset % pageSize !== 0) {
+    const expected = `pages_offset in steps of ${pageSize}`;
+    throw refuse(reader, block, pagesField, expected, hex(pagesOffset));
   }
-  const pagesEnd = pagesOffset + usedLength;
-  if (pagesEnd > source.byteLength) throw reader.pastEnd(at.pages, `${what}: pages`, pagesEnd);
+  if (pagesEnd > byteLength) {
+    throw reader.pastEnd(pagesField, `RAMBlock ${idstr}: pages`, pagesEnd, { idstr });
+  }
+}
+
+/** SNAPSHOT_FORMAT that names the block. */
+function refuse(
+  reader: ByteReader,
+  { idstr }: BlockRecord,
+  fileOffset: number,
+  expected: string,
+  found: string | number,
+): FslError {
+  return reader.damaged(fileOffset, `RAMBlock ${idstr}`, expected, found, { idstr });
 }

@@ -17,7 +17,8 @@ import { damaged, type ByteSource } from "./byte-reader.ts";
 export interface DeviceDescription {
   readonly name: string;
   readonly instanceId: number;
-  readonly version: number;
+  /** Null for a handler of the old style, whose description has none. */
+  readonly version: number | null;
   /** Bytes between section header and footer. */
   readonly bodyLength: number;
 }
@@ -124,7 +125,6 @@ function describeDevices(
     const { name } = entry;
     if (typeof name !== "string") throw bad(`device ${index}`, "a name", typeof name);
     const instanceId = entry["instance_id"];
-    // -1 (VMSTATE_INSTANCE_ID_ANY) never reaches the file; the stream's field is unsigned.
     if (!isCount(instanceId)) throw bad(`device ${name}`, "an instance_id", String(instanceId));
     const version = entry["version"];
     const bodyLength = bodyLengthOf(entry, 0);
@@ -135,7 +135,7 @@ function describeDevices(
         bodyLength === null ? "a field without" : String(bodyLength),
       );
     }
-    return { name, instanceId, version: isCount(version) ? version : -1, bodyLength };
+    return { name, instanceId, version: isCount(version) ? version : null, bodyLength };
   });
 }
 

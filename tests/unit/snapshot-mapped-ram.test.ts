@@ -256,6 +256,7 @@ describe("RAMBlock records are refused", () => {
     );
     expect(error.details).toEqual({
       path: "test.snap",
+      idstr: "pc.ram",
       fileOffset: 0x83,
       expected: 83217,
       found: 0x111000,

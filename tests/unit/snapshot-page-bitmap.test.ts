@@ -93,7 +93,7 @@ describe("PageBitmap of a 64 GiB block", () => {
     expect(bitmap.nextDataRun(0)).toEqual({ startIndex: pageCount - 1, endIndex: pageCount });
     expect(bitmap.dataPages).toBe(1);
     // Typically 2 ms; the limit only catches a scan bit by bit on a loaded machine.
-    expect(performance.now() - startMs).toBeLessThan(250);
+    expect(performance.now() - startMs).toBeLessThan(1000);
   });
 
   test("is scanned and counted in a few milliseconds when it is dense", () => {
@@ -101,6 +101,6 @@ describe("PageBitmap of a 64 GiB block", () => {
     const bitmap = new PageBitmap(new Uint8Array(pageCount / 8).fill(0xff), pageCount);
     expect(bitmap.nextZeroRun(0)).toBeNull();
     expect(bitmap.dataPages).toBe(pageCount);
-    expect(performance.now() - startMs).toBeLessThan(250);
+    expect(performance.now() - startMs).toBeLessThan(1000);
   });
 });
