@@ -2,7 +2,8 @@
  * class Uffd against a real userfaultfd of another process: contents and fault counts, and every
  * answer provoked.
  */
-import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync, writeFileSync } from "node:fs";
 import { isFslError } from "../../src/errors.ts";
 import {
   MAP_ANONYMOUS,
@@ -48,6 +49,8 @@ const PAGE = 4096;
 const PAGES = 64;
 const EVENTS_MAX = 64;
 
+type MemoryKind = "anon" | "shmem" | "hugetlb";
+
 /** A target with a registered region, a source of PAGES pages, and a buffer for events. */
 class Bench {
   readonly target: TargetProcess;
@@ -58,7 +61,7 @@ class Bench {
   uffd!: Uffd;
   addr = 0;
 
-  constructor(kind: "anon" | "shmem", features: number, pages = PAGES) {
+  constructor(kind: MemoryKind, features: number, pages = PAGES) {
     this.target = new TargetProcess(["memory", kind, String(pages), String(features)]);
     const bytes = EVENTS_MAX * UFFD_MSG.BYTES;
     const prot = PROT_READ | PROT_WRITE;
@@ -136,7 +139,7 @@ class Bench {
 
 let bench: Bench | undefined;
 
-async function start(kind: "anon" | "shmem" = "anon", features = 0, pages = PAGES): Promise<Bench> {
+async function start(kind: MemoryKind = "anon", features = 0, pages = PAGES): Promise<Bench> {
   bench = new Bench(kind, features, pages);
   return bench.connect();
 }
@@ -334,6 +337,47 @@ describe("answers of copy", () => {
   test("EINVAL keeps its number", async () => {
     const it = await start();
     expect(it.uffd.copy(it.page(0), it.source.addr, 100, 0)).toBe(-22);
+  });
+});
+
+const HUGE_PAGE = 2 * 1024 * 1024;
+const HUGE_PAGES = 2;
+const hugePages = reserveHugePages(HUGE_PAGES);
+
+/** Asks for free huge pages and says how to give them back, or why there are none. */
+function reserveHugePages(count: number): { readonly missing: string | null; release(): void } {
+  const setting = `/sys/kernel/mm/hugepages/hugepages-${HUGE_PAGE / 1024}kB`;
+  const read = (name: string): number => Number(readFileSync(`${setting}/${name}`, "latin1"));
+  try {
+    const before = read("nr_hugepages");
+    if (read("free_hugepages") >= count) return { missing: null, release: () => {} };
+    writeFileSync(`${setting}/nr_hugepages`, String(before + count));
+    const release = (): void => writeFileSync(`${setting}/nr_hugepages`, String(before));
+    if (read("free_hugepages") >= count) return { missing: null, release };
+    release();
+    return { missing: `${count} huge pages cannot be had`, release: () => {} };
+  } catch (error) {
+    return { missing: String(error), release: () => {} };
+  }
+}
+
+if (hugePages.missing !== null) console.warn(`hugetlb tests are skipped: ${hugePages.missing}`);
+
+describe.skipIf(hugePages.missing !== null)("hugetlb", () => {
+  afterAll(() => hugePages.release());
+
+  test("a fault is served by a whole huge page, and by nothing smaller", async () => {
+    const it = await start("hugetlb", 0, HUGE_PAGES);
+    const reading = it.target.job("r", 1, 1);
+    expect(it.read()).toBe(1);
+    expect(it.events.faultAddress(0)).toBe(it.addr + HUGE_PAGE);
+    const bytes = patternPages(HUGE_PAGE / PAGE, 0xb16);
+    const source = mappedBytes(bytes);
+    expect(it.uffd.copy(it.addr + HUGE_PAGE, source.addr, PAGE, 0)).toBe(-22);
+    expect(it.uffd.zeropage(it.addr + HUGE_PAGE, HUGE_PAGE, 0)).toBe(-22);
+    expect(it.uffd.copy(it.addr + HUGE_PAGE, source.addr, HUGE_PAGE, 0)).toBe(HUGE_PAGE);
+    expect(await reading).toBe(Bun.hash.crc32(bytes));
+    source.close();
   });
 });
 
