@@ -68,7 +68,8 @@ const RAM_FLAGS_SPAN = 4096;
 
 /** @source migration/ram.c MAPPED_RAM_HDR_VERSION */
 const MAPPED_RAM_VERSION = 1;
-const MAPPED_RAM_HEADER_LENGTH = 28;
+/** Bytes of a MappedRamHeader. */
+export const MAPPED_RAM_HEADER_LENGTH = 28;
 
 /** More than any guest: every block costs a memory region with a name, and KVM has 32764 memory slots at most. */
 const BLOCK_COUNT_MAX = 4096;

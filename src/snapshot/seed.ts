@@ -9,7 +9,7 @@ import { ftruncateSync, readSync, writeSync } from "node:fs";
 import { assert, FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
 import { systemReason } from "./byte-reader.ts";
-import type { RAMBlock } from "./mapped-ram.ts";
+import { MAPPED_RAM_HEADER_LENGTH, type RAMBlock } from "./mapped-ram.ts";
 import type { PageBitmap, PageRun } from "./page-bitmap.ts";
 
 /** Bytes [fileOffset, fileOffset + length) that the seed has from the snapshot. */
@@ -55,7 +55,7 @@ export function planSeed(snapshot: SeedSource, lazyIdstrs: ReadonlySet<string>):
   for (const block of snapshot.blocks) {
     if (block.notSaved) continue;
     // Record and header of this block, and of blocks before it that have no bytes in the file.
-    addPiece(pieces, streamOffset, block.headerOffset + 28);
+    addPiece(pieces, streamOffset, block.headerOffset + MAPPED_RAM_HEADER_LENGTH);
     if (!lazyIdstrs.has(block.idstr)) {
       addPiece(pieces, block.bitmapOffset, block.bitmapOffset + block.bitmapLength);
       addDataPages(pieces, block, snapshot.pageBitmap(block));
