@@ -85,7 +85,7 @@ export class FileByteSource implements ByteSource {
     this.byteLength = byteLength;
   }
 
-  /** @throws FslError SNAPSHOT_OPEN on an I/O error, SNAPSHOT_FORMAT when the file became shorter since it was opened */
+  /** @throws FslError SNAPSHOT_OPEN on an I/O error, SNAPSHOT_FORMAT when the file became shorter meanwhile */
   read(offset: number, length: number): Uint8Array {
     assert(
       offset >= 0 && length >= 0 && offset + length <= this.byteLength,

@@ -1,6 +1,7 @@
 /**
- * Walks a QEMU migration stream in a file from its magic to the end of the file: configuration, RAM section, and every
- * device section with its footer. Reads metadata only: a few KiB per block and per section. Symbols: migration/savevm.c.
+ * Walks a QEMU migration stream in a file from its magic to the end of the file: configuration, RAM section, and
+ * every device section with its footer. Reads metadata only, a few KiB per block and per section.
+ * Symbols: migration/savevm.c.
  *
  *   header, CONFIGURATION    configuration.ts
  *   sections                 u8 type, be32 section_id, ...                      save_section_header
@@ -11,7 +12,7 @@
  *   0x00 EOF, description    vmdescription.ts
  *
  * Bodies: RAM START is mapped-ram.ts; RAM PART and END are one EOS word; FULL bodies have no length in the stream, the
- * description tells it. Order in a file: RAM START, devices that are set up early, PARTs, one COMMAND, RAM END, devices.
+ * description tells it. Order: RAM START, devices that are set up early, PARTs, one COMMAND, RAM END, devices.
  */
 import { assert, type FslError } from "../errors.ts";
 import { hex } from "../pages.ts";

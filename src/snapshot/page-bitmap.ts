@@ -24,8 +24,8 @@ export class PageBitmap {
   #dataPages = -1;
 
   /**
-   * @param bytes the bitmap as it is in the file: at least ceil(pageCount / 8) bytes. Kept, and masked at its tail, when
-   * it is 4-byte aligned; copied otherwise
+   * @param bytes the bitmap as it is in the file: at least ceil(pageCount / 8) bytes. Kept, and masked at its tail,
+   * when it is 4-byte aligned; copied otherwise
    */
   constructor(bytes: Uint8Array, pageCount: number) {
     assert(Number.isSafeInteger(pageCount) && pageCount >= 0, `page count ${pageCount}`);

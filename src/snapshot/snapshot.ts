@@ -1,7 +1,7 @@
 /**
  * A snapshot file, opened, parsed and checked. Only metadata is read: opening costs a few reads of a few KiB, whatever
- * the size of the guest. The descriptor stays open, so that everything later (bitmaps, pages, seed) is of this very file
- * even if its name is given to another one.
+ * the size of the guest. The descriptor stays open, so that everything later (bitmaps, pages, seed) is of this very
+ * file even if its name is given to another one.
  */
 import { closeSync, constants, fstatSync, openSync } from "node:fs";
 
@@ -13,7 +13,10 @@ import { readMigrationStream, type MigrationStream } from "./migration-stream.ts
 import { PageBitmap } from "./page-bitmap.ts";
 
 export interface OpenSnapshotOptions {
-  /** File offset in bytes of the stream, when it was saved with `file:path,offset=N`. Found out when absent: 0, or behind libvirt's header. */
+  /**
+   * File offset in bytes of the stream, when it was saved with `file:path,offset=N`. Absent: 0, or behind libvirt's
+   * header when there is one.
+   */
   readonly offset?: number;
 }
 
@@ -95,7 +98,7 @@ export class Snapshot {
     this.#fd = fd;
   }
 
-  /** Descriptor of the file, O_RDONLY | O_CLOEXEC; owned by this object. Read it with offsets: its position is nobody's. */
+  /** Descriptor of the file, O_RDONLY | O_CLOEXEC; owned by this object. Read it by offsets, not by its position. */
   get fd(): number {
     assert(this.#fd >= 0, `snapshot ${this.path} is closed`);
     return this.#fd;

@@ -1,7 +1,7 @@
 /**
- * The tail of a migration stream: EOF byte and JSON description of the device state. Two uses: it is the only sign that
- * the saver reached the end (bitmaps are written last, so an unfinished file looks like one full of zero pages), and the
- * only source of the lengths of device sections, which have no length field.
+ * The tail of a migration stream: EOF byte and JSON description of the device state. Two uses: it is the only sign
+ * that the saver reached the end (bitmaps are written last, so an unfinished file looks like one full of zero pages),
+ * and the only source of the lengths of device sections, which have no length field.
  *
  *   offset  size  field                               QEMU migration/savevm.c
  *   0       u8    0x00  EOF                           QEMU_VM_EOF

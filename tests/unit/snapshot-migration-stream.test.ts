@@ -205,7 +205,8 @@ describe("sections are refused", () => {
 
   test("when a described device is missing", () => {
     const json =
-      '{"devices":[{"name":"timer","instance_id":0,"version":1,"fields":[{"size":4}]},{"name":"x","instance_id":0,"size":1}]}';
+      '{"devices":[{"name":"timer","instance_id":0,"version":1,"fields":[{"size":4}]},' +
+      '{"name":"x","instance_id":0,"size":1}]}';
     const built = buildSnapshot({ devices: [{ name: "timer" }], runState: null, json });
     const error = refusalOf(() => parse(built));
     expect(error.code).toBe("SNAPSHOT_FORMAT");
