@@ -17,21 +17,27 @@ export interface QmpConnectOptions {
  * @throws FslError TARGET_LOST when nobody listens there
  */
 export function connectQmp(path: string, options: QmpConnectOptions): QmpClient {
+  return QmpClient.open(connectSocket(path), { peer: `QEMU at ${path}`, ...options });
+}
+
+/**
+ * @returns the connected socket, owned by the caller
+ * @throws FslError TARGET_LOST when nobody listens there
+ */
+export function connectSocket(path: string): number {
   const fd = native.unixConnect(path);
-  if (fd >= 0) return QmpClient.open(fd, { peer: `QEMU at ${path}`, ...options });
+  if (fd >= 0) return fd;
   const errno = native.errnoName(fd);
   throw new FslError(
     "TARGET_LOST",
     `QMP socket ${path}: cannot connect (${errno})${HINTS[errno] ?? ""}`,
-    {
-      path,
-      errno,
-    },
+    { path, errno },
   );
 }
 
 const HINTS: Readonly<Record<string, string>> = {
   ENOENT: "; start QEMU with -qmp unix:PATH,server=on,wait=off",
   ECONNREFUSED: "; the QEMU that listened there has ended",
+  EAGAIN: "; too many clients wait for it already",
   EACCES: "; run fsl as QEMU's user, or as root",
 };

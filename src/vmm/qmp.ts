@@ -11,6 +11,7 @@
  * unless out-of-band commands are enabled, which fsl has no other use for: nine queries take 2
  * instead of 5 ms.
  */
+import { randomInt } from "node:crypto";
 import { FslError, assert } from "../errors.ts";
 import { EINTR, MSG_DONTWAIT, MSG_NOSIGNAL } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
@@ -58,6 +59,9 @@ export const COMMAND_TIMEOUT_MS = 60_000;
 /** Commands under way: beyond this somebody waits for nothing and asks for more. */
 export const PENDING_COMMANDS_MAX = 256;
 
+/** Short numbers: see above. */
+const ID_START_MAX = 100_000;
+
 /** A command on its way. */
 interface Pending {
   readonly command: string;
@@ -87,7 +91,8 @@ export class QmpClient {
   #lostReason: FslError | null = null;
   readonly #greetingTimer: ReturnType<typeof setTimeout>;
   #greeted = false;
-  #nextId = 1;
+  /** Not from 1: an answer to a client that was there before must not pass for one to this client. */
+  #nextId = randomInt(1, ID_START_MAX);
   /** Resolves when the last command that carries a descriptor is answered. */
   #descriptorTurn: Promise<unknown> = Promise.resolve();
 
@@ -265,7 +270,8 @@ export class QmpClient {
       this.#greet(message["QMP"]);
       return;
     }
-    if (!this.#greeted) throw new Error("a message came before the QMP greeting");
+    // A client that was there before has left answers behind that QEMU sends to the next one.
+    if (!this.#greeted) return;
     if (typeof message["event"] === "string") {
       const event = {
         name: message["event"],

@@ -261,7 +261,7 @@ export class OwnQemu {
   static async start(scratch: Scratch, argv: readonly string[]): Promise<OwnQemu> {
     const qmpPath = join(scratch.path, `qmp-${Math.random().toString(36).slice(2)}`);
     const child = Bun.spawn([...argv, "-qmp", `unix:${qmpPath},server=on,wait=off`], {
-      stdio: ["ignore", "ignore", "inherit"],
+      stdio: ["ignore", "ignore", "ignore"],
     });
     const qemu = new OwnQemu(child, qmpPath);
     await until(() => existsSync(qmpPath), "QMP socket");
