@@ -12,7 +12,8 @@ import type { Snapshot } from "../snapshot/snapshot.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
-import { nextBit, nextMissing, setRange } from "./bits.ts";
+import { countRange, nextBit, nextMissing, setRange } from "./bits.ts";
+import { contentRanges } from "./contents.ts";
 import type { BlockPlan } from "./plan.ts";
 import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
 import type { BlockState, LoadState } from "./state.ts";
@@ -143,7 +144,11 @@ export function correctResident(
     for (const [index, { block, region, bitmap }] of plans.entries()) {
       const blockState = state.blocks[index];
       if (blockState === undefined) throw new FslError("INTERNAL", `no state for block ${index}`);
-      for (const range of residentRanges(pid, region.hostAddr, block.usedLength)) {
+      const ranges = residentRanges(pid, region.hostAddr, block.usedLength);
+      if (region.backing === "shmem" || region.backing === "hugetlb") {
+        ranges.push(...contentRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
+      }
+      for (const range of ranges) {
         const { first, end } = pagesOf(
           range.startAddr,
           range.endAddr,
@@ -153,8 +158,9 @@ export function correctResident(
         );
         writer ??= new MemoryWriter(pid, snapshot.fd);
         writer.writePages(bitmap, region.hostAddr, block.pagesOffset, block.pageSize, first, end);
+        const newPages = end - first - countRange(blockState.done, first, end);
         setRange(blockState.done, first, end);
-        corrected += (end - first) * block.pageSize;
+        corrected += newPages * block.pageSize;
       }
     }
   } finally {

@@ -151,7 +151,10 @@ export function mappedByOthers(files: ReadonlySet<string>, pid: number): Set<str
     if (!/^\d+$/.test(name) || Number(name) === pid) continue;
     try {
       const maps = new ProcessMaps(readProcessFile(Number(name), "maps"), () => undefined);
-      for (const file of maps.sharedFiles()) if (files.has(file)) found.add(file);
+      const common = [...maps.sharedFiles()].filter((file) => files.has(file));
+      // A task that works in the same address space (a helper of ours) is no other process.
+      if (common.length === 0 || native.kcmpVm(pid, Number(name)) === 0) continue;
+      for (const file of common) found.add(file);
     } catch {
       continue; // It has ended, or belongs to somebody else.
     }
