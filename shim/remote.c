@@ -254,7 +254,8 @@ static int64_t find_instruction(int32_t pid, uint8_t *scratch) {
   /* A short read is right: the vDSO is smaller than the buffer and ends where its mapping ends. */
   long length = sys(NR_pread64, fd, scratch, VDSO_BYTES_MAX, base);
   sys(NR_close, fd);
-  if (length < 0) return length;
+  /* An address that the kernel gave and that cannot be read: the memory is gone meanwhile. */
+  if (length <= 0) return -ESRCH;
 
   const struct elf64_header *header = (const struct elf64_header *)(const void *)scratch;
   const uint64_t bytes = (uint64_t)length;
