@@ -7,6 +7,9 @@
 /** Bytes of one message. The longest answer that fsl asks for is some tens of KiB. */
 export const MESSAGE_LENGTH_MAX = 4 * 1024 * 1024;
 
+/** Lines of one pretty-printed message. */
+const LINES_MAX = 65_536;
+
 const LINE_FEED = 0x0a;
 
 /** What came is no QMP, or passes the limit; the stream cannot be followed any further. */
@@ -28,20 +31,23 @@ export class MessageLines {
   push(bytes: Uint8Array, onMessage: (text: string) => void): void {
     let start = 0;
     for (let end = bytes.indexOf(LINE_FEED); end >= 0; end = bytes.indexOf(LINE_FEED, start)) {
-      this.#keep(bytes, start, end);
+      const message = this.#addLine(this.#endLine(bytes.subarray(start, end)));
       start = end + 1;
-      const line = Buffer.concat(this.#pieces).toString("utf8").trimEnd();
-      this.#pieces = [];
-      const message = this.#addLine(line);
       if (message !== null) onMessage(message);
     }
-    if (start < bytes.length) this.#keep(bytes, start, bytes.length);
+    if (start === bytes.length) return;
+    // A copy, and not by `slice`: a Buffer's gives the same memory.
+    this.#pieces.push(new Uint8Array(bytes.subarray(start)));
+    this.#count(bytes.length - start);
   }
 
   /** @returns the message that `line` completes, if it does */
   #addLine(line: string): string | null {
     const isInside = this.#lines.length > 0;
-    if (!isInside && line === "") return null;
+    if (!isInside && line === "") {
+      this.#keptLength = 0;
+      return null;
+    }
     if (!isInside && !line.startsWith("{")) {
       throw new MessageError(`expected a QMP message, found ${preview(line)}`);
     }
@@ -54,14 +60,27 @@ export class MessageLines {
     return message;
   }
 
-  #keep(bytes: Uint8Array, start: number, end: number): void {
-    this.#keptLength += end - start + 1;
-    if (this.#keptLength > MESSAGE_LENGTH_MAX) {
-      throw new MessageError(`a message is longer than ${MESSAGE_LENGTH_MAX} bytes`);
-    }
-    // Not `slice`: a Buffer's gives the same memory.
-    this.#pieces.push(new Uint8Array(bytes.subarray(start, end)));
+  /** @returns the whole line that ends with `last` */
+  #endLine(last: Uint8Array): string {
+    this.#count(last.length + 1);
+    if (this.#pieces.length === 0) return decode(last);
+    const line = Buffer.concat([...this.#pieces, last]);
+    this.#pieces = [];
+    return decode(line);
   }
+
+  #count(length: number): void {
+    this.#keptLength += length;
+    if (this.#keptLength <= MESSAGE_LENGTH_MAX && this.#lines.length <= LINES_MAX) return;
+    throw new MessageError(
+      `a message is longer than ${MESSAGE_LENGTH_MAX} bytes or ${LINES_MAX} lines`,
+    );
+  }
+}
+
+function decode(bytes: Uint8Array): string {
+  const { buffer, byteOffset, length } = bytes;
+  return Buffer.from(buffer, byteOffset, length).toString("utf8").trimEnd();
 }
 
 /** Safe to show on a terminal. */

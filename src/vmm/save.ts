@@ -63,6 +63,7 @@ const LIVE_ROUNDS_MAX = 5;
 /** How long QEMU may take to give a migration up. */
 const CANCEL_TIMEOUT_MS = 30_000;
 const CANCEL_CHECK_MS = 50;
+const SETTLE_CHECK_MS = 2;
 /** How long QEMU may take to end after `quit`. */
 const QUIT_TIMEOUT_MS = 30_000;
 
@@ -156,6 +157,7 @@ class Save {
   #fdset = 0;
   #isFdsetUsed = false;
   #wasRunning = false;
+  #isStarted = false;
 
   constructor(qmp: QmpClient, options: SaveOptions) {
     this.#qmp = qmp;
@@ -185,11 +187,13 @@ class Save {
     const uri = await this.#handOver(output);
     const watch = this.#watch();
     try {
+      this.#isStarted = true;
       await this.#request("migrate", { uri });
       await watch.ended;
     } finally {
       watch.stop();
     }
+    await this.#settle("completed");
     if (fstatSync(output.fd).size > 0) return;
     throw new FslError(
       "SAVE_FAILED",
@@ -219,12 +223,19 @@ class Save {
    * a lost connection leaves nothing to do.
    */
   async undo(): Promise<void> {
-    try {
-      await this.#cancel();
-      await this.#putBack();
-      if (this.#wasRunning && (await this.#runState()) !== "running") await this.#request("cont");
-    } catch (error) {
-      if (!isFslError(error)) throw error;
+    const steps = [
+      () => this.#cancel(),
+      () => this.#putBack(),
+      async () => {
+        if (this.#wasRunning && (await this.#runState()) !== "running") await this.#request("cont");
+      },
+    ];
+    for (const step of steps) {
+      try {
+        await step();
+      } catch (error) {
+        if (!isFslError(error)) throw error;
+      }
     }
   }
 
@@ -295,6 +306,7 @@ class Save {
   }
 
   async #cancel(): Promise<void> {
+    if (!this.#isStarted) return; // What query-migrate tells is of an earlier one.
     const deadlineMs = performance.now() + CANCEL_TIMEOUT_MS;
     let status = statusOf(await this.#qmp.request("query-migrate"));
     if (!IDLE_MIGRATIONS.includes(status)) await this.#request("migrate_cancel");
@@ -302,6 +314,24 @@ class Save {
       await Bun.sleep(CANCEL_CHECK_MS);
       status = statusOf(await this.#qmp.request("query-migrate"));
     }
+    await this.#settle(status);
+  }
+
+  /**
+   * QEMU says how a migration ended a moment before it sets the run state accordingly. A `cont` in
+   * between would run the guest in a state that says it is stopped.
+   */
+  async #settle(migration: string): Promise<void> {
+    const deadlineMs = performance.now() + CANCEL_TIMEOUT_MS;
+    while (performance.now() < deadlineMs) {
+      const state = await this.#runState();
+      if (migration === "completed" ? state === "postmigrate" : state !== "finish-migrate") return;
+      await Bun.sleep(SETTLE_CHECK_MS);
+    }
+    throw new FslError(
+      "SAVE_FAILED",
+      `save: the migration is ${migration}, but QEMU goes on with it`,
+    );
   }
 
   async #putBack(): Promise<void> {

@@ -196,6 +196,15 @@ describe("saveSnapshot that fails", () => {
     await expectUndone(["guest.snap"]);
   });
 
+  test("is undone at once when it fails before it starts, after an earlier save", async () => {
+    await save({ afterwards: "cont" });
+    const startedMs = performance.now();
+    const saving = save({ multifdChannels: 256 }); // QEMU takes 255 at most.
+    expectRefusal(await refusalOf(saving), "TARGET_MISMATCH", /multifd.channels/i);
+    expect(performance.now() - startedMs).toBeLessThan(10_000);
+    await expectUndone(["guest.snap"]);
+  });
+
   test("is undone when QEMU refuses", async () => {
     await qemu.ask("object-add", { "qom-type": "memory-backend-ram", id: "m0", size: 4096 });
     // A second save without the guest having run in between is refused.

@@ -3,7 +3,6 @@
  * that lives as long as its test.
  */
 import {
-  existsSync,
   mkdtempSync,
   readFileSync,
   readdirSync,
@@ -264,7 +263,7 @@ export class OwnQemu {
       stdio: ["ignore", "ignore", "ignore"],
     });
     const qemu = new OwnQemu(child, qmpPath);
-    await until(() => existsSync(qmpPath), "QMP socket");
+    await until(() => isListening(qmpPath), "QMP socket");
     return qemu;
   }
 
@@ -285,6 +284,12 @@ export class OwnQemu {
     this.#child.kill("SIGKILL");
     await this.#child.exited;
   }
+}
+
+/** The file is there before QEMU listens: the kernel's table tells (flag SO_ACCEPTCON). */
+function isListening(path: string): boolean {
+  const lines = readFileSync("/proc/net/unix", "latin1").split("\n");
+  return lines.some((line) => line.endsWith(` ${path}`) && / 00010000 0001 /.test(line));
 }
 
 /** One command on a connection of its own; a refusal is an error. */

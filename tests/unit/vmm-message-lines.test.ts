@@ -45,7 +45,7 @@ describe("MessageLines.push", () => {
     ["a line that is no message", "hello\n", /found "hello"/],
     ["control characters", "\u001b[31m\n", /found "\.\[31m"/],
     ["a line that never ends", "{".padEnd(MESSAGE_LENGTH_MAX + 1), /longer than 4194304 bytes/],
-    ["a message that never ends", `{\n${" \n".repeat(MESSAGE_LENGTH_MAX / 2)}`, /longer than/],
+    ["a message of too many lines", `{\n${"\n".repeat(70_000)}`, /or 65536 lines/],
   ])("refuses %s", (_what, text, message) => {
     expect(() => push(text)).toThrow(MessageError);
     expect(() => push(text)).toThrow(message);
