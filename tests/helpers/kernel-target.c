@@ -8,6 +8,8 @@
  *       w ID PAGE BYTE     ... writes one byte           -> w ID 0
  *       d ID PAGE COUNT    ... MADV_DONTNEED             -> d ID 0
  *       u ID PAGE COUNT    ... munmap                    -> u ID 0
+ *   region thp|shmem|locked PAGES                2 MiB aligned, without a userfaultfd of its own:
+ *                                                        -> region ADDR LENGTH; then as `memory`
  *   storm ppoll|nanosleep|busy THREADS           counts signals, whose values must come in order
  *       s COUNT            a thread queues that many     -> s SENT RECEIVED DISORDERED WRONG
  *   sleep nanosleep|clock|ppoll|futex|read MS    one blocking call in the main thread
@@ -126,6 +128,21 @@ static void send_region(int fd, size_t length) {
   if (sendmsg(3, &header, 0) < 0) fail("sendmsg");
 }
 
+/* One thread for each line on stdin, until its end. */
+static int take_jobs(void) {
+  char line[128];
+  while (fgets(line, sizeof(line), stdin) != NULL) {
+    struct job *job = calloc(1, sizeof(*job));
+    pthread_t thread;
+    if (sscanf(line, "%c %d %zu %zu", &job->kind, &job->id, &job->page, &job->count) != 4) {
+      fail("command");
+    }
+    if (pthread_create(&thread, NULL, run_job, job) != 0) fail("pthread_create");
+    pthread_detach(thread);
+  }
+  return 0;
+}
+
 static int memory(const char *kind, size_t pages, uint64_t features) {
   int flags = MAP_PRIVATE | MAP_ANONYMOUS;
   if (strcmp(kind, "shmem") == 0) flags = MAP_SHARED | MAP_ANONYMOUS;
@@ -142,17 +159,20 @@ static int memory(const char *kind, size_t pages, uint64_t features) {
   if (ioctl(fd, 0xc018aa3f, api) < 0) fail("UFFDIO_API");
   signal(SIGBUS, on_bus);
   send_region(fd, pages * page_bytes);
-  char line[128];
-  while (fgets(line, sizeof(line), stdin) != NULL) {
-    struct job *job = calloc(1, sizeof(*job));
-    pthread_t thread;
-    if (sscanf(line, "%c %d %zu %zu", &job->kind, &job->id, &job->page, &job->count) != 4) {
-      fail("command");
-    }
-    if (pthread_create(&thread, NULL, run_job, job) != 0) fail("pthread_create");
-    pthread_detach(thread);
-  }
-  return 0;
+  return take_jobs();
+}
+
+/* For what only another task of this process does: the userfaultfd is the preload library's. */
+static int aligned_region(const char *kind, size_t pages) {
+  const size_t huge = 2 << 20, length = pages * page_bytes;
+  int flags = strcmp(kind, "shmem") == 0 ? MAP_SHARED | MAP_ANONYMOUS : MAP_PRIVATE | MAP_ANONYMOUS;
+  uint8_t *mapped = mmap(NULL, length + huge, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (mapped == MAP_FAILED) fail("mmap");
+  region = (uint8_t *)(((uintptr_t)mapped + huge - 1) & ~(huge - 1));
+  madvise(region, length, MADV_HUGEPAGE);
+  if (strcmp(kind, "locked") == 0 && mlock2(region, length, MLOCK_ONFAULT) < 0) fail("mlock2");
+  say("region %zu %zu", (size_t)region, length);
+  return take_jobs();
 }
 
 /* ---- signals ---- */
@@ -306,6 +326,9 @@ int main(int argc, char **argv) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (argc == 5 && strcmp(argv[1], "memory") == 0) {
     return memory(argv[2], strtoul(argv[3], NULL, 10), strtoull(argv[4], NULL, 10));
+  }
+  if (argc == 4 && strcmp(argv[1], "region") == 0) {
+    return aligned_region(argv[2], strtoul(argv[3], NULL, 10));
   }
   if (argc == 4 && strcmp(argv[1], "storm") == 0) return storm(argv[2], atoi(argv[3]));
   if (argc == 4 && strcmp(argv[1], "sleep") == 0) return sleep_once(argv[2], atol(argv[3]));

@@ -68,13 +68,23 @@ export class TargetProcess {
   readonly socket: number;
   #nextId = 1;
 
-  constructor(args: readonly string[], program = targetProgram()) {
+  /**
+   * @param env its environment, this process's when left out
+   * @param fds what it has as descriptors from 4 on
+   */
+  constructor(
+    args: readonly string[],
+    program = targetProgram(),
+    env: Readonly<Record<string, string | undefined>> = process.env,
+    fds: readonly number[] = [],
+  ) {
     const pair = new Int32Array(2);
     sys.check(sys.socketpair(SOCK_STREAM, pair), "socketpair");
     const [own = -1, theirs = -1] = pair;
     this.socket = own;
     this.child = Bun.spawn([program, ...args], {
-      stdio: ["pipe", "pipe", "inherit", theirs],
+      env: { ...env },
+      stdio: ["pipe", "pipe", "inherit", theirs, ...fds],
     }) as Bun.Subprocess<"pipe", "pipe", "inherit">;
     sys.close(theirs);
     void this.#collect();
