@@ -3,7 +3,14 @@
  * of processes. Linux only; CPU time wants cgroup 2 (then every thread and child counts to the
  * microsecond) and falls back to /proc (steps of 10 ms).
  */
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmdirSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import { BUILD, compileProgram, modifiedMs } from "../build-shim.ts";
 

@@ -227,9 +227,7 @@ class PeakWatch {
     const blocks = await ramBlocks(qmp);
     const ram = blocks.find(({ total }) => total === this.#snapshot.memoryMiB * MIB);
     const huge =
-      ram === undefined
-        ? null
-        : hugePagesOf(this.#qemuPid, ram.address, ram.address + ram.total);
+      ram === undefined ? null : hugePagesOf(this.#qemuPid, ram.address, ram.address + ram.total);
     return {
       qemuPeakMiB: qemu.peak / MIB,
       ...(fsl === undefined ? {} : fslMemory(fsl)),
@@ -364,9 +362,11 @@ async function startFsl(
   const startedAt = performance.now();
   const child = Bun.spawn(
     [
-      ...["setpriv", "--pdeathsig", "KILL", ...group.launcher],
-      ...[FSL, "load", snapshot.path, "--quiet", "--report", reportPath, ...setArgs, "--"],
-      ...[...snapshot.argv, ...serial.args, ...qmp.args],
+      ...["setpriv", "--pdeathsig", "KILL", ...group.launcher, FSL, "load", snapshot.path],
+      ...["--quiet", "--report", reportPath, ...setArgs, "--"],
+      ...snapshot.argv,
+      ...serial.args,
+      ...qmp.args,
     ],
     { stdin: "ignore", stdout: "ignore", stderr: errors },
   );
