@@ -1,6 +1,6 @@
 /**
- * Everything about the sources that can be checked without running them: `bun scripts/check.ts`. Also the tier `check`
- * of scripts/test.ts. Each rule says what to do instead.
+ * Everything about the sources that can be checked without running them: `bun scripts/check.ts`.
+ * Also the tier `check` of scripts/test.ts. Each rule says what to do instead.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join, normalize, relative } from "node:path";
@@ -77,7 +77,10 @@ function linesThatMatch(
 
 // -- layers -------------------------------------------------------------------------------------
 
-/** Which layer may import which, beside itself. `cli → index → load → {snapshot, source, vmm, uffd}`. */
+/**
+ * Which layer may import which, beside itself. `cli → index → load → {snapshot, source, vmm,
+ * uffd}`.
+ */
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   cli: ["index"],
   index: ["load", "snapshot", "source", "vmm", "uffd", "errors", "pages"],

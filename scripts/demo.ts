@@ -1,11 +1,12 @@
 /**
- * `npm run demo`: a real Linux guest is saved by `fsl save`, then loaded by QEMU's own load and by `fsl load`, and checksums
- * its own data after each. Prints the two side by side.
+ * `npm run demo`: a real Linux guest is saved by `fsl save`, then loaded by QEMU's own load and by
+ * `fsl load`, and checksums its own data after each. Prints the two side by side.
  *
  *   bun scripts/demo.ts [--json] [--memory MIB] [--data MIB] [--rounds N]
  *
- * All times count from the moment at which QEMU can take the state (its monitor answers), in ms; medians over the rounds. The
- * guest prints every 10 ms, so its own sleep adds up to 10 ms to its first output. With --json the last line is one JSON object.
+ * All times count from the moment at which QEMU can take the state (its monitor answers), in ms;
+ * medians over the rounds. The guest prints every 10 ms, so its own sleep adds up to 10 ms to its
+ * first output. With --json the last line is one JSON object.
  */
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, statSync, watch } from "node:fs";
 import { join } from "node:path";
@@ -85,7 +86,10 @@ async function makeSnapshot(spec: GuestSpec, directory: string, say: Say): Promi
 
 // -- the two loads ------------------------------------------------------------------------------
 
-/** Lets the guest checksum its data; says whether the guest found it right, and it is what it was before the save. */
+/**
+ * Lets the guest checksum its data; says whether the guest found it right, and it is what it was
+ * before the save.
+ */
 async function checksumIsRight(serial: SerialConsole, demo: Demo): Promise<boolean> {
   const [verdict, , checksum] = await serial.command("sum");
   return verdict === "ok" && checksum === demo.checksum;
@@ -276,7 +280,8 @@ async function main(): Promise<void> {
     const demo = await makeSnapshot(spec, directory, say);
     const byQemu: Run[] = [];
     const byFsl: FslRun[] = [];
-    // The first round only warms up: memory that the host has to find first, code that is read from disk.
+    // The first round only warms up: memory that the host has to find first, code that is read from
+    // disk.
     for (let round = 0; round <= rounds; round++) {
       say(round === 0 ? "loading, to warm up" : `loading, round ${round} of ${rounds}`);
       const pair = [await loadByQemu(demo), await loadByFsl(demo)] as const;

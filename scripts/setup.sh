@@ -1,12 +1,14 @@
 #!/bin/sh
-# Sets up what this repository needs on Debian 12 or 13 with Node.js. What is there already is left alone, and nothing of
-# the machine's own package configuration is changed.
+# Sets up what this repository needs on Debian 12 or 13 with Node.js. What is there already is left
+# alone, and nothing of the machine's own package configuration is changed.
 #
-#   sh scripts/setup.sh [tools] [qemu] [guest]      default: all; what comes behind the word `try` may fail
+#   sh scripts/setup.sh [tools] [qemu] [guest]
+#
+# Default: all. What comes behind the word `try` may fail.
 #
 #   tools   node_modules: Bun, zig, the type checker, the linter
-#   qemu    QEMU 9.0 or later; needs root and apt-get when it is missing (FSL_QEMU names another binary)
-#   guest   the guests of tests, demo and benchmark, in .cache/guest; needs apt-get; brings qemu along
+#   qemu    QEMU 9.0 or later (FSL_QEMU names another binary); root and apt-get when it is missing
+#   guest   the guests of tests, demo and benchmark, in .cache/guest; apt-get; brings qemu along
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -19,48 +21,56 @@ fail() {
   exit 1
 }
 
-# -- is anything to do? -----------------------------------------------------------------------------------------------
+# -- is anything to do? ----------------------------------------------------------------------------
 
 tools_ready() {
   [ -x node_modules/.bin/bun ] && [ ! package-lock.json -nt node_modules/.package-lock.json ]
 }
 
-# Starting QEMU only to ask its version takes 50 ms and more, so the answer is kept until the binary changes.
+# Starting QEMU only to ask its version takes 50 ms and more, so the answer is kept until the binary
+# changes.
 qemu_ready() {
   qemu=$(command -v "${FSL_QEMU:-qemu-system-x86_64}") || return 1
-  [ -f .cache/qemu-checked ] && [ "$(cat .cache/qemu-checked)" = "$qemu" ] && [ .cache/qemu-checked -nt "$qemu" ] && return
+  checked=.cache/qemu-checked
+  [ -f $checked ] && [ "$(cat $checked)" = "$qemu" ] && [ $checked -nt "$qemu" ] && return
   version=$("$qemu" --version | sed -n 's/.*version \([0-9][0-9]*\)\..*/\1/p' | head -n 1)
   [ "${version:-0}" -ge 9 ] || return 1
   mkdir -p .cache
-  echo "$qemu" >.cache/qemu-checked
+  echo "$qemu" >$checked
 }
 
 guest_ready() {
-  [ -f .cache/guest/guest.json ] && [ -z "$(find scripts/guest -newer .cache/guest/guest.json -type f)" ]
+  made=.cache/guest/guest.json
+  [ -f $made ] && [ -z "$(find scripts/guest -newer $made -type f)" ]
 }
 
-# -- apt, without touching the machine's configuration ----------------------------------------------------------------
+# -- apt, without touching the machine's configuration ---------------------------------------------
 
-# apt-get, apt-cache with the machine's own sources, and backports beside them on a Debian whose own QEMU is too old, but with
-# package lists that live in .cache/apt.
+# apt-get, apt-cache with the machine's own sources, and backports beside them on a Debian whose own
+# QEMU is too old, but with package lists that live in .cache/apt.
 private_apt() {
   program=$1
   shift
-  DEBIAN_FRONTEND=noninteractive "$program" -o Dir::Etc::sourcelist="$root/.cache/apt/sources.list" \
-    -o Dir::Etc::sourceparts="$root/.cache/apt/sources.list.d" -o Dir::State::lists="$root/.cache/apt/lists" \
-    -o Dir::Cache="$root/.cache/apt/cache" -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=300 \
+  DEBIAN_FRONTEND=noninteractive "$program" \
+    -o Dir::Etc::sourcelist="$root/.cache/apt/sources.list" \
+    -o Dir::Etc::sourceparts="$root/.cache/apt/sources.list.d" \
+    -o Dir::State::lists="$root/.cache/apt/lists" \
+    -o Dir::Cache="$root/.cache/apt/cache" \
+    -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=300 \
     -o Acquire::Languages=none -o Acquire::Retries=3 "$@"
 }
 
-# Which server a machine takes its packages from is the machine's affair: the address of backports is derived from the one
-# that the release itself comes from.
+# Which server a machine takes its packages from is the machine's affair: the address of backports
+# is derived from the one that the release itself comes from.
 add_backports() {
   codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
   [ "$codename" = bookworm ] || return 0
   uris=$(private_apt apt-get update --print-uris)
   case $uris in *"/dists/$codename-backports/"*) return 0 ;; esac
-  mirror=$(printf '%s\n' "$uris" | sed -n "s|^'\(.*\)/dists/$codename/InRelease'.*|\1|p" | head -n 1)
-  [ -n "$mirror" ] || fail "apt has no source for Debian $codename, so none for its backports; install QEMU 9.0 or later by hand"
+  mirror=$(printf '%s\n' "$uris" |
+    sed -n "s|^'\(.*\)/dists/$codename/InRelease'.*|\1|p" | head -n 1)
+  [ -n "$mirror" ] ||
+    fail "apt has no source for Debian $codename, so none for its backports; install QEMU by hand"
   {
     printf 'Types: deb\nURIs: %s\nSuites: %s-backports\nComponents: main\n' "$mirror" "$codename"
     keyring=/usr/share/keyrings/debian-archive-keyring.gpg
@@ -74,26 +84,29 @@ prepare_apt() {
   say "reading package lists"
   rm -rf .cache/apt/sources.list.d
   mkdir -p .cache/apt/sources.list.d .cache/apt/lists/partial .cache/apt/cache/archives/partial
-  if [ -f /etc/apt/sources.list ]; then cp /etc/apt/sources.list .cache/apt/sources.list; else : >.cache/apt/sources.list; fi
+  : >.cache/apt/sources.list
+  [ ! -f /etc/apt/sources.list ] || cp /etc/apt/sources.list .cache/apt/sources.list
   for source in /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
     [ ! -f "$source" ] || cp "$source" .cache/apt/sources.list.d/
   done
   add_backports
   # A source that has nothing to do with us may fail; what we need and do not get is noticed below.
-  private_apt apt-get update >.cache/apt/update.log 2>&1 || say "apt-get update had errors, see .cache/apt/update.log"
+  private_apt apt-get update >.cache/apt/update.log 2>&1 ||
+    say "apt-get update had errors, see .cache/apt/update.log"
   apt_prepared=yes
 }
 
 apt_install() {
   say "installing $*"
-  if ! private_apt apt-get install -y --no-install-recommends "$@" >.cache/apt/install.log 2>&1; then
-    tail -n 15 .cache/apt/install.log >&2
-    fail "apt-get install failed, the whole output is in .cache/apt/install.log"
+  log=.cache/apt/install.log
+  if ! private_apt apt-get install -y --no-install-recommends "$@" >$log 2>&1; then
+    tail -n 15 $log >&2
+    fail "apt-get install failed, the whole output is in $log"
   fi
   private_apt apt-get clean
 }
 
-# -- the sets ---------------------------------------------------------------------------------------------------------
+# -- the sets --------------------------------------------------------------------------------------
 
 set_up_tools() {
   tools_ready && return
@@ -101,21 +114,24 @@ set_up_tools() {
   say "npm ci"
   npm ci >&2
   # npm may be told to run no install scripts; Bun's puts its binary in place.
-  bun --version >/dev/null 2>&1 || { [ -f node_modules/bun/install.js ] && node node_modules/bun/install.js >&2; } || true
-  bun --version >/dev/null 2>&1 || fail "node_modules/.bin/bun does not run; remove node_modules and try again"
+  bun --version >/dev/null 2>&1 || node node_modules/bun/install.js >&2 || true
+  bun --version >/dev/null 2>&1 ||
+    fail "node_modules/.bin/bun does not run; remove node_modules and try again"
   touch node_modules/.package-lock.json
 }
 
 set_up_qemu() {
   qemu_ready && return
   [ -z "${FSL_QEMU:-}" ] || fail "FSL_QEMU: expected a QEMU of 9.0 or later, found $FSL_QEMU"
-  command -v apt-get >/dev/null || fail "QEMU 9.0 or later is missing and apt-get is not here; install it by hand"
+  command -v apt-get >/dev/null ||
+    fail "QEMU 9.0 or later is missing and apt-get is not here; install it by hand"
   [ "$(id -u)" -eq 0 ] || fail "QEMU 9.0 or later is missing; run as root: npm run setup"
   prepare_apt
   codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
   if [ "$codename" = bookworm ]; then set -- -t bookworm-backports; else set --; fi
   apt_install "$@" qemu-system-x86
-  qemu_ready || fail "QEMU: expected 9.0 or later, found $(qemu-system-x86_64 --version | head -n 1)"
+  qemu_ready ||
+    fail "QEMU: expected 9.0 or later, found $(qemu-system-x86_64 --version | head -n 1)"
 }
 
 # Downloads a package and unpacks it, without installing it.
@@ -132,10 +148,13 @@ unpack() {
 # The distribution's kernel and busybox are for the guest: this machine neither boots nor runs them.
 fetch_guest_packages() {
   [ ! -f .cache/packages/complete ] || return 0
-  command -v apt-get >/dev/null || fail "the test guests need apt-get: they are made of Debian's kernel and busybox"
+  command -v apt-get >/dev/null ||
+    fail "the test guests need apt-get: they are made of Debian's kernel and busybox"
   prepare_apt
-  kernel=$(private_apt apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p' | head -n 1)
-  [ -n "$kernel" ] || fail "apt knows no kernel package for linux-image-cloud-amd64, see .cache/apt/update.log"
+  kernel=$(private_apt apt-cache depends linux-image-cloud-amd64 |
+    sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p' | head -n 1)
+  [ -n "$kernel" ] ||
+    fail "apt knows no package for linux-image-cloud-amd64, see .cache/apt/update.log"
   unpack "$kernel" .cache/packages/kernel
   unpack busybox-static .cache/packages/busybox
   : >.cache/packages/complete
@@ -148,7 +167,7 @@ set_up_guest() {
   bun scripts/guest/build.ts .cache/packages/kernel .cache/packages/busybox
 }
 
-# -- go ---------------------------------------------------------------------------------------------------------------
+# -- go --------------------------------------------------------------------------------------------
 
 # Sets up one set, unless it is ready; never two at a time.
 set_up() {

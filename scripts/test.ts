@@ -1,9 +1,10 @@
 /**
- * Runs the test tiers in order: `bun scripts/test.ts [TIER …] [--soak] [--name PATTERN]`. Ends with the plain line
- * `N passed, N failed, N skipped`.
+ * Runs the test tiers in order: `bun scripts/test.ts [TIER …] [--soak] [--name PATTERN]`. Ends with
+ * the plain line `N passed, N failed, N skipped`.
  *
- * A tier that cannot run here is skipped, and its reason is printed; FSL_REQUIRE=kernel,e2e,fault turns such a skip
- * into a failure. A tier that runs no test at all has failed. So has one that leaves processes behind.
+ * A tier that cannot run here is skipped, and its reason is printed; FSL_REQUIRE=kernel,e2e,fault
+ * turns such a skip into a failure. A tier that runs no test at all has failed. So has one that
+ * leaves processes behind.
  */
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -56,7 +57,7 @@ const TIERS: readonly Tier[] = [
 /** Runs only with --soak. */
 const SOAK: Tier = { name: "soak", missing: whyNoEnd2End, testSeconds: 1800, tierSeconds: 7200 };
 
-// -- processes left behind --------------------------------------------------------------------------------------------
+// -- processes left behind ------------------------------------------------------------------------
 
 /** Processes, not this one's children only, whose environment says that they come from this run. */
 function marked(mark: string): { pid: number; name: string }[] {
@@ -78,16 +79,19 @@ async function endLeftovers(mark: string): Promise<string[]> {
   const deadline = performance.now() + 2000;
   let left = marked(mark);
   while (left.length > 0 && performance.now() < deadline) {
-    await Bun.sleep(20); // A killed process needs a moment until it is reaped; nobody tells a stranger.
+    // A killed process needs a moment until it is reaped; nobody tells a stranger.
+    await Bun.sleep(20);
     left = marked(mark);
   }
   for (const { pid } of left) process.kill(pid, "SIGKILL");
   return left.map(({ pid, name }) => `${name} (pid ${pid}) was left running`);
 }
 
-// -- running a tier ---------------------------------------------------------------------------------------------------
+// -- running a tier -------------------------------------------------------------------------------
 
-/** The counts of a JUnit report: attributes of its root element, and the names of the skipped tests. */
+/**
+ * The counts of a JUnit report: attributes of its root element, and the names of the skipped tests.
+ */
 function readReport(path: string): Counts & { skippedNames: string[] } {
   const empty = { passed: 0, failed: 0, skipped: 0, skippedNames: [] };
   if (!existsSync(path)) return empty;
@@ -132,7 +136,8 @@ async function runTests(tier: Tier, options: readonly string[]): Promise<Counts>
   rmSync(directory, { recursive: true, force: true });
   for (const name of skippedNames) console.log(`skipped: ${tier.name}: ${name}`);
   const problems = await endLeftovers(mark);
-  // A file that cannot be loaded, an error between tests, or a limit reached: no test case stands for it.
+  // A file that cannot be loaded, an error between tests, or a limit reached: no test case stands
+  // for it.
   if (child.signalCode !== null) problems.push(`ended by ${child.signalCode}`);
   else if (exitCode !== 0 && counts.failed === 0) problems.push(`bun test ended with ${exitCode}`);
   for (const problem of problems) console.log(`FAILED: ${tier.name}: ${problem}`);
@@ -162,7 +167,7 @@ async function runTier(tier: Tier, options: readonly string[]): Promise<Counts> 
   return counts;
 }
 
-// -- main -------------------------------------------------------------------------------------------------------------
+// -- main -----------------------------------------------------------------------------------------
 
 const { values, positionals: wanted } = parseArgs({
   allowPositionals: true,

@@ -1,25 +1,29 @@
 /*
- * The bare test guest: a multiboot program in 32-bit protected mode, without paging, interrupts or an operating system. It runs where
- * a 64-bit kernel does not, under KVM and TCG alike. It fills its memory from FIRST_PAGE up with a pattern, says READY
- * on COM1, and then verifies all pages again and again, for ever.
+ * The bare test guest: a multiboot program in 32-bit protected mode, without paging, interrupts or
+ * an operating system. It runs where a 64-bit kernel does not, under KVM and TCG alike. It fills
+ * its memory from FIRST_PAGE up with a pattern, says READY on COM1, and then verifies all pages
+ * again and again, for ever.
  *
  * Options on the -append line (separated by blanks):
- *   size=MIB         end of the tested memory, from address 0; default: all memory below 4 GiB that multiboot reports
+ *   size=MIB         end of the tested memory, from address 0; default: all memory below 4 GiB that
+ *                    multiboot reports
  *   seed=N           default 1
  *   zero=N           every N-th page stays zero (page % N == N - 1); default 3, 0 = none
  *   zero=upper       the upper half stays zero
  *   order=random     verify in a pseudo-random order (every page once a round)
  *   churn=N          keep changing the first N pages of the range, between data and zero; default 0
  *   beat=N           pages between heartbeats, default 4096
- *   words=N          words of a page that are used, 1..1024, a power of two, evenly spread, the last one of the page
- *                    included; default 1024. Few where KVM has to emulate every instruction of 32-bit code
+ *   words=N          words of a page that are used, 1..1024, a power of two, evenly spread, the last
+ *                    one of the page included; default 1024. Few where KVM has to emulate every
+ *                    instruction of 32-bit code
  *   once             stop with `done` after the first round
  *
  * Output:
  *   READY <pages> <dataPages>
  *   beat <n>                    after every `beat` pages, counted over all rounds: proof of life
  *   tick <round> ok             a round is over, all pages were right
- *   tick <round> BAD <page> <expected word> <found word>      page = page number, address / 4096; once for each bad page
+ *   tick <round> BAD <page> <expected word> <found word>
+ *                               once for each bad page; page = page number, address / 4096
  * Input on COM1, looked at between pages: `v` prints "verify <pages verified so far>".
  */
 typedef unsigned int u32;
@@ -31,7 +35,10 @@ typedef unsigned char u8;
 #define COM1 0x3f8u
 #define CHURN_MAX 65536u
 
-/* The n-th used word of a page is first_word() advanced n times: different for every page, word and generation. */
+/*
+ * The n-th used word of a page is first_word() advanced n times: different for every page, word and
+ * generation.
+ */
 static u32 seed = 1, zero_every = 3, zero_upper, random_order, churn, beat_pages = 4096, once;
 static u32 stride = 1; /* in words: WORDS / words= */
 static u32 end_page, page_count, upper_from;
@@ -41,7 +48,9 @@ struct multiboot_info {
   u32 flags, mem_lower, mem_upper, boot_device, command_line;
 };
 
-static inline void out8(u32 port, u8 value) { __asm__ volatile("outb %0, %w1" : : "a"(value), "Nd"(port)); }
+static inline void out8(u32 port, u8 value) {
+  __asm__ volatile("outb %0, %w1" : : "a"(value), "Nd"(port));
+}
 static inline u8 in8(u32 port) {
   u8 value;
   __asm__ volatile("inb %w1, %0" : "=a"(value) : "Nd"(port));
@@ -100,7 +109,9 @@ static u32 generation_of(u32 page) {
   return !(zero_every && page % zero_every == zero_every - 1);
 }
 
-static inline u32 first_word(u32 page, u32 gen) { return mix(seed * 0x9e3779b9u ^ page ^ gen << 24) | 1u; }
+static inline u32 first_word(u32 page, u32 gen) {
+  return mix(seed * 0x9e3779b9u ^ page ^ gen << 24) | 1u;
+}
 #define NEXT(word) ((word) = ((word) ^ (word) >> 15) * 0x2c1b3c6du + 0x9e3779b9u)
 
 static void write_page(u32 page, u32 gen) {
@@ -259,7 +270,8 @@ void *memset(void *to, int value, unsigned long n) {
 __asm__(
     ".section .multiboot, \"a\"\n"
     ".balign 4\n"
-    ".long 0x1badb002, 0x00000002, -(0x1badb002 + 0x00000002)\n" /* magic, flags: memory information, checksum */
+    /* magic, flags (memory information), checksum */
+    ".long 0x1badb002, 0x00000002, -(0x1badb002 + 0x00000002)\n"
     ".text\n"
     ".globl _start\n"
     "_start:\n"

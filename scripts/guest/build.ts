@@ -25,7 +25,10 @@ const ROOT = join(import.meta.dir, "../..");
 const SOURCES = import.meta.dir;
 const OUTPUT = join(ROOT, ".cache/guest");
 
-/** Drivers that machines and tests need; whatever they depend on comes along, whatever is built in is left out. */
+/**
+ * Drivers that machines and tests need; whatever they depend on comes along, whatever is built in
+ * is left out.
+ */
 const MODULES = [
   "virtio_pci",
   "virtio_mmio",
@@ -47,7 +50,7 @@ async function run(command: string[]): Promise<Uint8Array> {
   return output;
 }
 
-// -- kernel modules ---------------------------------------------------------------------------------------------------
+// -- kernel modules -------------------------------------------------------------------------------
 
 /** All modules of the package: name as the kernel spells it (`-` is `_`) → path of the file. */
 function findModules(tree: string): Map<string, string> {
@@ -87,7 +90,7 @@ async function collectModules(tree: string): Promise<Map<string, Uint8Array>> {
   return ordered;
 }
 
-// -- initramfs --------------------------------------------------------------------------------------------------------
+// -- initramfs ------------------------------------------------------------------------------------
 
 const FILE = 0o100755;
 const DIRECTORY = 0o040755;
@@ -102,8 +105,9 @@ interface CpioEntry {
 }
 
 /**
- * A "newc" archive, the format of an initramfs: per entry the magic 070701 and 13 fields of 8 hex digits, the name with
- * its NUL, the contents; name and contents are padded to 4 bytes. Written here because device nodes then need no root.
+ * A "newc" archive, the format of an initramfs: per entry the magic 070701 and 13 fields of 8 hex
+ * digits, the name with its NUL, the contents; name and contents are padded to 4 bytes. Written
+ * here because device nodes then need no root.
  * @source Linux Documentation/driver-api/early-userspace/buffer-format.rst
  */
 function cpio(entries: readonly CpioEntry[]): Uint8Array {
@@ -154,7 +158,7 @@ function initramfs(guest: Uint8Array, modules: ReadonlyMap<string, Uint8Array>):
   ]);
 }
 
-// -- compiling --------------------------------------------------------------------------------------------------------
+// -- compiling ------------------------------------------------------------------------------------
 
 const WARNINGS = "-Wall -Wextra -Werror";
 

@@ -1,21 +1,24 @@
 /*
- * The one program of the Linux test guest. It fills memory with data that is a function of (seed, generation, page
- * index), says READY, ticks on the console for ever, and takes commands there, one a line:
+ * The one program of the Linux test guest. It fills memory with data that is a function of (seed,
+ * generation, page index), says READY, ticks on the console for ever, and takes commands there, one
+ * a line:
  *
  *   info                 INFO <dataMiB> <checksum> <seed> <huge>
  *   sum [THREADS]        SUM ok|wrong <ms> <checksum>             reads every word of the data
- *   verify               VERIFY ok|wrong <ms> <pages> <badPages> <firstBadPage>    compares with the generator
+ *   verify               VERIFY ok|wrong <ms> <pages> <badPages> <firstBadPage>
+ *                                                                 compares with the generator
  *   random N [THREADS]   RANDOM ok|wrong <ms> <N>                 verifies N pages at random places
- *   poke N               POKE ok <ms> <N>                         changes one word in each of N random pages
- *   rewrite K            REWRITE ok <ms> <pages>                  writes every K-th page anew, whole
- *   busy MS              BUSY <bins> <iterations per 10 ms> ...   how much CPU the guest gets, bin by bin
+ *   poke N               POKE ok <ms> <N>                         changes a word of N random pages
+ *   rewrite K            REWRITE ok <ms> <pages>                  writes every K-th page anew
+ *   busy MS              BUSY <bins> <iterations per 10 ms> ...   how much CPU the guest gets
  *   tick MS              TICK <MS>                                period of the ticks, 0 = none
- *   fill MIB / free MIB  FILL|FREE ok <ms> <MiB held>             touches new memory / gives it back
+ *   fill MIB / free MIB  FILL|FREE ok <ms> <MiB held>             touches new memory, gives it back
  *   shell                a busybox shell on the console until it exits
  *   poweroff
  *
- * The expected checksum is computed from the generator while the data is written, never from memory, so a page that
- * the host has lost or mixed up cannot go unnoticed. Times are CLOCK_MONOTONIC of the guest. Ticks pause while a command runs.
+ * The expected checksum is computed from the generator while the data is written, never from
+ * memory, so a page that the host has lost or mixed up cannot go unnoticed. Times are
+ * CLOCK_MONOTONIC of the guest. Ticks pause while a command runs.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -42,6 +45,8 @@
 #define MAX_THREADS 16
 #define MAX_BINS 1000
 #define MAX_FILLS 256
+
+typedef unsigned long long ull; /* what %llu takes */
 
 static int console = 1;
 static uint64_t *data;         /* data_pages pages of the pattern */
@@ -85,7 +90,7 @@ static uint64_t page_state(uint64_t page, uint8_t rewrite) {
   return mix(seed ^ (page + 1) * GOLDEN ^ (uint64_t)rewrite << 56);
 }
 
-/* The word generator: cheap, because it runs under emulation; every page and every word is different. */
+/* The word generator: cheap, because it runs under emulation; every page and word is different. */
 #define NEXT_WORD(state, word)                             \
   do {                                                     \
     (state) += GOLDEN;                                     \
@@ -140,7 +145,7 @@ static int page_is_right(uint64_t page) {
   return differences == 0;
 }
 
-/* -- work on several vCPUs -------------------------------------------------------------------------------------- */
+/* -- work on several vCPUs --------------------------------------------------------------------- */
 
 struct share {
   uint64_t first, end;    /* half-open */
@@ -195,12 +200,13 @@ static struct share run_shares(void *(*work)(void *), uint64_t end, unsigned thr
     if (t > 0) pthread_join(ids[t], NULL);
     total.result += shares[t].result;
     total.bad += shares[t].bad;
-    if (shares[t].bad && shares[t].first_bad < total.first_bad) total.first_bad = shares[t].first_bad;
+    if (!shares[t].bad || shares[t].first_bad >= total.first_bad) continue;
+    total.first_bad = shares[t].first_bad;
   }
   return total;
 }
 
-/* -- commands --------------------------------------------------------------------------------------------------- */
+/* -- commands ---------------------------------------------------------------------------------- */
 
 static double ms_since(uint64_t start) { return (double)(now_ns() - start) / 1e6; }
 
@@ -214,20 +220,20 @@ static void *map_memory(uint64_t mib) {
 static void do_sum(unsigned threads) {
   uint64_t start = now_ns();
   uint64_t found = run_shares(sum_share, data_pages, threads).result;
-  say("SUM %s %.1f %016llx\n", found == expected ? "ok" : "wrong", ms_since(start), (unsigned long long)found);
+  say("SUM %s %.1f %016llx\n", found == expected ? "ok" : "wrong", ms_since(start), (ull)found);
 }
 
 static void do_verify(void) {
   uint64_t start = now_ns();
   struct share total = run_shares(verify_share, data_pages, 1);
-  say("VERIFY %s %.1f %llu %llu %lld\n", total.bad ? "wrong" : "ok", ms_since(start), (unsigned long long)data_pages,
-      (unsigned long long)total.bad, total.bad ? (long long)total.first_bad : -1LL);
+  say("VERIFY %s %.1f %llu %llu %lld\n", total.bad ? "wrong" : "ok", ms_since(start),
+      (ull)data_pages, (ull)total.bad, total.bad ? (long long)total.first_bad : -1LL);
 }
 
 static void do_random(uint64_t count, unsigned threads) {
   uint64_t start = now_ns();
   uint64_t bad = data_pages ? run_shares(random_share, count, threads).bad : 0;
-  say("RANDOM %s %.1f %llu\n", bad ? "wrong" : "ok", ms_since(start), (unsigned long long)count);
+  say("RANDOM %s %.1f %llu\n", bad ? "wrong" : "ok", ms_since(start), (ull)count);
 }
 
 static void do_poke(uint64_t count) {
@@ -239,7 +245,7 @@ static void do_poke(uint64_t count) {
     data[page * WORDS + POKED_WORD] = poked_value(page, pokes[page]);
     expected += expected_digest(page);
   }
-  say("POKE ok %.1f %llu\n", ms_since(start), (unsigned long long)count);
+  say("POKE ok %.1f %llu\n", ms_since(start), (ull)count);
 }
 
 static void do_rewrite(uint64_t step) {
@@ -249,7 +255,7 @@ static void do_rewrite(uint64_t step) {
     pokes[page] = 0;
     expected += write_page(data + page * WORDS, page, ++rewrites[page]);
   }
-  say("REWRITE ok %.1f %llu\n", ms_since(start), (unsigned long long)pages);
+  say("REWRITE ok %.1f %llu\n", ms_since(start), (ull)pages);
 }
 
 static void do_busy(uint64_t duration_ms) {
@@ -267,7 +273,7 @@ static void do_busy(uint64_t duration_ms) {
     if (bin >= bin_count) break;
     bins[bin]++;
   }
-  int length = snprintf(line, sizeof line, "BUSY %llu", (unsigned long long)bin_count);
+  int length = snprintf(line, sizeof line, "BUSY %llu", (ull)bin_count);
   for (uint64_t i = 0; i < bin_count; i++) length += snprintf(line + length, 12, " %u", bins[i]);
   line[length++] = '\n';
   for (int done = 0; done < length;) {
@@ -286,16 +292,17 @@ static void do_fill(uint64_t mib) {
   uint64_t start = now_ns();
   uint64_t *address = mib && fill_count < MAX_FILLS ? map_memory(mib) : NULL;
   if (!address) {
-    say("FILL failed %.1f %llu\n", ms_since(start), (unsigned long long)filled_mib());
+    say("FILL failed %.1f %llu\n", ms_since(start), (ull)filled_mib());
     return;
   }
-  for (uint64_t page = 0; page < mib * PAGES_PER_MIB; page++) write_page(address + page * WORDS, ~page, 0);
+  for (uint64_t page = 0; page < mib * PAGES_PER_MIB; page++)
+    write_page(address + page * WORDS, ~page, 0);
   fills[fill_count].address = address;
   fills[fill_count++].mib = mib;
-  say("FILL ok %.1f %llu\n", ms_since(start), (unsigned long long)filled_mib());
+  say("FILL ok %.1f %llu\n", ms_since(start), (ull)filled_mib());
 }
 
-/* Gives whole earlier fills back, the latest first, until at least `mib` MiB are gone or nothing is left. */
+/* Gives whole earlier fills back, the latest first, until `mib` MiB are gone or nothing is left. */
 static void do_free(uint64_t mib) {
   uint64_t start = now_ns(), gone = 0;
   while (fill_count > 0 && gone < mib) {
@@ -303,7 +310,7 @@ static void do_free(uint64_t mib) {
     munmap(fills[fill_count].address, fills[fill_count].mib << 20);
     gone += fills[fill_count].mib;
   }
-  say("FREE ok %.1f %llu\n", ms_since(start), (unsigned long long)filled_mib());
+  say("FREE ok %.1f %llu\n", ms_since(start), (ull)filled_mib());
 }
 
 static void set_raw(int raw) {
@@ -343,12 +350,12 @@ static uint64_t tick_ms = 50;
 
 static void obey(char *line) {
   char word[16] = "";
-  unsigned long long first = 0, second = 0;
+  ull first = 0, second = 0;
   int fields = sscanf(line, "%15s %llu %llu", word, &first, &second);
   if (fields < 1) return;
   if (!strcmp(word, "info"))
-    say("INFO %llu %016llx %llu %d\n", (unsigned long long)(data_pages / PAGES_PER_MIB), (unsigned long long)expected,
-        (unsigned long long)seed, use_huge_pages);
+    say("INFO %llu %016llx %llu %d\n", (ull)(data_pages / PAGES_PER_MIB), (ull)expected, (ull)seed,
+        use_huge_pages);
   else if (!strcmp(word, "sum")) do_sum((unsigned)first);
   else if (!strcmp(word, "verify")) do_verify();
   else if (!strcmp(word, "random")) do_random(first, (unsigned)second);
@@ -365,7 +372,7 @@ static void obey(char *line) {
   } else say("UNKNOWN %s\n", word);
 }
 
-/* -- start ------------------------------------------------------------------------------------------------------ */
+/* -- start ------------------------------------------------------------------------------------- */
 
 static char command_line[4096];
 
@@ -396,10 +403,11 @@ static void make_data(void) {
   rewrites = calloc(data_pages, 1);
   pokes = calloc(data_pages, 1);
   if (!data || !rewrites || !pokes) {
-    say("FAILED no memory for %llu MiB\n", (unsigned long long)mib);
+    say("FAILED no memory for %llu MiB\n", (ull)mib);
     power_off();
   }
-  for (uint64_t page = 0; page < data_pages; page++) expected += write_page(data + page * WORDS, page, 0);
+  for (uint64_t page = 0; page < data_pages; page++)
+    expected += write_page(data + page * WORDS, page, 0);
 }
 
 int main(void) {
@@ -414,7 +422,7 @@ int main(void) {
   use_huge_pages = (int)option("fsl.huge=", 0);
   open_console();
   make_data();
-  say("READY %llu %016llx\n", (unsigned long long)(data_pages / PAGES_PER_MIB), (unsigned long long)expected);
+  say("READY %llu %016llx\n", (ull)(data_pages / PAGES_PER_MIB), (ull)expected);
 
   char line[256];
   size_t length = 0;
@@ -424,7 +432,7 @@ int main(void) {
     if (tick_ms > 0) {
       uint64_t now = now_ns();
       if (now >= next_tick) {
-        say("tick %llu\n", (unsigned long long)++ticks);
+        say("tick %llu\n", (ull)++ticks);
         next_tick += tick_ms * 1000000u;
         if (next_tick < now) next_tick = now + tick_ms * 1000000u;
         continue;

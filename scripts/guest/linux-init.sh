@@ -7,7 +7,8 @@ $bb mount -t devtmpfs devtmpfs /dev
 while read -r module; do
   $bb insmod "/modules/$module.ko"
 done </modules/order
-# An interface that is up has live virtqueues: device state that reads guest memory while it is loaded.
+# An interface that is up has live virtqueues: device state that reads guest memory while it is
+# loaded.
 if [ -e /sys/class/net/eth0 ]; then
   $bb ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
 fi

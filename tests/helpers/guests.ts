@@ -1,10 +1,11 @@
 /**
- * Real guests for tests and benchmarks: boots one with a stock QEMU, makes a mapped-ram snapshot of it by plain QMP, loads one
- * QEMU's own way (the oracle), and reads all guest memory back out of a QEMU. It shares no code with src/, so that
- * both cannot be wrong together. Snapshots are made once and kept in .cache/snapshots.
+ * Real guests for tests and benchmarks: boots one with a stock QEMU, makes a mapped-ram snapshot of
+ * it by plain QMP, loads one QEMU's own way (the oracle), and reads all guest memory back out of a
+ * QEMU. It shares no code with src/, so that both cannot be wrong together. Snapshots are made once
+ * and kept in .cache/snapshots.
  *
- * QEMU's serial line and its QMP connect to sockets that listen here before QEMU starts: no output is ever lost and
- * nothing is polled. Every QEMU dies with this process, whatever ends it.
+ * QEMU's serial line and its QMP connect to sockets that listen here before QEMU starts: no output
+ * is ever lost and nothing is polled. Every QEMU dies with this process, whatever ends it.
  */
 import { createHash } from "node:crypto";
 import {
@@ -34,7 +35,7 @@ const MIB = 1024 * 1024;
 /** The QEMU that tests use; FSL_QEMU names another one. */
 export const QEMU = process.env.FSL_QEMU ?? "qemu-system-x86_64";
 
-// -- waiting ----------------------------------------------------------------------------------------------------------
+// -- waiting --------------------------------------------------------------------------------------
 
 /** Things that arrive, and those who wait for one of them. */
 class Arrivals<T> {
@@ -53,7 +54,10 @@ class Arrivals<T> {
     for (const look of this.#waiting) look();
   }
 
-  /** The first item with index >= `from` that matches. Rejects after `timeoutMs`, or when nothing can come any more. */
+  /**
+   * The first item with index >= `from` that matches. Rejects after `timeoutMs`, or when nothing
+   * can come any more.
+   */
   waitFor(matches: (item: T) => boolean, what: string, timeoutMs: number, from = 0): Promise<T> {
     let next = from;
     return new Promise((resolve, reject) => {
@@ -104,7 +108,7 @@ function splitLines(socket: Socket, take: (line: string) => void): void {
   });
 }
 
-// -- serial console ---------------------------------------------------------------------------------------------------
+// -- serial console -------------------------------------------------------------------------------
 
 export interface SerialLine {
   readonly text: string;
@@ -149,7 +153,10 @@ export class SerialConsole {
     return this.#lines.all;
   }
 
-  /** The first line that matches, among those with index >= `from` (default: all, those that came before too). */
+  /**
+   * The first line that matches, among those with index >= `from` (default: all, those that came
+   * before too).
+   */
   waitFor(pattern: RegExp, timeoutMs = 60_000, from = 0): Promise<SerialLine> {
     return this.#lines.waitFor(
       (line) => pattern.test(line.text),
@@ -169,7 +176,10 @@ export class SerialConsole {
     else this.#socket.write(text);
   }
 
-  /** Sends a command of the Linux guest (see scripts/guest/linux-guest.c) and returns the fields of its answer. */
+  /**
+   * Sends a command of the Linux guest (see scripts/guest/linux-guest.c) and returns the fields of
+   * its answer.
+   */
   async command(line: string, timeoutMs = 120_000): Promise<string[]> {
     const word = (line.split(" ")[0] ?? "").toUpperCase();
     const answer = this.waitForNext(new RegExp(`^${word} `), timeoutMs);
@@ -187,7 +197,7 @@ export class SerialConsole {
   }
 }
 
-// -- QMP --------------------------------------------------------------------------------------------------------------
+// -- QMP ------------------------------------------------------------------------------------------
 
 export interface QmpEvent {
   readonly event: string;
@@ -331,7 +341,7 @@ export class QmpClient {
   }
 }
 
-// -- QEMU -------------------------------------------------------------------------------------------------------------
+// -- QEMU -----------------------------------------------------------------------------------------
 
 /** A QEMU of ours. `await qemu[Symbol.asyncDispose]()`, or `await using`, ends it. */
 export interface Qemu extends AsyncDisposable {
@@ -366,7 +376,8 @@ export async function startQemu(argv: readonly string[]): Promise<Qemu> {
   const serial = await SerialConsole.listen(join(directory, "serial"));
   const qmp = await QmpClient.listen(join(directory, "qmp"));
   const startedAt = performance.now();
-  // The kernel kills QEMU when we die, even by SIGKILL; setpriv executes QEMU in its own place, so the pid is QEMU's.
+  // The kernel kills QEMU when we die, even by SIGKILL; setpriv executes QEMU in its own place, so
+  // the pid is QEMU's.
   const child = Bun.spawn(
     ["setpriv", "--pdeathsig", "KILL", ...argv, ...serial.args, ...qmp.args],
     {
@@ -385,7 +396,7 @@ export async function startQemu(argv: readonly string[]): Promise<Qemu> {
     living.delete(child.pid);
     await reading.catch(() => {});
     const reason = new Error(
-      `QEMU ended with ${child.signalCode ?? `exit code ${code}`}: ${errors.trim() || "no message"}`,
+      `QEMU ended with ${child.signalCode ?? `code ${code}`}: ${errors.trim() || "no message"}`,
     );
     serial.fail(reason);
     qmp.fail(reason);
@@ -430,7 +441,7 @@ export function qemuVersion(): Promise<string> {
   return versionCache;
 }
 
-// -- what can run here ------------------------------------------------------------------------------------------------
+// -- what can run here ----------------------------------------------------------------------------
 
 /** Why guests cannot be run here, or null when they can. */
 export function whyNoGuests(): string | null {
@@ -457,14 +468,19 @@ export function guestFile(name: string): string {
   return join(GUEST_DIR, name);
 }
 
-// -- guests -----------------------------------------------------------------------------------------------------------
+// -- guests ---------------------------------------------------------------------------------------
 
 export interface GuestSpec {
-  /** Default linux. The bare guest runs under every KVM, the Linux guest where KVM runs 64-bit kernels. */
+  /**
+   * Default linux. The bare guest runs under every KVM, the Linux guest where KVM runs 64-bit
+   * kernels.
+   */
   readonly guest?: "linux" | "bare";
   /** Default q35. */
   readonly machine?: "pc" | "q35" | "microvm";
-  /** More machine properties, e.g. `acpi=off` (microvm with it starts in 0.4 s where KVM is slow). */
+  /**
+   * More machine properties, e.g. `acpi=off` (microvm with it starts in 0.4 s where KVM is slow).
+   */
   readonly machineOptions?: string;
   /** Default tcg. */
   readonly accel?: "tcg" | "kvm";
@@ -472,15 +488,24 @@ export interface GuestSpec {
   readonly cpu?: string;
   /** Guest RAM. Default 256 for linux, 64 for bare on TCG, 34 for bare on KVM. */
   readonly memoryMiB?: number;
-  /** Linux: how much of it is filled with data, default 64. Bare: end of the tested memory, default all. */
+  /**
+   * Linux: how much of it is filled with data, default 64. Bare: end of the tested memory, default
+   * all.
+   */
   readonly dataMiB?: number;
   /** vCPUs, default 1. */
   readonly smp?: number;
-  /** RAM from a backend object, without id and size, e.g. `memory-backend-memfd,share=on`. Its block is named `ram0`. */
+  /**
+   * RAM from a backend object, without id and size, e.g. `memory-backend-memfd,share=on`. Its block
+   * is named `ram0`.
+   */
   readonly memoryBackend?: string;
   /** QEMU arguments for source and destination, e.g. devices. */
   readonly extraArgs?: readonly string[];
-  /** Added to the guest's own options: kernel command line (`fsl.tick=10 fsl.huge=1`) or those in bare.c. */
+  /**
+   * Added to the guest's own options: kernel command line (`fsl.tick=10 fsl.huge=1`) or those in
+   * bare.c.
+   */
   readonly guestOptions?: string;
 }
 
@@ -499,7 +524,8 @@ function fullSpec(spec: GuestSpec): FullSpec {
 
 function linuxArgs(spec: FullSpec): string[] {
   const options = [
-    "console=ttyS0 quiet loglevel=1 nokaslr mitigations=off panic=-1 tsc=reliable init_on_alloc=0 memhp_default_state=online",
+    "console=ttyS0 quiet loglevel=1 nokaslr mitigations=off panic=-1 tsc=reliable",
+    "init_on_alloc=0 memhp_default_state=online",
     `fsl.data=${spec.dataMiB ?? 64}`,
     spec.guestOptions ?? "",
   ];
@@ -517,7 +543,10 @@ function bareArgs(spec: FullSpec): string[] {
   return ["-kernel", guestFile("bare.elf"), "-append", options];
 }
 
-/** The command line of a guest: program and arguments, without any for serial port, QMP and `-incoming`. */
+/**
+ * The command line of a guest: program and arguments, without any for serial port, QMP and
+ * `-incoming`.
+ */
 export function guestArgv(guestSpec: GuestSpec): string[] {
   const spec = fullSpec(guestSpec);
   const cpu =
@@ -553,8 +582,9 @@ export interface BootedGuest {
 const BOOT_ATTEMPTS = 3;
 
 /**
- * Boots a guest and waits for READY. A stock kernel on microvm under TCG hangs in its first second now and then (one boot in
- * a dozen, nothing of ours is involved), so a boot that says nothing in time is tried again.
+ * Boots a guest and waits for READY. A stock kernel on microvm under TCG hangs in its first second
+ * now and then (one boot in a dozen, nothing of ours is involved), so a boot that says nothing in
+ * time is tried again.
  */
 export async function bootGuest(spec: GuestSpec): Promise<BootedGuest> {
   const { memoryMiB, dataMiB = 64 } = fullSpec(spec);
@@ -576,10 +606,13 @@ export async function bootGuest(spec: GuestSpec): Promise<BootedGuest> {
   }
 }
 
-// -- snapshots --------------------------------------------------------------------------------------------------------
+// -- snapshots ------------------------------------------------------------------------------------
 
 export interface SaveOptions {
-  /** Save while the guest runs; such a snapshot starts by itself when it is loaded. Default: stop first. */
+  /**
+   * Save while the guest runs; such a snapshot starts by itself when it is loaded. Default: stop
+   * first.
+   */
   readonly live?: boolean;
   /** With `live`: MiB per second, so that the guest changes pages meanwhile. Default: no limit. */
   readonly bandwidthMiB?: number;
@@ -620,7 +653,10 @@ export interface GuestSnapshot {
   readonly spec: SnapshotSpec;
   readonly qemuVersion: string;
   readonly machineType: string;
-  /** Linux guest: checksum of its data, 16 hex digits, as `sum` and `info` print it; bare guest: empty. */
+  /**
+   * Linux guest: checksum of its data, 16 hex digits, as `sum` and `info` print it; bare guest:
+   * empty.
+   */
   readonly checksum: string;
   readonly memoryMiB: number;
   /** Linux guest: MiB of data. Bare guest: MiB of data pages, rounded. */
@@ -636,8 +672,8 @@ export interface GuestSnapshot {
 }
 
 /**
- * The snapshot of a guest that was READY and had printed at least two ticks; from the cache when it was made before.
- * Other processes may ask for the same one at the same time: one of them makes it.
+ * The snapshot of a guest that was READY and had printed at least two ticks; from the cache when it
+ * was made before. Other processes may ask for the same one at the same time: one of them makes it.
  */
 export async function snapshotOf(spec: SnapshotSpec): Promise<GuestSnapshot> {
   const version = await qemuVersion();
@@ -725,7 +761,10 @@ async function makeSnapshot(
   }
 }
 
-/** Runs `work` while no other process does so under the same lock file; a lock whose owner has died is taken over. */
+/**
+ * Runs `work` while no other process does so under the same lock file; a lock whose owner has died
+ * is taken over.
+ */
 async function withLock<T>(path: string, work: () => Promise<T>): Promise<T> {
   const deadline = performance.now() + 600_000;
   for (;;) {
@@ -756,7 +795,7 @@ function isAbandoned(lock: string): boolean {
   }
 }
 
-// -- QEMU's own load, the oracle --------------------------------------------------------------------------------------
+// -- QEMU's own load, the oracle ------------------------------------------------------------------
 
 export interface OrdinaryLoadOptions {
   /** Leave the guest stopped after its state is loaded (also one that was saved live). */
@@ -827,7 +866,7 @@ export async function ordinaryLoad(
   }
 }
 
-// -- guest memory, from outside ---------------------------------------------------------------------------------------
+// -- guest memory, from outside -------------------------------------------------------------------
 
 export interface RamBlock {
   readonly name: string;
@@ -877,8 +916,8 @@ const ZERO_PAGE = new Uint8Array(PAGE);
 const ZERO_HASH = Bun.hash.wyhash(ZERO_PAGE);
 
 /**
- * Reads a RAMBlock out of a living QEMU, in pieces of 4 MiB. A page that a userfaultfd still waits for cannot be read:
- * that is an error (EIO), never a zero page.
+ * Reads a RAMBlock out of a living QEMU, in pieces of 4 MiB. A page that a userfaultfd still waits
+ * for cannot be read: that is an error (EIO), never a zero page.
  */
 export function readBlock(pid: number, block: RamBlock): BlockPages {
   const hashes = new BigUint64Array(block.used / PAGE);
@@ -927,7 +966,10 @@ export function dumpBlocks(pid: number, blocks: readonly RamBlock[]): Map<string
   return new Map(blocks.map((block) => [block.name, readBlock(pid, block)]));
 }
 
-/** What differs between two dumps, one line each, at most `limit` lines; empty = all memory is equal. */
+/**
+ * What differs between two dumps, one line each, at most `limit` lines; empty = all memory is
+ * equal.
+ */
 export function memoryDifferences(
   left: Map<string, BlockPages>,
   right: Map<string, BlockPages>,
