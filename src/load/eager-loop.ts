@@ -32,6 +32,9 @@ import { FAILED, GONE, type Outcome, RETRY, SUPPLIED, Supply } from "./supply.ts
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
 const FAILED_PAUSE_MS = 200;
+const FAILED_PAUSE_MAX_MS = 3200;
+/** Unreadable pages that one Worker tells of; a whole disk may have died. */
+const FAILURES_MAX = 64;
 /** Longest sleep in one go, ms: how soon a Worker that is held back by its rate notices that it is to end. */
 const PACE_MS = 100;
 
@@ -87,7 +90,12 @@ export class EagerLoop {
 
   constructor(options: EagerLoopOptions) {
     this.#options = options;
-    this.#supply = new Supply(options.uffd, options.source, options.counters);
+    this.#supply = new Supply(
+      options.uffd,
+      options.source,
+      options.counters,
+      options.state,
+    );
     this.#readyFd = Int32Array.of(options.source.readyFd);
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
@@ -103,7 +111,7 @@ export class EagerLoop {
     this.#startedMs = performance.now();
     const putOff: number[] = [];
     let turn = -1;
-    while (turn < order.length && !state.stopped) {
+    while (turn < order.length && !this.#isOver()) {
       // Where the guest is now comes first, and what lies behind it; then the order.
       const hot = state.takeHotChunk();
       if (hot < 0) turn = state.takeChunk();
@@ -114,7 +122,13 @@ export class EagerLoop {
       if (outcome === GONE) return "gone";
       if (outcome !== SUPPLIED) putOff.push(chunk);
     }
-    return state.stopped ? "stopped" : this.#bringPutOff(putOff);
+    return this.#isOver() ? "stopped" : this.#bringPutOff(putOff);
+  }
+
+  /** Told to end, or nothing more can come. */
+  #isOver(): boolean {
+    const { state } = this.#options;
+    return state.stopped || state.halted;
   }
 
   close(): void {
@@ -141,17 +155,19 @@ export class EagerLoop {
 
   /** Chunks with pages that are not to be had yet: tried again until they are. */
   #bringPutOff(chunks: number[]): EagerEnd {
-    const { state } = this.#options;
     let left = chunks;
+    let pauseMs = FAILED_PAUSE_MS;
     while (left.length > 0) {
-      this.#waitForSource(FAILED_PAUSE_MS);
+      this.#waitForSource(pauseMs);
+      pauseMs = Math.min(2 * pauseMs, FAILED_PAUSE_MAX_MS);
       const still: number[] = [];
       for (const chunk of left) {
-        if (state.stopped) return "stopped";
+        if (this.#isOver()) return "stopped";
         const outcome = this.#bringChunk(chunk);
         if (outcome === GONE) return "gone";
         if (outcome !== SUPPLIED) still.push(chunk);
       }
+      if (still.length < left.length) pauseMs = FAILED_PAUSE_MS;
       left = still;
     }
     return "finished";
@@ -186,11 +202,11 @@ export class EagerLoop {
     const { block } = state;
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
-    let moved = mover.read(state, chunk);
+    let moved = !load.halted && mover.read(state, chunk);
     if (moved) {
       while (canDiscard && !load.enterCopy(workerIndex)) this.#sleep(PARK_MS);
       // A REMOVE may have marked pages while the bytes were read: those are zero now.
-      moved = nextBit(state.done, start, end, true) === end && mover.move(state, chunk);
+      moved = !load.halted && nextBit(state.done, start, end, true) === end && mover.move(state, chunk);
       if (moved) setRange(state.done, start, end);
       if (canDiscard) load.leaveCopy(workerIndex);
     }
@@ -210,13 +226,12 @@ export class EagerLoop {
 
   /** Copies what is missing of a chunk. Goes past pages that fail, and says so by its outcome. */
   #copyChunk(state: BlockState, chunk: number): Outcome {
-    const { state: load } = this.#options;
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
     let worst: Outcome = SUPPLIED;
     let at = nextMissing(state.data, state.done, start, end, true);
     while (at < end) {
-      if (load.stopped) return RETRY;
+      if (this.#isOver()) return RETRY;
       const outcome = this.#bringPiece(state, at, end);
       if (outcome === GONE) return GONE;
       if (outcome === RETRY) {
@@ -267,6 +282,7 @@ export class EagerLoop {
     const { block } = state;
     const pageIndex = this.#supply.failedPage;
     const key = `${state.index}:${pageIndex}`;
+    if (this.#failures.size >= FAILURES_MAX && !this.#failures.has(key)) return;
     const failure = {
       idstr: block.idstr,
       pageIndex,
@@ -298,7 +314,7 @@ export class EagerLoop {
     const dueMs = this.#startedMs + (this.#bytes / bytesPerSecond) * 1000;
     for (;;) {
       const aheadMs = dueMs - performance.now();
-      if (aheadMs < 1 || state.stopped || !this.#isAnyMissing()) return;
+      if (aheadMs < 1 || this.#isOver() || state.hurried || !this.#isAnyMissing()) return;
       this.#sleep(Math.min(aheadMs, PACE_MS));
     }
   }

@@ -95,7 +95,12 @@ export class FaultLoop {
 
   constructor(options: FaultLoopOptions) {
     this.#options = options;
-    this.#supply = new Supply(options.uffd, options.source, options.counters);
+    this.#supply = new Supply(
+      options.uffd,
+      options.source,
+      options.counters,
+      options.state,
+    );
     this.#events = new UffdEvents(options.state.eventsView());
     const { readyFd } = options.source;
     this.#fds = Int32Array.from([options.uffd.fd, options.stopFd, options.pidfd, readyFd]);

@@ -31,6 +31,7 @@ import {
   type ZeroRun,
 } from "./arm.ts";
 import type { PageFailure } from "./fault-loop.ts";
+import { SnapshotGuard } from "./guard.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
 import { lockState } from "./recovery.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
@@ -117,6 +118,7 @@ class Load {
   readonly #startedAtMs: number;
   readonly #times: Times = { qemuReadyMs: null, armedMs: null, resumedMs: null, residentMs: null };
   #prepared: Prepared | undefined;
+  #guard: SnapshotGuard | undefined;
   #crew: Crew | undefined;
   #info: TargetInfo | undefined;
   #plan: LoadPlan | undefined;
@@ -215,6 +217,7 @@ class Load {
     );
     const prepared = prepare(snapshot, this.#options.mode ?? "lazy");
     this.#prepared = prepared;
+    this.#guard = new SnapshotGuard(snapshot);
     const info = await connected;
     this.#info = info;
     this.#times.qemuReadyMs = info.readyAtMs - this.#startedAtMs;
@@ -273,7 +276,7 @@ class Load {
       // A source of the caller's own is asked for every page.
       records: this.#options.source === undefined ? (this.#target.takeHelpers?.() ?? []) : [],
       fileFd: snapshot.fd,
-    });
+    }, this.#options.source === undefined ? this.#guard : undefined);
     this.#serving = serving;
     const served = serving.serveFaults();
     const kept = this.#keepState(fd);
@@ -397,6 +400,7 @@ class Load {
     this.#uffd?.close();
     for (const fd of this.#stateFds.splice(0)) sys.close(fd);
     if (this.#prepared && this.#prepared.seedFd >= 0) sys.close(this.#prepared.seedFd);
+    this.#guard?.close();
     this.#prepared?.snapshot.close();
     this.#prepared = undefined;
   }
@@ -414,7 +418,7 @@ async function letZeroExtentsGo(
   const extents = new Map<BlockState, readonly AddressRange[]>();
   for (const block of state.blocks) extents.set(block, zero[block.index] ?? []);
   const source = await makeSource(state.metadata.source as PageSourceSpec, state.metadata.blocks);
-  const supply = new Supply(uffd, source, state.counters(WORKERS_MAX - 1));
+  const supply = new Supply(uffd, source, state.counters(WORKERS_MAX - 1), state);
   try {
     releaseZeroExtents(uffd, state, supply, extents);
   } finally {

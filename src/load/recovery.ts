@@ -5,6 +5,7 @@
 import { closeSync, fstatSync, openSync, readdirSync, readlinkSync } from "node:fs";
 import { FslError, isFslError } from "../errors.ts";
 import { openSnapshot } from "../snapshot/snapshot.ts";
+import { SnapshotGuard } from "./guard.ts";
 import { EAGAIN, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
@@ -185,6 +186,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
   const stateFd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
   const opened: number[] = [stateFd];
   let begun: Serving | undefined;
+  let guard: SnapshotGuard | undefined;
   try {
     opened.push(lockState(stateFd));
     const state = LoadState.adopt(stateFd, fstatSync(stateFd).size, true);
@@ -205,7 +207,8 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     // Sources other than the file are made from what was recorded; the file's descriptor is a new one.
     const adopted = withSource(state, snapshot.fd);
     const crew = new Crew(eagerWorkerCount(options));
-    const serving = new Serving(target, adopted, uffd, crew, options);
+    if (isFileSource(state)) guard = new SnapshotGuard(snapshot);
+    const serving = new Serving(target, adopted, uffd, crew, options, undefined, guard);
     begun = serving;
     // The dead fsl may have read REMOVE events without marking their pages: nothing is copied before that is done. The
     // fault loop does it first of all, and opens the gate.
@@ -217,6 +220,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     const dataBytes = dataBytesOf(adopted);
     const done = bringRest(serving).finally(() => {
       snapshot.close();
+      guard?.close();
       for (const fd of opened) sys.close(fd);
     });
     done.catch(() => {});
@@ -232,6 +236,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
   } catch (error) {
     // Nothing is unregistered: whoever waits goes on waiting, and another fsl can try again.
     await begun?.stop();
+    guard?.close();
     for (const fd of opened) sys.close(fd);
     throw error;
   }
@@ -293,11 +298,15 @@ function openSameSnapshot(state: LoadState, path: string | undefined) {
   return snapshot;
 }
 
+/** Pages come from the snapshot file itself. */
+function isFileSource(state: LoadState): boolean {
+  const { source } = state.metadata;
+  return typeof source === "object" && source !== null && !("module" in source);
+}
+
 /** The same state, with the default source's descriptor replaced by one of this process. */
 function withSource(state: LoadState, fd: number): LoadState {
-  const { source } = state.metadata;
-  const isDefault = typeof source === "object" && source !== null && !("module" in source);
-  if (!isDefault) return state;
+  if (!isFileSource(state)) return state;
   const metadata = { ...state.metadata, source: { options: { fd } } };
   return LoadState.attach({ ...state.handle, metadata });
 }

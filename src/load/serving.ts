@@ -7,7 +7,7 @@ import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
 import { hex, KiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
-import { EFD_CLOEXEC, EFD_NONBLOCK } from "../sys/abi.ts";
+import { EFD_CLOEXEC, EFD_NONBLOCK, ENODATA } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
@@ -15,6 +15,7 @@ import type { ServedTarget } from "../vmm/target.ts";
 import { countMissing, setRange, testBit } from "./bits.ts";
 import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
+import type { SnapshotGuard } from "./guard.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
 import { Crew, type CrewEnd } from "./workers.ts";
@@ -62,6 +63,8 @@ export interface ServingHelpers {
 }
 
 const ERROR_LIMIT_MS = 30_000;
+/** Unreadable pages that nobody waits for and that are told one by one. */
+const FAILURES_TOLD_MAX = 8;
 
 /** A page that cannot be read, and since when. */
 interface KnownFailure {
@@ -82,7 +85,13 @@ export class Serving {
   readonly #crew: Crew;
   readonly #stopFd: number;
   readonly #helpers: ServingHelpers;
+  readonly #guard: SnapshotGuard | undefined;
+  /** Resolved unless the eager load is on hold. */
+  #released = Promise.withResolvers<void>();
   readonly #failures = new Map<string, KnownFailure>();
+  /** Failures that were told one by one, and those that were only counted. */
+  #failuresTold = 0;
+  #failuresUntold = 0;
   readonly #lost = Promise.withResolvers<never>();
   #errorTimer: ReturnType<typeof setInterval> | undefined;
   #goTimer: ReturnType<typeof setTimeout> | undefined;
@@ -96,7 +105,10 @@ export class Serving {
     crew: Crew,
     options: ServingOptions,
     helpers: ServingHelpers = { records: [], fileFd: -1 },
+    guard?: SnapshotGuard,
   ) {
+    this.#guard = guard;
+    this.#released.resolve();
     this.#target = target;
     this.#state = state;
     this.#uffd = uffd;
@@ -117,6 +129,11 @@ export class Serving {
       afterReplacement: (start) => {
         if (start.role === "fault") this.wakeAll();
       },
+    });
+    guard?.listen({
+      onWriter: (leftMs) => this.#hurry(leftMs),
+      onHold: (isHeld) => this.#hold(isHeld),
+      onChanged: (reason, isTooLate) => this.#halt(reason, isTooLate),
     });
   }
 
@@ -178,13 +195,29 @@ export class Serving {
     for (let pass = 0; pass < EAGER_PASSES_MAX; pass += 1) {
       const end = await Promise.race([this.#eager, gone, this.#lost.promise]);
       if (end === "gone") return false;
-      if (this.missingPages() === 0) return true;
+      // Nobody takes a page from the file after this look, and none before a change went unnoticed.
+      const isIntact = this.#guard?.look() ?? true;
+      if (this.missingPages() === 0) return this.#end();
+      if (!isIntact) break;
+      await Promise.race([this.#released.promise, gone]);
       this.#state.resetChunks();
       this.startEager(new Int32Array(0));
     }
     // Pages are missing and nobody brings them: nothing may be closed while the target lives.
     await gone;
     return false;
+  }
+
+  /**
+   * All RAM is in. Bytes that may be wrong are nothing to go on with: nobody waits for a page any more, so the guest can be
+   * stopped, and whoever has the target decides.
+   */
+  async #end(): Promise<boolean> {
+    if (this.#guard?.isTooLate && this.#options.onError !== "kill") {
+      this.#options.logger?.warn(`${this.#target.description} is stopped: its memory may be wrong`);
+      await this.#target.pause();
+    }
+    return true;
   }
 
   /** Lets every range go and takes everything of fsl out of the target. Only when no page is missing. */
@@ -262,6 +295,47 @@ export class Serving {
     }));
   }
 
+  /** Somebody waits to write to the snapshot: the rest comes as fast as it can. */
+  #hurry(leftMs: number): void {
+    this.#state.hurry();
+    this.letEagerGo(0);
+    const limit = Number.isFinite(leftMs) ? `for ${Math.round(leftMs / 1000)} s at most` : "until that is done";
+    this.#options.logger?.warn(
+      `${this.#state.metadata.snapshotPath}: another process wants to write to it and is kept waiting ${limit}; ` +
+        "the rest is loaded without a limit",
+    );
+  }
+
+  /** Nothing is read while a writer is let in that may have gone away. */
+  #hold(isHeld: boolean): void {
+    if (isHeld) {
+      this.#released = Promise.withResolvers();
+      this.#state.halt();
+      return;
+    }
+    this.#state.goOn();
+    this.#released.resolve();
+  }
+
+  /** The file has other bytes now: no page is taken from it any more. */
+  #halt(reason: string, isTooLate: boolean): void {
+    this.#state.halt();
+    this.#released.resolve();
+    this.#suppliedWrong = true;
+    const wrong = isTooLate ? "; pages that came in the last moments may be wrong" : "";
+    this.#options.logger?.warn(
+      `${this.#state.metadata.snapshotPath}: ${reason}: no page is taken from it any more${wrong}. ` +
+        "vCPUs that need one wait; end QEMU, and load again from an intact copy",
+    );
+    if (this.#options.onError === "kill") {
+      this.#options.logger?.warn(`${this.#target.description} is killed: its snapshot was changed`);
+      this.#target.kill();
+    } else if (isTooLate && this.missingPages() > 0) {
+      // Not awaited: it returns only when no vCPU waits for a page.
+      this.#target.pause().catch(() => {});
+    }
+  }
+
   #fail(failure: PageFailure, demanded: boolean): void {
     const key = failureKey(failure);
     const known = this.#failures.get(key);
@@ -271,14 +345,30 @@ export class Serving {
     }
     this.#failures.set(key, { failure, sinceMs: performance.now() });
     this.#state.lastFailure = failure;
-    const who = demanded ? "the vCPU that needs it waits" : "nobody waits for it yet";
-    this.#options.logger?.warn(
-      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} cannot be read at file offset ` +
-        `${hex(failure.fileOffset)}: ${sys.errnoText(failure.errno)}; ${who}, reading is tried again`,
-    );
+    this.#tellFailure(failure, demanded);
     if ((this.#options.onError ?? "wait") !== "wait") {
       this.#errorTimer ??= setInterval(() => this.#judgeFailures(), 100);
     }
+  }
+
+  /** The first ones one by one, then how many more there are: a whole disk may have died. */
+  #tellFailure(failure: PageFailure, demanded: boolean): void {
+    // A file that was changed fails for every page, which has been said.
+    if (this.#state.halted) return;
+    if (!demanded && this.#failuresTold >= FAILURES_TOLD_MAX) {
+      this.#failuresUntold += 1;
+      const count = this.#failuresUntold;
+      if ((count & (count - 1)) === 0) {
+        this.#options.logger?.warn(`${count} more pages that nobody waits for cannot be read`);
+      }
+      return;
+    }
+    this.#failuresTold += 1;
+    const who = demanded ? "the vCPU that needs it waits" : "nobody waits for it yet";
+    this.#options.logger?.warn(
+      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} cannot be read at file offset ` +
+        `${hex(failure.fileOffset)}: ${readErrorText(failure.errno)}; ${who}, reading is tried again`,
+    );
   }
 
   #recover(failure: PageFailure): void {
@@ -342,6 +432,10 @@ export class Serving {
 
 /** What an eventfd takes: a u64 of 1. */
 const ONE = new BigUint64Array([1n]);
+
+function readErrorText(errno: number): string {
+  return errno === ENODATA ? "the file ends before it" : sys.errnoText(errno);
+}
 
 function failureKey(failure: PageFailure): string {
   return `${failure.idstr}:${failure.pageIndex}`;

@@ -53,6 +53,10 @@ const H_HOT_CHUNK = 14;
 /** The eager load may begin. */
 const H_EAGER_GO = 15;
 const H_REPLAY_CURSOR = 16;
+/** No page may be taken from the source any more. */
+const H_HALTED = 17;
+/** The eager load is to be as fast as it can, whatever its limit. */
+const H_HURRIED = 18;
 /** One word per Worker: it is inside an announced copy. */
 const H_INFLIGHT = 32;
 const H_LENGTH = 64;
@@ -310,6 +314,8 @@ export class LoadState {
     state.#header[H_GATE] = 0;
     state.#header[H_STOP] = 0;
     state.#header[H_FAILED_PAGES] = 0;
+    state.#header[H_HALTED] = 0;
+    state.#header[H_HURRIED] = 0;
     for (const block of state.blocks) block.abandonChunks(null);
     return state;
   }
@@ -371,6 +377,26 @@ export class LoadState {
   }
   letEagerGo(): void {
     Atomics.store(this.#header, H_EAGER_GO, 1);
+  }
+
+  /** The source's bytes are not the snapshot's any more: data pages that are missing stay missing. */
+  get halted(): boolean {
+    return Atomics.load(this.#header, H_HALTED) !== 0;
+  }
+  halt(): void {
+    Atomics.store(this.#header, H_HALTED, 1);
+  }
+
+  goOn(): void {
+    Atomics.store(this.#header, H_HALTED, 0);
+  }
+
+  /** Whoever limits the eager load is told to forget the limit. */
+  get hurried(): boolean {
+    return Atomics.load(this.#header, H_HURRIED) !== 0;
+  }
+  hurry(): void {
+    Atomics.store(this.#header, H_HURRIED, 1);
   }
 
   /** Takes the next chunk number of the eager order. */

@@ -7,7 +7,7 @@
  * that the guest gave it back, and what it gets then is zero.
  */
 import * as sys from "../sys/native.ts";
-import { EFAULT, ENOMEM, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
+import { EFAULT, ENOMEM, ESTALE, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
 import type { PageBytes, PageSource } from "../source/page-source.ts";
 import {
   COPY_CHANGED,
@@ -20,7 +20,7 @@ import {
 } from "../uffd/uffd.ts";
 import { FslError } from "../errors.ts";
 import { nextMissing, setRange } from "./bits.ts";
-import { add, type BlockState, C_REDUNDANT_PAGES, C_RETRIES } from "./state.ts";
+import { add, type BlockState, C_REDUNDANT_PAGES, C_RETRIES, type LoadState } from "./state.ts";
 
 /** What came of an attempt to supply pages. */
 export const SUPPLIED = 0;
@@ -40,6 +40,7 @@ export class Supply {
   readonly #uffd: Uffd;
   readonly #source: PageSource;
   readonly #counters: Float64Array;
+  readonly #load: Pick<LoadState, "halted">;
   readonly #answer: PageBytes = { state: "ready", address: 0, pages: 0, errno: 0 };
   readonly #selfPid = process.pid;
   /** Where a host page larger than the bitmap's page is put together; made at first use. */
@@ -52,7 +53,14 @@ export class Supply {
   errno = 0;
   failedPage = 0;
 
-  constructor(uffd: Uffd, source: PageSource, counters: Float64Array) {
+  /** @param load says when the source is not to be asked any more */
+  constructor(
+    uffd: Uffd,
+    source: PageSource,
+    counters: Float64Array,
+    load: Pick<LoadState, "halted">,
+  ) {
+    this.#load = load;
     this.#uffd = uffd;
     this.#source = source;
     this.#counters = counters;
@@ -70,6 +78,7 @@ export class Supply {
     const end = pageIndex + pages;
     let pagesMax = pages;
     while (at < end) {
+      if (this.#load.halted) return this.#failed(at, ESTALE);
       const answer = this.#answer;
       this.#source.resolve(state.index, at, Math.min(end - at, pagesMax), answer);
       if (answer.state === "pending") return this.#pending(at);
@@ -178,6 +187,7 @@ export class Supply {
     let at = nextMissing(state.data, state.done, firstPage, end, true);
     while (at < end) {
       const runEnd = nextMissing(state.data, state.done, at, end, false);
+      if (this.#load.halted) return this.#failed(at, ESTALE);
       const answer = this.#answer;
       this.#source.resolve(state.index, at, runEnd - at, answer);
       if (answer.state === "pending") return this.#pending(at);

@@ -39,6 +39,7 @@ export const EOPNOTSUPP = 95;
 export const ECONNRESET = 104;
 export const ETIMEDOUT = 110;
 export const ECONNREFUSED = 111;
+export const ESTALE = 116;
 
 // ---- userfaultfd(2), ioctl_userfaultfd(2) ----
 
