@@ -359,17 +359,15 @@ async function startFsl(
   const setArgs = hasWorkingSets() ? ["--working-set", ownSet] : [];
   const errors = openSync(join(directory, "errors"), "w");
   const report = nextReport(directory, reportPath);
+  // The same way in as startQemu's, so that both starts take the same detours.
+  const prefix = ["setpriv", "--pdeathsig", "KILL", ...group.launcher];
+  const load = [FSL, "load", snapshot.path, "--quiet", "--report", reportPath, ...setArgs, "--"];
   const startedAt = performance.now();
-  const child = Bun.spawn(
-    [
-      ...["setpriv", "--pdeathsig", "KILL", ...group.launcher, FSL, "load", snapshot.path],
-      ...["--quiet", "--report", reportPath, ...setArgs, "--"],
-      ...snapshot.argv,
-      ...serial.args,
-      ...qmp.args,
-    ],
-    { stdin: "ignore", stdout: "ignore", stderr: errors },
-  );
+  const child = Bun.spawn([...prefix, ...load, ...snapshot.argv, ...serial.args, ...qmp.args], {
+    stdin: "ignore",
+    stdout: "ignore",
+    stderr: errors,
+  });
   closeSync(errors);
   group.pid = child.pid;
   void child.exited.then((code) => {
