@@ -359,6 +359,7 @@ export class QemuTarget implements Target {
 
   /** Ends a QEMU whose guest never ran. */
   async #end(): Promise<void> {
+    this.#process.identify(); // A script's child would outlive the script.
     this.signal("SIGTERM");
     const timer = setTimeout(() => this.kill(), ABANDON_GRACE_MS);
     await this.exited;

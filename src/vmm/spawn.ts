@@ -56,25 +56,31 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
   const env = options.env ?? process.env;
   const program = findProgram(options.argv[0] ?? "", env);
   const directory = makeRuntimeDirectory();
-  const handles = new Handles();
+  const forChild = new Handles();
+  const forTarget = new Handles();
+  let child: Bun.Subprocess | undefined;
   try {
     const socketPath = join(directory, "qmp");
-    const listener = handles.add(
-      checked(native.unixListen(socketPath, 1), `listen on ${socketPath}`),
-    );
+    const listener = checked(native.unixListen(socketPath, 1), `listen on ${socketPath}`);
+    forChild.add(listener);
     const connection = checked(native.unixConnect(socketPath), `connect to ${socketPath}`);
-    const preload =
-      options.userfaultfdWay === undefined || options.userfaultfdWay === "preload"
-        ? preparePreload(program, handles)
-        : null;
-    const child = startChild(options, program, env, listener, preload);
-    const process = new SpawnedQemu(
+    forTarget.add(connection);
+    const way = options.userfaultfdWay ?? "preload";
+    const preload = way === "preload" ? preparePreload(program, forChild, forTarget) : null;
+    child = startChild(options, program, env, listener, preload);
+    // The child cannot have been waited for yet: the event loop has not run since it was started.
+    const pidfd = checked(native.pidfdOpen(child.pid, 0), "open a pidfd");
+    forTarget.add(pidfd);
+    const preloadSocket = preload?.ownSocket ?? NO_FD;
+    const process = new SpawnedQemu({
       child,
+      pidfd,
       program,
       directory,
       socketPath,
-      preload?.ownSocket ?? NO_FD,
-    );
+      preloadSocket,
+    });
+    forTarget.release(connection);
     const qmp = QmpClient.open(connection, {
       peer: process.description,
       ...(options.greetingTimeoutMs === undefined
@@ -84,10 +90,12 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
     process.exited.then(() => qmp.close());
     return new QemuTarget(process, qmp, options);
   } catch (error) {
+    child?.kill("SIGKILL");
+    forTarget.close();
     removeRuntimeDirectory(directory);
     throw error;
   } finally {
-    handles.close();
+    forChild.close();
   }
 }
 
@@ -98,6 +106,16 @@ interface Preload {
   readonly childSocket: number;
   /** Holds the library. */
   readonly library: number;
+}
+
+interface SpawnedParts {
+  readonly child: Bun.Subprocess;
+  readonly pidfd: number;
+  readonly program: string;
+  readonly directory: string;
+  readonly socketPath: string;
+  /** fsl's end of the preloaded library's socket, or -1. */
+  readonly preloadSocket: number;
 }
 
 class SpawnedQemu implements QemuProcess {
@@ -111,19 +129,12 @@ class SpawnedQemu implements QemuProcess {
   #isClosed = false;
   #runsStartedProgram = false;
 
-  constructor(
-    child: Bun.Subprocess,
-    program: string,
-    directory: string,
-    socketPath: string,
-    preloadSocket: number,
-  ) {
+  constructor({ child, pidfd, program, directory, socketPath, preloadSocket }: SpawnedParts) {
     this.#program = program;
     this.#socketPath = socketPath;
     this.preloadSocket = preloadSocket;
     this.#pid = child.pid;
-    // The child cannot have been waited for yet: the event loop has not run since it was started.
-    this.#pidfd = native.pidfdOpen(child.pid, 0);
+    this.#pidfd = pidfd;
     this.exited = child.exited.then(() => {
       removeRuntimeDirectory(directory);
       return exitStatusOf(child);
@@ -182,13 +193,17 @@ class SpawnedQemu implements QemuProcess {
   }
 }
 
-/** Descriptors that are only needed until the child has its copies. */
+/** Descriptors with one fate. */
 class Handles {
   readonly #fds: number[] = [];
 
-  add(fd: number): number {
+  add(fd: number): void {
     this.#fds.push(fd);
-    return fd;
+  }
+
+  /** Somebody else owns it from now on. */
+  release(fd: number): void {
+    this.#fds.splice(this.#fds.indexOf(fd), 1);
   }
 
   close(): void {
@@ -207,31 +222,39 @@ function startChild(
   const layout = layOutDescriptors(inheritedDescriptors(), own);
   const [qmpFd = NO_FD, childSocket = NO_FD, library = NO_FD] = layout.ownNumbers;
   const [, ...args] = qemuCommandLine(options.argv, qmpFd);
-  return Bun.spawn([program, ...args], {
-    argv0: options.argv[0] ?? program,
-    env:
-      preload === null
-        ? { ...env }
-        : preloadEnvironment(env, childSocket, library, options.helperTasks ?? 0),
-    stdio: [...(options.stdio ?? ["inherit", "inherit", "inherit"]), ...layout.slots],
-  } as Bun.SpawnOptions.OptionsObject<"inherit", "inherit", "inherit">);
+  const environment =
+    preload === null
+      ? { ...env }
+      : preloadEnvironment(env, childSocket, library, options.helperTasks ?? 0);
+  try {
+    return Bun.spawn([program, ...args], {
+      argv0: options.argv[0] ?? program,
+      env: environment,
+      stdio: [...(options.stdio ?? ["inherit", "inherit", "inherit"]), ...layout.slots],
+    } as Bun.SpawnOptions.OptionsObject<"inherit", "inherit", "inherit">);
+  } catch (error) {
+    const errno = (error as NodeJS.ErrnoException).code ?? String(error);
+    const message = `QEMU command: ${JSON.stringify(program)} cannot be started (${errno})`;
+    throw new FslError("USAGE", message, { program, errno }, error);
+  }
 }
 
 /**
  * The library in a memfd, and a socket for it to answer on; null when the program would not load
  * it. Shortage of descriptors is no reason to fail here: ptrace is the fall-back.
  */
-function preparePreload(program: string, handles: Handles): Preload | null {
+function preparePreload(program: string, forChild: Handles, forTarget: Handles): Preload | null {
   if (!isGlibcInterpreter(readElfInterpreter(program))) return null;
   const library = native.memfdCreate("fsl-preload", MFD_CLOEXEC);
   if (library < 0) return null;
-  handles.add(library);
+  forChild.add(library);
   const bytes = preloadBytes();
   for (let written = 0; written < bytes.length;) written += writeSync(library, bytes, written);
   const pair = new Int32Array(2);
   if (native.socketpair(SOCK_STREAM, pair) < 0) return null;
   const [ownSocket = NO_FD, childSocket = NO_FD] = pair;
-  handles.add(childSocket);
+  forTarget.add(ownSocket);
+  forChild.add(childSocket);
   return { ownSocket, childSocket, library };
 }
 

@@ -208,13 +208,13 @@ describe("QmpClient.execute", () => {
 
   test("is lost when a message never ends", async () => {
     const { monitor, client } = await startReady();
-    const pending = client.execute("query-status");
+    const refusal = refusalOf(client.execute("query-status"));
     monitor.send('{"return": "');
     while (!client.isClosed) {
       monitor.send("x".repeat(64 * 1024));
       await Bun.sleep(0);
     }
-    expectRefusal(await refusalOf(pending), "TARGET_LOST", /longer than 4194304 bytes/);
+    expectRefusal(await refusal, "TARGET_LOST", /longer than 4194304 bytes/);
   });
 
   test("is lost when the other end does not read", async () => {

@@ -1,6 +1,13 @@
 import { describe, expect, test } from "bun:test";
+import { chmodSync } from "node:fs";
 import { layOutDescriptors, spawnQemu } from "../../src/vmm/spawn.ts";
-import { expectRefusal, refusalOf, runtimeDirectories } from "../helpers/qemu-vmm.ts";
+import {
+  expectRefusal,
+  ownDescriptors,
+  refusalOf,
+  runtimeDirectories,
+  Scratch,
+} from "../helpers/qemu-vmm.ts";
 
 describe("layOutDescriptors", () => {
   test.each([
@@ -19,6 +26,17 @@ describe("spawnQemu", () => {
     const error = await refusalOf(() => spawnQemu({ argv: ["no-such-qemu"] }));
     expectRefusal(error, "USAGE", /"no-such-qemu" was not found in PATH/);
     expect(runtimeDirectories()).toEqual(before);
+  });
+
+  test("says why a program cannot be started, and leaves nothing behind", async () => {
+    using scratch = new Scratch();
+    const program = scratch.file("no-program", "neither ELF nor script\n");
+    chmodSync(program, 0o755);
+    const before = { directories: runtimeDirectories(), descriptors: ownDescriptors().length };
+    const error = await refusalOf(() => spawnQemu({ argv: [program] }));
+    expectRefusal(error, "USAGE", /no-program" cannot be started \(ENOEXEC\)/);
+    expect(runtimeDirectories()).toEqual(before.directories);
+    expect(ownDescriptors().length).toBe(before.descriptors);
   });
 
   test("refuses a command line before it starts anything", async () => {
