@@ -24,16 +24,17 @@ import {
   guestArgv,
   ownDescriptors,
   OwnQemu,
+  ownRuntimeDirectory,
   processState,
   QEMU,
   refusalOf,
-  runtimeDirectories,
   Scratch,
 } from "../helpers/qemu-vmm.ts";
 
 setDefaultTimeout(60_000);
 
 const scratch = new Scratch();
+const runtimeDirectories = ownRuntimeDirectory(scratch);
 const disk = scratch.file("disk.img", bootSector());
 const snapshotPath = join(scratch.path, "stopped.snap");
 const liveSnapshotPath = join(scratch.path, "live.snap");

@@ -3,6 +3,7 @@
  * that lives as long as its test.
  */
 import {
+  mkdirSync,
   mkdtempSync,
   readFileSync,
   readdirSync,
@@ -181,16 +182,15 @@ export function descriptorLinks(pid: number): string[] {
   });
 }
 
-/** What fsl may leave behind while it works: its directories in the places where it makes them. */
-export function runtimeDirectories(): string[] {
-  const bases = ["/run", tmpdir(), process.env["XDG_RUNTIME_DIR"] ?? ""];
-  return bases
-    .filter((base) => base !== "")
-    .flatMap((base) =>
-      readdirSync(base)
-        .filter((name) => /^fsl-[A-Za-z0-9]{6}$/.test(name))
-        .map((name) => join(base, name)),
-    );
+/**
+ * Makes fsl put its directories where no other process's are, until the test file ends.
+ * @returns lists what is there
+ */
+export function ownRuntimeDirectory(scratch: Scratch): () => string[] {
+  const path = join(scratch.path, "runtime");
+  mkdirSync(path, { mode: 0o700 });
+  process.env["XDG_RUNTIME_DIR"] = path;
+  return () => readdirSync(path);
 }
 
 /** Numbers of this process's open descriptors. */

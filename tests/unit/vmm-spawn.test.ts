@@ -1,13 +1,17 @@
-import { describe, expect, test } from "bun:test";
+import { afterAll, describe, expect, test } from "bun:test";
 import { chmodSync } from "node:fs";
 import { layOutDescriptors, spawnQemu } from "../../src/vmm/spawn.ts";
 import {
   expectRefusal,
   ownDescriptors,
+  ownRuntimeDirectory,
   refusalOf,
-  runtimeDirectories,
   Scratch,
 } from "../helpers/qemu-vmm.ts";
+
+const runtime = new Scratch();
+const runtimeDirectories = ownRuntimeDirectory(runtime);
+afterAll(() => runtime[Symbol.dispose]());
 
 describe("layOutDescriptors", () => {
   test.each([
