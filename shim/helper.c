@@ -15,7 +15,7 @@
  * is of no use without fsl:
  *   - fsl dies: PR_SET_PDEATHSIG, and the socket's end;
  *   - the program dies: its pidfd becomes readable, and the helper ends before it looks at another
- *     request. Only then is the memory free;
+ *     request. Only then is the memory free, so a call that blocks for long keeps all of it;
  *   - it holds three descriptors and what fsl sends later, so it keeps no pipe or lock open;
  *   - all signals are blocked (Ctrl-C goes to the whole process group), and it dumps no core;
  *   - no capabilities, no new privileges, and a seccomp filter: a program that breaks into its own
@@ -51,6 +51,7 @@
 /* At the bottom of the helper's stack: what it is started with. */
 struct start {
   int32_t socket, uffd, target_pid, parent_pid;
+  uint64_t staging_addr;
 };
 
 struct control {
@@ -234,6 +235,8 @@ static void helper_main(struct start *start) {
     if (result > 0 && polled[1].revents != 0) break;
     if (result > 0 && polled[0].revents != 0 && serve(socket) != 0) break;
   }
+  /* Of what the program did not have before, this leaves address space and a page of stack. */
+  sys(NR_madvise, start->staging_addr, HELPER_STAGING_BYTES, MADV_DONTNEED);
   sys(NR_exit_group, 0);
 }
 
@@ -302,7 +305,8 @@ int32_t make_helpers(int32_t count, int32_t uffd, struct helper_record *records,
   for (; started < count; started++) {
     int32_t pair[2];
     if (sys(NR_socketpair, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) break;
-    const struct start start = {pair[0], uffd, pid, parent_pid};
+    const uint64_t own_staging = (uint64_t)staging + (uint64_t)started * HELPER_STAGING_BYTES;
+    const struct start start = {pair[0], uffd, pid, parent_pid, own_staging};
     const uint64_t stack = stacks + (uint64_t)started * (STACK_BYTES + GUARD_BYTES);
     const long task = start_helper(stack, &start);
     sys(NR_close, pair[0]);
@@ -311,9 +315,7 @@ int32_t make_helpers(int32_t count, int32_t uffd, struct helper_record *records,
       break;
     }
     records[started] =
-        (struct helper_record){(int32_t)task, uffd,
-                               (uint64_t)staging + (uint64_t)started * HELPER_STAGING_BYTES,
-                               HELPER_STAGING_BYTES};
+        (struct helper_record){(int32_t)task, uffd, own_staging, HELPER_STAGING_BYTES};
     sockets[started] = pair[1];
   }
   sys(NR_rt_sigprocmask, SIG_SETMASK, &mask, 0, sizeof(mask));

@@ -252,6 +252,7 @@ struct uffd_msg {
 #define MAP_ANONYMOUS 0x20
 #define MAP_NORESERVE 0x4000
 #define MAP_STACK 0x20000
+#define MADV_DONTNEED 4
 #define MADV_DONTFORK 10
 #define MADV_HUGEPAGE 14
 #define MADV_DONTDUMP 16
