@@ -254,6 +254,7 @@ describe("HelperTask.run", () => {
       expect(it.task.result(0)).toBe(PAGE);
       expect(it.task.result(1)).toBe(CALL_NOT_MADE);
       expect(it.task.moveOutcome(1)).toBe(CALL_NOT_MADE);
+      expect(it.task.isComplete()).toBe(false);
       expect(it.uffd.copy(it.chunk(0), it.file.addr, PAGE, 0)).toBe(PAGE);
     },
     TIMEOUT_MS,
@@ -291,6 +292,36 @@ describe("HelperTask.run", () => {
     },
     TIMEOUT_MS,
   );
+});
+
+describe("HelperTask.isComplete", () => {
+  test.each([
+    [HUGE, true],
+    [HUGE + 1, false],
+  ])(
+    "after a last read that was to have %d bytes: %p",
+    async (length, expected) => {
+      const it = await start("thp", 1);
+      const fd = it.task.sendDescriptor(it.file.fd);
+      it.task.begin();
+      it.task.preadInto(fd, it.task.record.stagingAddr, length, 0);
+      expect(it.task.run()).toBe(1);
+      expect(it.task.isComplete()).toBe(expected);
+    },
+    TIMEOUT_MS,
+  );
+
+  test("after a last call that failed, unless that was no matter", async () => {
+    const it = await start("thp", 1);
+    it.task.begin();
+    it.task.closeDescriptor(999);
+    it.task.run();
+    expect(it.task.isComplete()).toBe(true);
+    it.task.begin();
+    it.task.move(it.chunk(0), it.task.record.stagingAddr, HUGE, 0);
+    it.task.run();
+    expect(it.task.isComplete()).toBe(false);
+  });
 });
 
 describe("HelperTask.sendDescriptor", () => {
