@@ -195,32 +195,16 @@ export class HelperTask {
 
   /**
    * Has the batch made. Blocks until it is: as long as its calls take.
-   * @returns how many calls were made, the one that ended the batch included (so all of them may
-   * have been made and the last have failed: `isComplete`); HELPER_GONE
+   * @returns how many calls went as they were to: all that were added, or the index of the one that
+   * ended the batch, with an error or another result than `stopUnless` has. HELPER_GONE
    */
   run(): number {
     this.#callsMade = 0;
     const exchanged = this.#exchange(NO_FDS);
     if (exchanged < 0) return exchanged;
-    this.#callsMade = this.#reply[HELPER_REPLY.CALLS_MADE / 4] ?? 0;
-    return this.#callsMade;
-  }
-
-  /**
-   * Whether the last batch was made to its end: all calls were made, and the last one is not one
-   * that would have ended it either, such as a pread of fewer bytes than asked for.
-   */
-  isComplete(): boolean {
-    if (this.#callsMade !== this.#callCount) return false;
-    if (this.#callCount === 0) return true;
-    const at = callWord(this.#callCount - 1);
-    const flags = this.#request[at + HELPER_CALL.FLAGS / 4] ?? 0;
-    const result = this.result(this.#callCount - 1);
-    if ((flags & HELPER_STOP_IF_NEGATIVE) !== 0 && result < 0) return false;
-    return (
-      (flags & HELPER_STOP_UNLESS_EXPECTED) === 0 ||
-      result === get64(this.#request, at + HELPER_CALL.EXPECTED / 4)
-    );
+    const made = this.#reply[HELPER_REPLY.CALLS_MADE / 4] ?? 0;
+    this.#callsMade = made;
+    return made > 0 && this.#hasEnded(made - 1) ? made - 1 : made;
   }
 
   /** What call `index` of the last batch returned: >= 0 or -errno; CALL_NOT_MADE. */
@@ -281,6 +265,16 @@ export class HelperTask {
 
   [Symbol.dispose](): void {
     this.close();
+  }
+
+  /** Whether this call's result is one that ends the batch. As make_calls in shim/helper.c. */
+  #hasEnded(index: number): boolean {
+    const at = callWord(index);
+    const flags = this.#request[at + HELPER_CALL.FLAGS / 4] ?? 0;
+    const result = this.result(index);
+    if ((flags & HELPER_STOP_IF_NEGATIVE) !== 0 && result < 0) return true;
+    if ((flags & HELPER_STOP_UNLESS_EXPECTED) === 0) return false;
+    return result !== get64(this.#request, at + HELPER_CALL.EXPECTED / 4);
   }
 
   /** Sends the request, waits for the reply. 0, HELPER_GONE, or what sendmsg(2) says. */
