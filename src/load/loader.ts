@@ -90,7 +90,10 @@ export interface LoadHandle {
   progress(): LoadProgress;
   /** Pages that cannot be read at this moment. */
   failures(): readonly PageFailure[];
-  /** A page stayed unreadable and `onError` was carried out. */
+  /**
+   * `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot be read. Looked at when
+   * the target has ended: that is why.
+   */
   readonly supplyFailed: boolean;
   resume(): Promise<void>;
 }

@@ -2,11 +2,10 @@
  * Loads whose fsl has died. The target keeps the load state and the userfaultfd, so its vCPUs wait and nothing is lost;
  * another fsl finds both in /proc/PID/fd, takes the lock, wakes everybody who waits, and goes on where the first one was.
  */
-import { closeSync, fstatSync, openSync, readdirSync, readlinkSync } from "node:fs";
+import { closeSync, constants, fstatSync, openSync, readdirSync, readlinkSync } from "node:fs";
 import { FslError, isFslError } from "../errors.ts";
-import { openSnapshot } from "../snapshot/snapshot.ts";
-import { SnapshotGuard } from "./guard.ts";
-import { EAGAIN, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
+import { type GuardedFile, SnapshotGuard } from "./guard.ts";
+import { EAGAIN, O_CLOEXEC, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { FoundTarget, TargetRecord } from "../vmm/target.ts";
@@ -175,7 +174,7 @@ export interface ResumeHandle {
  * Goes on with the load of a target whose fsl has died.
  * @returns when faults are served again and, if it was still to be, the guest was resumed
  * @throws FslError TARGET_LOST when there is no such load, another fsl serves it, or the state was never handed over;
- * TARGET_MISMATCH when the snapshot is not the same file any more
+ * TARGET_MISMATCH when the snapshot is not the same file any more, SNAPSHOT_OPEN when it cannot be opened
  */
 export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> {
   const { pid } = options;
@@ -203,7 +202,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     const target = options.reattach(state.metadata.target);
     const uffd = new Uffd(takeUserfaultfd(target, pid));
     opened.push(uffd.fd);
-    const snapshot = openSameSnapshot(state, options.snapshot);
+    const snapshot = openSameFile(state, options.snapshot);
     // Sources other than the file are made from what was recorded; the file's descriptor is a new one.
     const adopted = withSource(state, snapshot.fd);
     const crew = new Crew(eagerWorkerCount(options));
@@ -280,22 +279,30 @@ function takeUserfaultfd(target: FoundTarget, pid: number): number {
   return sys.check(sys.pidfdGetfd(target.pidfd, number), `pidfd_getfd of ${target.description}`);
 }
 
-function openSameSnapshot(state: LoadState, path: string | undefined) {
+/** Opened, not read: what is needed of it is in the load state, and its disk may be failing at this moment. */
+function openSameFile(state: LoadState, otherPath: string | undefined): GuardedFile & { close(): void } {
   const { snapshotPath, snapshotIdentity } = state.metadata;
-  const offset = Number(snapshotIdentity["streamOffset"] ?? 0);
-  const snapshot = openSnapshot(path ?? snapshotPath, offset === 0 ? {} : { offset });
-  const { size, mtimeNs } = snapshot.identity;
+  const path = otherPath ?? snapshotPath;
+  let fd: number;
+  try {
+    fd = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK | O_CLOEXEC);
+  } catch (cause) {
+    const message = `${path}: ${(cause as Error).message}; if it was moved, say where it is with --snapshot`;
+    throw new FslError("SNAPSHOT_OPEN", message, { path }, cause);
+  }
+  const stat = fstatSync(fd, { bigint: true });
+  const identity = { size: Number(stat.size), mtimeNs: stat.mtimeNs.toString() };
+  const { size, mtimeNs } = snapshotIdentity;
   // Another path may hold a copy: what counts is what was written when, not where.
-  if (size !== snapshotIdentity["size"] || mtimeNs !== snapshotIdentity["mtimeNs"]) {
-    snapshot.close();
+  if (!stat.isFile() || identity.size !== size || identity.mtimeNs !== mtimeNs) {
+    closeSync(fd);
     throw new FslError(
       "TARGET_MISMATCH",
-      `${snapshot.path}: expected the snapshot of ${snapshotIdentity["size"]} bytes that the load began with, ` +
-        "found another or changed file",
-      { path: snapshot.path },
+      `${path}: expected the snapshot of ${size} bytes that the load began with, found another or changed file`,
+      { path },
     );
   }
-  return snapshot;
+  return { path, fd, identity, close: () => closeSync(fd) };
 }
 
 /** Pages come from the snapshot file itself. */

@@ -70,6 +70,8 @@ const FAILURES_TOLD_MAX = 8;
 interface KnownFailure {
   failure: PageFailure;
   readonly sinceMs: number;
+  /** A vCPU, or QEMU itself, needs it. */
+  readonly demanded: boolean;
 }
 
 export function eagerWorkerCount(options: ServingOptions): number {
@@ -137,9 +139,13 @@ export class Serving {
     });
   }
 
-  /** True when a page stayed unreadable and `onError` was carried out. */
+  /** `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot be read. */
   get supplyFailed(): boolean {
-    return this.#suppliedWrong;
+    return this.#suppliedWrong || this.#isAnyDemanded();
+  }
+
+  #isAnyDemanded(): boolean {
+    return [...this.#failures.values()].some((known) => known.demanded && !this.#isDone(known.failure));
   }
 
   /** Pages that cannot be read at this moment. */
@@ -339,12 +345,14 @@ export class Serving {
   #fail(failure: PageFailure, demanded: boolean): void {
     const key = failureKey(failure);
     const known = this.#failures.get(key);
+    // What `fsl status` shows: a page that somebody waits for, if there is one.
+    if (demanded || !this.#isAnyDemanded()) this.#state.lastFailure = failure;
     if (known !== undefined) {
       known.failure = failure;
-      return;
+      if (known.demanded || !demanded) return;
     }
-    this.#failures.set(key, { failure, sinceMs: performance.now() });
-    this.#state.lastFailure = failure;
+    const sinceMs = known?.sinceMs ?? performance.now();
+    this.#failures.set(key, { failure, sinceMs, demanded });
     this.#tellFailure(failure, demanded);
     if ((this.#options.onError ?? "wait") !== "wait") {
       this.#errorTimer ??= setInterval(() => this.#judgeFailures(), 100);

@@ -17,6 +17,7 @@ import {
 } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { PHASE_RUNNING } from "../../src/load/state.ts";
 import { SnapshotGuard } from "../../src/load/guard.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
 import { O_NONBLOCK, O_WRONLY } from "../../src/sys/abi.ts";
@@ -69,7 +70,7 @@ describe.skipIf(reason !== null)("the snapshot while it is loaded", () => {
         path: file.path,
         flags: ["--paused", "--eager-rate", "30M"],
       });
-      await run.qmp.ready;
+      await run.reached(PHASE_RUNNING);
       unlinkSync(file.path);
       await run.fsl.stderr.waitFor(/all RAM in after/);
       await expectWholeGuest(run, file.snapshot);
@@ -85,7 +86,7 @@ describe.skipIf(reason !== null)("the snapshot while it is loaded", () => {
         path: file.path,
         flags: ["--paused", "--eager-rate", "30M"],
       });
-      await run.qmp.ready;
+      await run.reached(PHASE_RUNNING);
       writeFileSync(`${file.path}.new`, "something else");
       renameSync(`${file.path}.new`, file.path);
       await run.fsl.stderr.waitFor(/all RAM in after/);
@@ -108,7 +109,7 @@ describe.skipIf(reason !== null)("the snapshot while it is loaded", () => {
           path: join(mount, "guest.snap"),
           flags: ["--paused", "--eager-rate", "30M"],
         });
-        await run.qmp.ready;
+        await run.reached(PHASE_RUNNING);
         await shell("umount", "--lazy", mount);
         isMounted = false;
         await run.fsl.stderr.waitFor(/all RAM in after/);
@@ -129,8 +130,8 @@ describe.skipIf(reason !== null)("the snapshot while it is loaded", () => {
         path: file.path,
         flags: ["--paused", ...SLOW],
       });
-      await run.qmp.ready;
-      await until(() => run.loadState(), 20_000, "a load state");
+      await run.reached(PHASE_RUNNING);
+      await run.reached(PHASE_RUNNING);
       // Does not wait, and is refused.
       await expect(shell("truncate", "--size", "0", file.path)).rejects.toThrow(
         "temporarily unavailable",

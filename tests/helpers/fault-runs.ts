@@ -180,9 +180,12 @@ export class FaultRun implements AsyncDisposable {
     return (JSON.parse(stdout) as FoundLoad[]).find((load) => load.pid === pid) ?? null;
   }
 
-  /** The load state that QEMU keeps; null as long as it has none. The caller unmaps it. */
-  async loadState(): Promise<LoadState | null> {
-    return openLoadState(await this.qemuPid());
+  /** Waits until the load has come so far: PHASE_*. */
+  async reached(phase: number): Promise<void> {
+    const pid = await this.qemuPid();
+    const state = await until(() => openLoadState(pid), 20_000, "a load state");
+    await until(() => (state.phase >= phase ? true : null), 20_000, `phase ${phase}`);
+    state.unmap();
   }
 
   report(): LoadReport {

@@ -1,0 +1,206 @@
+/**
+ * Reads of the snapshot fail (EIO), for a while or for ever. Whoever needs such a page waits; it is said at once which page
+ * it is; when reads work again the guest goes on as if nothing had been.
+ */
+import { describe, expect, test } from "bun:test";
+import { PHASE_RUNNING } from "../../src/load/state.ts";
+import { openSnapshot } from "../../src/snapshot/snapshot.ts";
+import { FaultyDisk, whyNoFaultyDisk } from "../helpers/fault-disk.ts";
+import { FaultRun, someoneWaits } from "../helpers/fault-runs.ts";
+import {
+  type GuestSnapshot,
+  snapshotOf,
+  type SnapshotSpec,
+  whyNoGuests,
+  whyNoKvm,
+} from "../helpers/guests.ts";
+import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { whyNoExecutable } from "../helpers/load-runs.ts";
+
+const TIMEOUT_MS = 120_000;
+const reason = whyNoExecutable() ?? whyNoGuests() ?? whyNoFaultyDisk();
+const SLOW = ["--eager-rate", "256K"];
+const BARE: SnapshotSpec = { guest: "bare" };
+const BARE_KVM: SnapshotSpec = { guest: "bare", accel: "kvm", machine: "pc" };
+
+/** File offset of a place in a snapshot's main RAM. */
+function ramOffset(snapshot: GuestSnapshot, share: number): number {
+  using parsed = openSnapshot(snapshot.path);
+  const ram = parsed.blocks.find(({ idstr }) => idstr === "pc.ram");
+  if (ram === undefined) throw new Error("no pc.ram");
+  const page = Math.floor(ram.pageCount * share);
+  return ram.pagesOffset + page * ram.pageSize;
+}
+
+/** Starts a guest that verifies its memory, and lets the disk fail in the middle of it. */
+async function failing(
+  disk: FaultyDisk,
+  snapshot: GuestSnapshot,
+  flags: readonly string[],
+): Promise<FaultRun> {
+  const run = await FaultRun.start(snapshot, {
+    path: disk.path,
+    flags: ["--paused", ...SLOW, ...flags],
+  });
+  await run.reached(PHASE_RUNNING);
+  disk.fail(ramOffset(snapshot, 0.6));
+  await run.qmp.execute("cont");
+  return run;
+}
+
+const UNREADABLE =
+  /RAMBlock pc\.ram: page (\d+) cannot be read at file offset (0x[0-9a-f]+): .*EIO.*; the vCPU that needs it waits/;
+
+describe.skipIf(reason !== null)("a page that cannot be read", () => {
+  test.each([["TCG", BARE], ...(whyNoKvm() === null ? ([["KVM", BARE_KVM]] as const) : [])])(
+    "is waited for, told at once, and comes when the disk works again (%s)",
+    async (_, spec) => {
+      const snapshot = await snapshotOf(spec);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      await using run = await failing(disk, snapshot, []);
+      const pid = await run.qemuPid();
+      const [, page, offset] = await run.fsl.stderr.waitFor(UNREADABLE);
+      expect(Number(offset)).toBe(ramOffset(snapshot, 0) + Number(page) * 4096);
+      // A read that begins before the place where the disk fails, and goes on behind it, fails as a whole.
+      expect(disk.isFailing(Number(offset), 0x10_0000)).toBe(true);
+      await someoneWaits(pid);
+      const failure = {
+        idstr: "pc.ram",
+        pageIndex: Number(page),
+        fileOffset: Number(offset),
+        errno: 5,
+      };
+      expect(await run.status()).toMatchObject({
+        served: true,
+        lastFailure: failure,
+        progress: { failedPages: 1 },
+      });
+      const table = await run.command("status").end();
+      expect(table.stdout).toContain(`pc.ram at file offset ${offset}`);
+      expect(run.serial.lines.filter(({ text }) => text.startsWith("tick"))).toEqual([]);
+      disk.mend();
+      await run.fsl.stderr.waitFor(/page \d+ could be read again after \d+ attempts/);
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+      expect(await run.status()).toMatchObject({ lastFailure: null, progress: { failedPages: 0 } });
+      run.fsl.signal("SIGTERM");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that nobody waits for is told by the eager load, which ends when the disk works again",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      const flags = ["--paused", "--eager-rate", "60M"];
+      await using run = await FaultRun.start(snapshot, { path: disk.path, flags });
+      await run.reached(PHASE_RUNNING);
+      disk.fail(ramOffset(snapshot, 0.8));
+      await run.fsl.stderr.waitFor(
+        /page \d+ cannot be read at file offset 0x[0-9a-f]+: .*EIO.*; nobody waits/,
+      );
+      // A dead disk is not told page by page.
+      await run.fsl.stderr.waitFor(/16 more pages that nobody waits for cannot be read/);
+      expect(
+        run.fsl.stderr.text.match(/cannot be read at file offset/g)?.length,
+      ).toBeLessThanOrEqual(8);
+      expect((await run.status())?.lastFailure).toMatchObject({ idstr: "pc.ram", errno: 5 });
+      expect(await run.qmp.execute<object>("query-status")).toMatchObject({ running: false });
+      disk.mend();
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+      expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "for ever, --on-error wait: fsl does not hang, SIGTERM ends all within the grace time",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      await using run = await failing(disk, snapshot, ["--grace-ms", "500"]);
+      await run.fsl.stderr.waitFor(UNREADABLE);
+      // It never returns while a vCPU waits. fsl must not mind.
+      run.qmp.execute("stop").catch(() => {});
+      run.fsl.signal("SIGTERM");
+      const { code, stderr } = await run.fsl.end(10_000);
+      expect(stderr).toContain("QEMU did not end within 500 ms of SIGTERM: killed");
+      expect(code).toBe(9);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "for ever, --on-error kill: QEMU is killed after the limit",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      await using run = await failing(disk, snapshot, [
+        "--on-error",
+        "kill",
+        "--error-limit-ms",
+        "300",
+      ]);
+      await run.fsl.stderr.waitFor(UNREADABLE);
+      const { code, stderr } = await run.fsl.end(10_000);
+      expect(stderr).toContain("is killed: a page stayed unreadable");
+      expect(code).toBe(9);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([["TCG", BARE], ...(whyNoKvm() === null ? ([["KVM", BARE_KVM]] as const) : [])])(
+    "for ever, --on-error poison: whoever touches it gets SIGBUS (%s)",
+    async (_, spec) => {
+      const snapshot = await snapshotOf(spec);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      await using run = await failing(disk, snapshot, [
+        "--on-error",
+        "poison",
+        "--error-limit-ms",
+        "300",
+        "--grace-ms",
+        "500",
+      ]);
+      const [, page] = await run.fsl.stderr.waitFor(UNREADABLE);
+      await run.fsl.stderr.waitFor(new RegExp(`page ${page} is poisoned: it stayed unreadable`));
+      // What QEMU makes of SIGBUS differs: it dies of it, or stops the guest with an error. It never goes on.
+      await Promise.race([run.fsl.exited, run.qmp.waitEvent("STOP", () => true, 10_000)]).catch(
+        () => {},
+      );
+      run.fsl.signal("SIGTERM");
+      const { code } = await run.fsl.end(10_000);
+      expect(code).toBe(9);
+      expect(run.serial.lines.filter(({ text }) => /^tick/.test(text))).toEqual([]);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "survives fsl: another one reports it too, and it comes when the disk works again",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      await using run = await failing(disk, snapshot, []);
+      await run.fsl.stderr.waitFor(UNREADABLE);
+      await run.fsl.kill();
+      expect(await run.status()).toMatchObject({ served: false, lastFailure: { errno: 5 } });
+      const resumed = await run.resume();
+      await resumed.stderr.waitFor(UNREADABLE);
+      disk.mend();
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect((await resumed.end()).code).toBe(0);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
