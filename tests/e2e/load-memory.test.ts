@@ -21,7 +21,7 @@ import { FslRun, whyNoExecutable } from "../helpers/load-runs.ts";
 import { specialSnapshot, type TemporarySnapshot } from "../helpers/load-snapshots.ts";
 import type { LoadReport } from "../../src/index.ts";
 
-const TIMEOUT_MS = 120_000;
+const TIMEOUT_MS = 60_000;
 const MIB = 2 ** 20;
 const PAGE = 4096;
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;

@@ -15,6 +15,8 @@ export interface SpecialSave {
   readonly parameters?: Readonly<Record<string, unknown>>;
   /** File offset of the stream. */
   readonly offset?: number;
+  /** false: an ordinary stream, which fsl cannot load. */
+  readonly mappedRam?: boolean;
 }
 
 /** A snapshot in a temporary file; `Symbol.dispose` removes it. */
@@ -33,7 +35,7 @@ export async function specialSnapshot(
   await using _ = qemu;
   const { qmp, serial } = qemu;
   await serial.waitForNext(/^(tick|beat) /);
-  await qmp.setCapabilities(["mapped-ram"]);
+  await qmp.setCapabilities(save.mappedRam === false ? [] : ["mapped-ram"]);
   await qmp.execute("migrate-set-parameters", { "max-bandwidth": 0, ...save.parameters });
   await qmp.execute("stop");
   const from = qmp.events.length;
