@@ -21,6 +21,7 @@ import {
   CHUNK_COPYING,
   CHUNK_DONE,
   CHUNK_FREE,
+  CHUNK_MOVED,
   CHUNK_MOVING,
   CHUNK_SPLIT,
   type LoadState,
@@ -210,7 +211,7 @@ export class EagerLoop {
       if (moved) setRange(state.done, start, end);
       if (canDiscard) load.leaveCopy(workerIndex);
     }
-    Atomics.store(state.chunks, chunk, moved ? CHUNK_DONE : CHUNK_SPLIT);
+    Atomics.store(state.chunks, chunk, moved ? CHUNK_MOVED : CHUNK_SPLIT);
     const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
     if (!moved || waitingSinceNs > 0) {
       uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);

@@ -33,6 +33,7 @@ import {
 import type { PageFailure } from "./fault-loop.ts";
 import { SnapshotGuard } from "./guard.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
+import { giveHugePagesBack } from "./huge-pages.ts";
 import { lockState } from "./recovery.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
@@ -85,6 +86,8 @@ export interface LoadHandle {
   readonly plan: LoadPlan;
   /** All RAM is in, or the target has ended before. Rejects only for a bug in fsl. */
   readonly done: Promise<LoadReport>;
+  /** After `done`: the guest has its huge pages back too, and fsl holds nothing of the target any more. */
+  readonly tidied: Promise<void>;
   /** The target has ended. */
   readonly exited: Promise<ExitStatus>;
   progress(): LoadProgress;
@@ -132,6 +135,8 @@ class Load {
   readonly #stateFds: number[] = [];
   #dataBytes = 0;
   #handedOver = false;
+  /** Set when `done` resolves. */
+  #tidied: Promise<void> = Promise.resolve();
 
   constructor(options: LoadOptions) {
     this.#options = options;
@@ -328,6 +333,7 @@ class Load {
       info,
       plan,
       done,
+      tidied: done.then(() => this.#tidied),
       exited: this.#target.exited,
       progress: () => this.#progress(),
       failures: () => this.#serving?.failures() ?? [],
@@ -356,8 +362,20 @@ class Load {
       await serving.stop();
     }
     const report = this.#report(complete);
-    this.#closeOwn();
+    this.#tidied = this.#tidy(complete);
     return report;
+  }
+
+  /** After the load: huge pages back, at leisure; then nothing of it is left. */
+  async #tidy(complete: boolean): Promise<void> {
+    let isOver = false;
+    this.#target.exited.then(() => {
+      isOver = true;
+    });
+    if (complete && this.#state !== undefined) {
+      await giveHugePagesBack(this.#target, this.#state, () => isOver);
+    }
+    this.#closeOwn();
   }
 
   #progress(): LoadProgress {

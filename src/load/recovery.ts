@@ -9,6 +9,7 @@ import { EAGAIN, O_CLOEXEC, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { FoundTarget, TargetRecord } from "../vmm/target.ts";
+import { giveHugePagesBack } from "./huge-pages.ts";
 import { type LoadProgress, progressOf } from "./report.ts";
 import { eagerWorkerCount, Serving, type ServingOptions } from "./serving.ts";
 import {
@@ -217,7 +218,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     serving.letEagerGo(0);
     await goOn(adopted, target);
     const dataBytes = dataBytesOf(adopted);
-    const done = bringRest(serving).finally(() => {
+    const done = bringRest(serving, target, adopted).finally(() => {
       snapshot.close();
       guard?.close();
       for (const fd of opened) sys.close(fd);
@@ -241,11 +242,19 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
   }
 }
 
-async function bringRest(serving: Serving): Promise<boolean> {
+async function bringRest(serving: Serving, target: FoundTarget, state: LoadState): Promise<boolean> {
   const complete = await serving.bringRest();
-  if (complete) await serving.finish();
-  else await serving.stop();
-  return complete;
+  if (!complete) {
+    await serving.stop();
+    return false;
+  }
+  await serving.finish();
+  let isOver = false;
+  target.exited.then(() => {
+    isOver = true;
+  });
+  await giveHugePagesBack(target, state, () => isOver);
+  return true;
 }
 
 /** The first fsl may have died between handing over and resuming: what it had left to do is done now. */

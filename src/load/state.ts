@@ -76,8 +76,9 @@ export const CHUNK_LENGTH = 0x200000;
 export const CHUNK_FREE = 0;
 /** Some of its pages came one by one: the rest has to be copied. */
 export const CHUNK_SPLIT = 1;
-/** The eager load is through with it. */
+/** The eager load is through with it: it came page by page, or as a huge page. */
 export const CHUNK_DONE = 2;
+export const CHUNK_MOVED = 3;
 /** Plus the index of the Worker that has it in hand: it comes as a whole, faults in it wait for that. */
 export const CHUNK_MOVING = 16;
 /** Plus the index of the Worker that copies what is missing; faults are served meanwhile. */
