@@ -53,7 +53,9 @@ export const loadCommand = defineCommand({
     setQuiet(flags.quiet === true);
     const serving = servingOptions(flags);
     const grace = graceMs(flags);
-    const target = spawnQemu({ argv: qemu, helperTasks: serving.eager?.workers ?? 2 });
+    // One a Worker; QEMU's own load has no use for any.
+    const helperTasks = flags.mode === "copy" ? 0 : (serving.eager?.workers ?? 2);
+    const target = spawnQemu({ argv: qemu, helperTasks });
     const stopForwarding = forwardSignals(target, grace);
     try {
       const handle = await loadSnapshot({

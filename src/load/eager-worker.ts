@@ -8,6 +8,7 @@ import { serveWorker } from "./worker.ts";
 serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report }) => {
   // Only this thread: the vCPUs and the fault loop go first.
   sys.setpriority(sys.gettid(), start.nice);
+  if (start.helper !== null) sys.setpriority(start.helper.pid, start.nice);
   const loop = new EagerLoop({
     state,
     uffd,
