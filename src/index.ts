@@ -1,11 +1,6 @@
 /** The public API of fsl: everything that the command line uses, and nothing else. */
 export { EXIT_CODES, type ErrorCode, type ErrorDetails, FslError, isFslError } from "./errors.ts";
-export {
-  type LoadHandle,
-  type LoadMode,
-  type LoadOptions,
-  loadSnapshot,
-} from "./load/loader.ts";
+export { type LoadHandle, type LoadMode, type LoadOptions, loadSnapshot } from "./load/loader.ts";
 export {
   findLoads,
   type FoundLoad,
@@ -16,7 +11,13 @@ export {
 export type { EagerOptions, Logger, OnError, ServingOptions } from "./load/serving.ts";
 export type { PageFailure } from "./load/fault-loop.ts";
 export type { BlockPlan, LoadPlan, LoadWay } from "./load/plan.ts";
-export type { FaultLatency, LoadProgress, LoadReport, LoadTimes, PageCounts } from "./load/report.ts";
+export type {
+  FaultLatency,
+  LoadProgress,
+  LoadReport,
+  LoadTimes,
+  PageCounts,
+} from "./load/report.ts";
 export { openSnapshot, type OpenSnapshotOptions, type Snapshot } from "./snapshot/snapshot.ts";
 export type { RAMBlock } from "./snapshot/mapped-ram.ts";
 export type {

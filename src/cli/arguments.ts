@@ -10,7 +10,10 @@ export function splitAtDashes(argv: readonly string[]): { own: string[]; behind:
   return { own: argv.slice(0, at), behind: argv.slice(at + 1) };
 }
 
-/** @throws FslError USAGE for a flag that the command does not have, a missing value, a surplus argument */
+/**
+ * @throws FslError USAGE for a flag that the command does not have, a missing value, a surplus
+ * argument
+ */
 export function checkArguments(own: readonly string[], args: ArgsDef): void {
   const options: Record<string, { type: "boolean" | "string"; short?: string }> = {
     help: { type: "boolean", short: "h" },
@@ -61,7 +64,8 @@ const UNITS: Readonly<Record<string, number>> = {
 export function byteSize(text: string, flag: string): number {
   if (/^0x[0-9a-f]{1,13}$/i.test(text)) return Number(text);
   const match = /^(\d{1,15})([KMGT]?)(?:i?B)?$/i.exec(text);
-  const bytes = match === null ? Number.NaN : Number(match[1]) * (UNITS[(match[2] ?? "").toUpperCase()] ?? NaN);
+  const bytes =
+    match === null ? Number.NaN : Number(match[1]) * (UNITS[(match[2] ?? "").toUpperCase()] ?? NaN);
   if (!Number.isSafeInteger(bytes)) {
     throw new FslError("USAGE", `--${flag}: expected a size such as 512K or 100M, found '${text}'`);
   }

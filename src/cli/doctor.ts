@@ -7,12 +7,17 @@ import { formatTable } from "./format.ts";
 const QEMU_VERSION_MIN = 9;
 
 export const doctorCommand = defineCommand({
-  meta: { name: "doctor", description: "Says whether fsl load can work on this host, and what mends it" },
+  meta: {
+    name: "doctor",
+    description: "Says whether fsl load can work on this host, and what mends it",
+  },
   args: { json: { type: "boolean", description: "one JSON object on stdout" } },
   async run({ args: flags }) {
     const host = checkHost();
     const qemus = await findQemus();
-    const qemuOk = qemus.some(({ version }) => Number.parseInt(version ?? "", 10) >= QEMU_VERSION_MIN);
+    const qemuOk = qemus.some(
+      ({ version }) => Number.parseInt(version ?? "", 10) >= QEMU_VERSION_MIN,
+    );
     const qemuProblem = qemuOk
       ? []
       : [

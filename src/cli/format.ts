@@ -20,7 +20,10 @@ export function formatMs(ms: number): string {
 }
 
 /** Columns padded to their widest cell; numbers (per `right`) to the right. */
-export function formatTable(rows: readonly (readonly string[])[], right: readonly number[] = []): string {
+export function formatTable(
+  rows: readonly (readonly string[])[],
+  right: readonly number[] = [],
+): string {
   const widths: number[] = [];
   for (const row of rows) {
     for (const [column, cell] of row.entries()) {

@@ -118,7 +118,10 @@ function render(d: Description): string {
     formatTable([header, ...blockRows], [1, 2, 3, 4, 5, 6]),
     deviceRows.length === 0
       ? "device sections: cannot be told (saved without a description)"
-      : formatTable([["device section", "instance", "version", "length"], ...deviceRows], [1, 2, 3]),
+      : formatTable(
+          [["device section", "instance", "version", "length"], ...deviceRows],
+          [1, 2, 3],
+        ),
   ];
   if (d.libvirt !== null) parts.push(`libvirt domain:\n${d.libvirt.domainXml}`);
   return parts.join("\n\n");

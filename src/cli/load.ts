@@ -30,7 +30,8 @@ const args = {
   "working-set": {
     type: "string",
     valueHint: "file|none",
-    description: "pages the guest touches first, recorded and brought in first; default: SNAP.fslws",
+    description:
+      "pages the guest touches first, recorded and brought in first; default: SNAP.fslws",
   },
   "lazy-despite-discards": {
     type: "boolean",
@@ -42,7 +43,8 @@ const args = {
 export const loadCommand = defineCommand({
   meta: {
     name: "load",
-    description: "Starts a QEMU guest from a snapshot at once: fsl load SNAP [options] -- qemu-system-… args",
+    description:
+      "Starts a QEMU guest from a snapshot at once: fsl load SNAP [options] -- qemu-system-… args",
   },
   args,
   async run({ args: flags, data }) {
@@ -78,7 +80,11 @@ export const loadCommand = defineCommand({
 });
 
 /** Shows the load as it goes, and writes its report when it is over. */
-async function follow(handle: LoadHandle, quiet: boolean, reportPath: string | undefined): Promise<void> {
+async function follow(
+  handle: LoadHandle,
+  quiet: boolean,
+  reportPath: string | undefined,
+): Promise<void> {
   const progress = quiet ? undefined : startProgress(() => handle.progress());
   let report: LoadReport;
   try {

@@ -1,4 +1,7 @@
-/** Messages for people, on stderr. The only import of consola, with arguments.ts and main.ts the only readers of flags. */
+/**
+ * Messages for people, on stderr. The only import of consola, with arguments.ts and main.ts the
+ * only readers of flags.
+ */
 import { createConsola, LogLevels } from "consola";
 import type { Logger } from "../index.ts";
 

@@ -1,4 +1,6 @@
-/** One line on stderr while RAM comes in: redrawn on a terminal, a plain line a second elsewhere. */
+/**
+ * One line on stderr while RAM comes in: redrawn on a terminal, a plain line a second elsewhere.
+ */
 import type { LoadProgress } from "../index.ts";
 import { formatBytes, formatMs } from "./format.ts";
 

@@ -23,7 +23,8 @@ export const resumeCommand = defineCommand({
   async run({ args: flags }) {
     const quiet = flags.quiet === true;
     setQuiet(quiet);
-    const pid = flags.pid === undefined ? onlyUnserved() : wholeNumber(flags.pid, "pid", 1, PID_MAX);
+    const pid =
+      flags.pid === undefined ? onlyUnserved() : wholeNumber(flags.pid, "pid", 1, PID_MAX);
     const handle = await resumeLoad({
       pid,
       reattach: reattachQemu,
@@ -49,7 +50,8 @@ function onlyUnserved(): number {
   const waiting = findLoads().filter(({ served }) => !served);
   const [only] = waiting;
   if (only !== undefined && waiting.length === 1) return only.pid;
-  if (only === undefined) throw new FslError("TARGET_LOST", "no load waits for anybody to go on with it");
+  if (only === undefined)
+    throw new FslError("TARGET_LOST", "no load waits for anybody to go on with it");
   const pids = waiting.map(({ pid }) => pid).join(", ");
   throw new FslError("USAGE", `several loads wait: QEMU ${pids}; say which with --pid`);
 }

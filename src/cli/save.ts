@@ -9,9 +9,21 @@ import { startProgress } from "./progress.ts";
 export const saveCommand = defineCommand({
   meta: { name: "save", description: "Saves a running QEMU as a mapped-ram snapshot" },
   args: {
-    snapshot: { type: "positional", required: true, description: "file to write; replaced when complete" },
-    qmp: { type: "string", required: true, valueHint: "path", description: "QMP socket of the QEMU" },
-    live: { type: "boolean", description: "save while the guest runs; default: it is stopped first" },
+    snapshot: {
+      type: "positional",
+      required: true,
+      description: "file to write; replaced when complete",
+    },
+    qmp: {
+      type: "string",
+      required: true,
+      valueHint: "path",
+      description: "QMP socket of the QEMU",
+    },
+    live: {
+      type: "boolean",
+      description: "save while the guest runs; default: it is stopped first",
+    },
     multifd: {
       type: "string",
       valueHint: "channels",
@@ -67,7 +79,9 @@ export const saveCommand = defineCommand({
       const { path, fileLength } = snapshot;
       console.log(JSON.stringify({ path, fileLength, bytesOnDisk, savedMs }));
     } else {
-      log.info(`saved ${flags.snapshot}: ${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`);
+      log.info(
+        `saved ${flags.snapshot}: ${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`,
+      );
     }
   },
 });

@@ -1,4 +1,7 @@
-/** What `fsl load` and `fsl resume` have in common: how pages are served, what signals do, which exit code comes out. */
+/**
+ * What `fsl load` and `fsl resume` have in common: how pages are served, what signals do, which
+ * exit code comes out.
+ */
 import type { ArgsDef } from "citty";
 import {
   EXIT_CODES,
@@ -12,7 +15,10 @@ import { byteSize, wholeNumber } from "./arguments.ts";
 import { formatMs } from "./format.ts";
 import { loadLogger, log } from "./log.ts";
 
-/** After a signal to end, a QEMU that cannot (a vCPU waits for a page that cannot be read) is killed. */
+/**
+ * After a signal to end, a QEMU that cannot (a vCPU waits for a page that cannot be read) is
+ * killed.
+ */
 const GRACE_MS_DEFAULT = "10000";
 const ERROR_LIMIT_MS_DEFAULT = "30000";
 
@@ -79,7 +85,10 @@ export function graceMs(flags: { readonly "grace-ms"?: string | undefined }): nu
   return wholeNumber(flags["grace-ms"] ?? GRACE_MS_DEFAULT, "grace-ms", 0, 3_600_000);
 }
 
-/** fsl itself never ends on a signal: it serves until QEMU is gone. @returns what ends the forwarding */
+/**
+ * fsl itself never ends on a signal: it serves until QEMU is gone. @returns what ends the
+ * forwarding
+ */
 export function forwardSignals(target: ServedTarget, grace: number): () => void {
   let timer: ReturnType<typeof setTimeout> | undefined;
   const forward = (signal: NodeJS.Signals): void => {

@@ -4,7 +4,10 @@ import { findLoads, type FoundLoad } from "../index.ts";
 import { formatBytes, formatTable } from "./format.ts";
 
 export const statusCommand = defineCommand({
-  meta: { name: "status", description: "Shows the loads of this host, and those whose fsl has died" },
+  meta: {
+    name: "status",
+    description: "Shows the loads of this host, and those whose fsl has died",
+  },
   args: { json: { type: "boolean", description: "one JSON array on stdout" } },
   run({ args: flags }) {
     const loads = findLoads();

@@ -1,10 +1,12 @@
 /**
- * Arming: registers the lazy blocks, leaves long zero extents to the kernel, and corrects what is in memory already.
- * Runs on the main thread, before the state is handed over: an error here undoes everything.
+ * Arming: registers the lazy blocks, leaves long zero extents to the kernel, and corrects what is
+ * in memory already. Runs on the main thread, before the state is handed over: an error here undoes
+ * everything.
  *
- * Order matters (DESIGN.md): register first, look afterwards, because one touch of memory that is not registered can fill
- * 2 MiB with zeros. One page is copied before the zero extents are unregistered: it gives the whole block one anon_vma,
- * without which the split areas could never merge again.
+ * Order matters (DESIGN.md): register first, look afterwards, because one touch of memory that is
+ * not registered can fill 2 MiB with zeros. One page is copied before the zero extents are
+ * unregistered: it gives the whole block one anon_vma, without which the split areas could never
+ * merge again.
  */
 import { FslError } from "../errors.ts";
 import { alignDown, alignUp, MiB } from "../pages.ts";
@@ -21,7 +23,9 @@ import { SUPPLIED, type Supply } from "./supply.ts";
 
 /** Zero extents are cut at page table seams: below that, a split costs more than its faults. */
 const SEAM = 2 * MiB;
-/** How many extents may be left out: each costs the target two memory areas of its vm.max_map_count. */
+/**
+ * How many extents may be left out: each costs the target two memory areas of its vm.max_map_count.
+ */
 const EXTENTS_MAX = 256;
 
 /** Half-open run of page indexes. */
@@ -31,8 +35,8 @@ export interface ZeroRun {
 }
 
 /**
- * Runs of clear bits that may hold a whole seam. Needs no target: it is done while the target starts, because its cost
- * grows with the guest.
+ * Runs of clear bits that may hold a whole seam. Needs no target: it is done while the target
+ * starts, because its cost grows with the guest.
  */
 export function findZeroRuns(bitmap: PageBitmap, pageSize: number): ZeroRun[] {
   const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
@@ -53,7 +57,9 @@ export interface RegistrationSubject {
   readonly region: Pick<BlockPlan["region"], "hostAddr" | "pageSize">;
 }
 
-/** What of a block to register: everything but its longest zero extents, cut at seams. By address. */
+/**
+ * What of a block to register: everything but its longest zero extents, cut at seams. By address.
+ */
 export function planRegistration(
   zeroRuns: ReadonlyMap<string, readonly ZeroRun[]>,
   { block: { idstr, pageSize, pageCount }, region }: RegistrationSubject,
@@ -102,7 +108,8 @@ export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): Set<str
         { idstr: block.idstr, backing: region.backing },
       );
     }
-    const isPlain = region.backing === "anonymous" && !region.shared && region.pageSize === block.pageSize;
+    const isPlain =
+      region.backing === "anonymous" && !region.shared && region.pageSize === block.pageSize;
     if (isPlain && (ioctls & (1n << UFFDIO_MOVE_BIT)) !== 0n) movable.add(block.idstr);
   }
   return movable;

@@ -1,6 +1,6 @@
 /**
- * Page bitmaps of the load state: 32-bit words, page i = bit (i mod 32) of word i div 32. Several Workers share them,
- * so bits are set by atomic OR; scans may see a bit late, never early.
+ * Page bitmaps of the load state: 32-bit words, page i = bit (i mod 32) of word i div 32. Several
+ * Workers share them, so bits are set by atomic OR; scans may see a bit late, never early.
  */
 
 /** Index of the lowest set bit of a word that is not 0. */
@@ -60,7 +60,10 @@ export function nextBit(words: Int32Array, start: number, end: number, value: bo
   return end;
 }
 
-/** Lowest index `from` such that all bits of [from, start] equal `value`, not below `floor`; bit `start` must. */
+/**
+ * Lowest index `from` such that all bits of [from, start] equal `value`, not below `floor`; bit
+ * `start` must.
+ */
 export function runStart(words: Int32Array, start: number, floor: number, value: boolean): number {
   let index = start;
   while (index > floor && testBit(words, index - 1) === value) index -= 1;
@@ -83,7 +86,7 @@ export function countBits(words: Int32Array): number {
 /** How many bits of [start, end) are set. */
 export function countRange(words: Int32Array, start: number, end: number): number {
   let count = 0;
-  for (let index = start; index < end; ) {
+  for (let index = start; index < end;) {
     const wordEnd = Math.min(end, (index & ~31) + 32);
     const length = wordEnd - index;
     const mask = length === 32 ? -1 : ((1 << length) - 1) << (index & 31);

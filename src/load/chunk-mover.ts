@@ -1,17 +1,22 @@
 /**
- * Brings a whole chunk in one piece: a helper task in the target's address space reads its bytes from the snapshot file
- * into a fresh huge page, and moves that page into guest RAM (UFFDIO_MOVE, Linux 6.8). At the speed and the cost of an
- * ordinary load, and the guest has a huge page afterwards, where copying leaves 512 small ones. Runs in an eager Worker;
- * blocks while the helper reads and moves, about 0.6 ms a chunk.
+ * Brings a whole chunk in one piece: a helper task in the target's address space reads its bytes
+ * from the snapshot file into a fresh huge page, and moves that page into guest RAM (UFFDIO_MOVE,
+ * Linux 6.8). At the speed and the cost of an ordinary load, and the guest has a huge page
+ * afterwards, where copying leaves 512 small ones. Runs in an eager Worker; blocks while the helper
+ * reads and moves, about 0.6 ms a chunk.
  *
- * Only for chunks in which no page is present: the kernel moves a huge page whole, or has to split it first.
+ * Only for chunks in which no page is present: the kernel moves a huge page whole, or has to split
+ * it first.
  */
 import { HelperTask, type HelperRecord } from "../sys/helper-task.ts";
 import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
 import { nextBit } from "./bits.ts";
 import { type BlockState, CHUNK_LENGTH } from "./state.ts";
 
-/** A chunk with more runs of data than this is copied: one read for each would cost more than it saves. */
+/**
+ * A chunk with more runs of data than this is copied: one read for each would cost more than it
+ * saves.
+ */
 const RUNS_MAX = 64;
 
 export class ChunkMover {
@@ -34,7 +39,8 @@ export class ChunkMover {
     const { block } = state;
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
-    if (this.#isGone || !block.movable || (end - start) * block.pageSize !== CHUNK_LENGTH) return false;
+    if (this.#isGone || !block.movable || (end - start) * block.pageSize !== CHUNK_LENGTH)
+      return false;
     if (nextBit(state.done, start, end, true) !== end) return false;
     let runs = 0;
     for (let at = nextBit(state.data, start, end, true); at < end; runs += 1) {
@@ -43,7 +49,10 @@ export class ChunkMover {
     return runs > 0 && runs <= RUNS_MAX;
   }
 
-  /** Reads the chunk's data pages into the staging memory; the rest of it is zero. @returns false when it failed */
+  /**
+   * Reads the chunk's data pages into the staging memory; the rest of it is zero. @returns false
+   * when it failed
+   */
   read(state: BlockState, chunk: number): boolean {
     const helper = this.#helper;
     const { stagingAddr } = helper.record;
@@ -73,7 +82,10 @@ export class ChunkMover {
     return true;
   }
 
-  /** Moves what was read into guest RAM and wakes whoever waits there. @returns false when it did not move all of it */
+  /**
+   * Moves what was read into guest RAM and wakes whoever waits there. @returns false when it did
+   * not move all of it
+   */
   move(state: BlockState, chunk: number): boolean {
     const { hostAddr, pageSize } = state.block;
     const helper = this.#helper;

@@ -1,8 +1,10 @@
 /**
- * Contents of the files behind shared memory and huge pages: old contents of a file on tmpfs or hugetlbfs, or what was
- * allocated for it. Such a page does not fault either, though it is in nobody's page table: the kernel takes it from the
- * file. Looked for when pages in memory are, see resident.ts. Runs on the main thread.
- * @source Linux mm/shmem.c shmem_get_folio_gfp (a folio that is there, written or only allocated, is no userfault)
+ * Contents of the files behind shared memory and huge pages: old contents of a file on tmpfs or
+ * hugetlbfs, or what was allocated for it. Such a page does not fault either, though it is in
+ * nobody's page table: the kernel takes it from the file. Looked for when pages in memory are, see
+ * resident.ts. Runs on the main thread.
+ * @source Linux mm/shmem.c shmem_get_folio_gfp (a folio that is there, written or only allocated,
+ * is no userfault)
  */
 import {
   closeSync,
@@ -33,8 +35,8 @@ const EXTENTS_MAX = 65_536;
 const STAT_BLOCK = 512;
 
 /**
- * Ranges of [startAddr, startAddr + length) that the file behind them has pages for, by address. The range must be
- * registered already.
+ * Ranges of [startAddr, startAddr + length) that the file behind them has pages for, by address.
+ * The range must be registered already.
  * @param pageSize bytes of the region's host pages
  * @throws FslError TARGET_LOST when the target's maps cannot be read
  */
@@ -79,7 +81,10 @@ function fileAreas(pid: number, startAddr: number, endAddr: number): FileArea[] 
   return areas;
 }
 
-/** A new open file of the target's file with that inode number, or -1; QEMU keeps its memory's files open. */
+/**
+ * A new open file of the target's file with that inode number, or -1; QEMU keeps its memory's files
+ * open.
+ */
 function openFileOf(pid: number, inode: number): number {
   for (const name of readdirSync(`/proc/${pid}/fd`)) {
     const path = `/proc/${pid}/fd/${name}`;
@@ -93,7 +98,9 @@ function openFileOf(pid: number, inode: number): number {
   return -1;
 }
 
-/** By SEEK_DATA; null when the file has pages that it does not show: allocated, but never written. */
+/**
+ * By SEEK_DATA; null when the file has pages that it does not show: allocated, but never written.
+ */
 function extents(fd: number, area: FileArea, allocated: number): AddressRange[] | null {
   const ranges: AddressRange[] = [];
   const { size } = fstatSync(fd);
@@ -113,7 +120,8 @@ function extents(fd: number, area: FileArea, allocated: number): AddressRange[] 
 }
 
 /**
- * Page by page, by reading a byte of each through /proc/PID/mem: EIO is a page that would fault. About 1 µs each.
+ * Page by page, by reading a byte of each through /proc/PID/mem: EIO is a page that would fault.
+ * About 1 µs each.
  * @source Linux fs/proc/base.c mem_rw, mm/gup.c
  */
 function probe(pid: number, area: FileArea, pageSize: number): AddressRange[] {

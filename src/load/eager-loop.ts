@@ -1,10 +1,11 @@
 /**
- * The eager loader: brings in the data pages that nobody has asked for yet, chunk by chunk, and ends. Each eager Worker
- * (eager-worker.ts) runs one; they share a cursor over the chunks and the done bitmaps. Blocks where the page source
- * does. Zero pages cost nothing here: they are never visited.
+ * The eager loader: brings in the data pages that nobody has asked for yet, chunk by chunk, and
+ * ends. Each eager Worker (eager-worker.ts) runs one; they share a cursor over the chunks and the
+ * done bitmaps. Blocks where the page source does. Zero pages cost nothing here: they are never
+ * visited.
  *
- * Demand comes first: a copy is at most `pieceLength` bytes, and the Worker's nice value leaves the CPU to vCPUs and the
- * fault loop.
+ * Demand comes first: a copy is at most `pieceLength` bytes, and the Worker's nice value leaves the
+ * CPU to vCPUs and the fault loop.
  */
 import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
@@ -36,7 +37,10 @@ const FAILED_PAUSE_MS = 200;
 const FAILED_PAUSE_MAX_MS = 3200;
 /** Unreadable pages that one Worker tells of; a whole disk may have died. */
 const FAILURES_MAX = 64;
-/** Longest sleep in one go, ms: how soon a Worker that is held back by its rate notices that it is to end. */
+/**
+ * Longest sleep in one go, ms: how soon a Worker that is held back by its rate notices that it is
+ * to end.
+ */
 const PACE_MS = 100;
 
 export type EagerEnd = "finished" | "stopped" | "gone";
@@ -51,11 +55,16 @@ export interface EagerLoopOptions {
   readonly pieceLength: number;
   /** Plan-wide chunk numbers in the order of loading. */
   readonly order: Uint32Array;
-  /** Runs to bring in first, before the eager load is let go: block index, first page, pages; three numbers each. */
+  /**
+   * Runs to bring in first, before the eager load is let go: block index, first page, pages; three
+   * numbers each.
+   */
   readonly replay: Int32Array;
   /** Brings whole chunks where that can be done; null: every page is copied. */
   readonly mover: ChunkMover | null;
-  /** Data pages of all eager Workers together, bytes per second; 0 = no limit. This Worker's share. */
+  /**
+   * Data pages of all eager Workers together, bytes per second; 0 = no limit. This Worker's share.
+   */
   readonly bytesPerSecond: number;
   readonly onFailure: (failure: PageFailure) => void;
   readonly onRecovered: (failure: PageFailure) => void;
@@ -83,7 +92,9 @@ export class EagerLoop {
   /** Pages that could not be read and have not come yet, by block and page. */
   readonly #failures = new Map<string, PageFailure>();
   readonly #pieceLength: number;
-  /** Where the search for a missing page of any block goes on: pages do not become missing again. */
+  /**
+   * Where the search for a missing page of any block goes on: pages do not become missing again.
+   */
   #missingBlock = 0;
   #missingPage = 0;
   #startedMs = 0;
@@ -91,12 +102,7 @@ export class EagerLoop {
 
   constructor(options: EagerLoopOptions) {
     this.#options = options;
-    this.#supply = new Supply(
-      options.uffd,
-      options.source,
-      options.counters,
-      options.state,
-    );
+    this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
@@ -139,7 +145,11 @@ export class EagerLoop {
   /** The working set. A run that cannot be had now comes with its chunk. */
   #replay(): Outcome {
     const { state: load, replay } = this.#options;
-    for (let at = 3 * load.takeRun(); at < replay.length && !load.stopped; at = 3 * load.takeRun()) {
+    for (
+      let at = 3 * load.takeRun();
+      at < replay.length && !load.stopped;
+      at = 3 * load.takeRun()
+    ) {
       const state = load.blocks[replay[at] ?? -1];
       const end = (replay[at + 1] ?? 0) + (replay[at + 2] ?? 0);
       if (state === undefined) continue;
@@ -148,7 +158,8 @@ export class EagerLoop {
         const chunkEnd = Math.min(end, state.chunkEnd(state.chunkOf(page)));
         const outcome = state.splitChunk(page) ? this.#bringPiece(state, page, chunkEnd) : SUPPLIED;
         if (outcome === GONE) return GONE;
-        page = outcome === SUPPLIED ? nextMissing(state.data, state.done, page + 1, end, true) : end;
+        page =
+          outcome === SUPPLIED ? nextMissing(state.data, state.done, page + 1, end, true) : end;
       }
     }
     return SUPPLIED;
@@ -190,13 +201,17 @@ export class EagerLoop {
     // Pages may be served one by one from here on.
     Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, CHUNK_SPLIT);
     const copying = CHUNK_COPYING + workerIndex;
-    if (Atomics.compareExchange(state.chunks, chunk, CHUNK_SPLIT, copying) !== CHUNK_SPLIT) return SUPPLIED;
+    if (Atomics.compareExchange(state.chunks, chunk, CHUNK_SPLIT, copying) !== CHUNK_SPLIT)
+      return SUPPLIED;
     const outcome = this.#copyChunk(state, chunk);
     Atomics.store(state.chunks, chunk, outcome === SUPPLIED ? CHUNK_DONE : CHUNK_SPLIT);
     return outcome;
   }
 
-  /** A chunk that nobody has touched, in one piece. Faults in it wait meanwhile; they are woken in any case. */
+  /**
+   * A chunk that nobody has touched, in one piece. Faults in it wait meanwhile; they are woken in
+   * any case.
+   */
   #moveChunk(mover: ChunkMover, state: BlockState, chunk: number): Outcome {
     const { state: load, counters, workerIndex, uffd } = this.#options;
     const { canDiscard } = load.metadata;
@@ -207,7 +222,8 @@ export class EagerLoop {
     if (moved) {
       while (canDiscard && !load.enterCopy(workerIndex)) this.#sleep(PARK_MS);
       // A REMOVE may have marked pages while the bytes were read: those are zero now.
-      moved = !load.halted && nextBit(state.done, start, end, true) === end && mover.move(state, chunk);
+      moved =
+        !load.halted && nextBit(state.done, start, end, true) === end && mover.move(state, chunk);
       if (moved) setRange(state.done, start, end);
       if (canDiscard) load.leaveCopy(workerIndex);
     }
@@ -333,7 +349,9 @@ export class EagerLoop {
     return false;
   }
 
-  /** Until a pending page may have come; a page that failed tells nobody when it can be read again. */
+  /**
+   * Until a pending page may have come; a page that failed tells nobody when it can be read again.
+   */
   #waitForSource(ms: number): void {
     const { source } = this.#options;
     if (source.readyFd < 0) return this.#sleep(ms);

@@ -1,11 +1,13 @@
 /**
- * The fault loop: wait, read events in a batch, account for memory that the guest gave back, serve the faults. Runs in a
- * Worker of its own (fault-worker.ts), the only reader of the userfaultfd. Blocks in poll(2), and where the page source
- * does; never on the target's control channel and never on the main thread. Allocates nothing per fault.
+ * The fault loop: wait, read events in a batch, account for memory that the guest gave back, serve
+ * the faults. Runs in a Worker of its own (fault-worker.ts), the only reader of the userfaultfd.
+ * Blocks in poll(2), and where the page source does; never on the target's control channel and
+ * never on the main thread. Allocates nothing per fault.
  *
- * Order within a batch: every REMOVE first, then the faults (userfaultfd(2): a fault can be read before the REMOVE that
- * precedes it). A fault that cannot be served now is left unserved, its vCPU waits, and it is tried again: when events
- * were read (RETRY), when the source has news (PENDING), after a growing pause (FAILED).
+ * Order within a batch: every REMOVE first, then the faults (userfaultfd(2): a fault can be read
+ * before the REMOVE that precedes it). A fault that cannot be served now is left unserved, its vCPU
+ * waits, and it is tried again: when events were read (RETRY), when the source has news (PENDING),
+ * after a growing pause (FAILED).
  */
 import * as sys from "../sys/native.ts";
 import { EINTR, F_SETFL, O_NONBLOCK, POLLERR, POLLIN } from "../sys/abi.ts";
@@ -35,7 +37,9 @@ import { COMING, FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } 
 const RETRY_PAUSE_MS = 20;
 const RETRY_PAUSE_MAX_MS = 2000;
 
-/** A guest that asks for so many pages while the eager load still holds back is better served by it. */
+/**
+ * A guest that asks for so many pages while the eager load still holds back is better served by it.
+ */
 const FAULTS_PAUSE_MAX = 1024;
 
 /** In the event buffer: a place that nothing was read into. */
@@ -85,7 +89,9 @@ export class FaultLoop {
   readonly #fds: Int32Array;
   readonly #revents: Int32Array;
   readonly #waiting: Waiting[] = [];
-  /** Faults of the batch whose neighbours are still to come: block index and page index in pairs. */
+  /**
+   * Faults of the batch whose neighbours are still to come: block index and page index in pairs.
+   */
   readonly #served = new Int32Array(2 * EVENTS_MAX);
   #servedCount = 0;
   /** Events that the last read put into the buffer. */
@@ -95,29 +101,34 @@ export class FaultLoop {
 
   constructor(options: FaultLoopOptions) {
     this.#options = options;
-    this.#supply = new Supply(
-      options.uffd,
-      options.source,
-      options.counters,
-      options.state,
-    );
+    this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#events = new UffdEvents(options.state.eventsView());
     const { readyFd } = options.source;
     this.#fds = Int32Array.from([options.uffd.fd, options.stopFd, options.pidfd, readyFd]);
     this.#revents = new Int32Array(4);
   }
 
-  /** Serves until it is told to stop, or the target has ended. @throws FslError INTERNAL on what cannot be */
+  /**
+   * Serves until it is told to stop, or the target has ended. @throws FslError INTERNAL on what
+   * cannot be
+   */
   run(): LoopEnd {
     const { state, uffd } = this.#options;
-    // A loop that died before us may have read events that nobody served, and may have left the gate closed.
+    // A loop that died before us may have read events that nobody served, and may have left the
+    // gate closed.
     const left = state.eventCount;
     if (left > 0) this.#markRemoved(left);
     state.openGate();
     if (left > 0 && this.#serveBatch(left) === GONE) return "gone";
     this.#events.clearTypes(EVENTS_MAX);
     for (;;) {
-      const ready = sys.poll(this.#fds, this.#revents, this.#pollCount(), POLLIN, this.#timeoutMs());
+      const ready = sys.poll(
+        this.#fds,
+        this.#revents,
+        this.#pollCount(),
+        POLLIN,
+        this.#timeoutMs(),
+      );
       if (state.stopped || this.#revents[1]) return "stopped";
       if (ready < 0) {
         if (ready === -EINTR) continue;
@@ -126,8 +137,9 @@ export class FaultLoop {
       if (this.#revents[2]) return "gone";
       const sourceHasNews = (this.#revents[3] ?? 0) !== 0;
       if (sourceHasNews) this.#options.source.acknowledge?.();
-      // QEMU makes every descriptor blocking that it is given by `getfd`, which is the description that we have too. The
-      // kernel says POLLERR for a blocking userfaultfd, and a read would wait for the next fault.
+      // QEMU makes every descriptor blocking that it is given by `getfd`, which is the description
+      // that we have too. The kernel says POLLERR for a blocking userfaultfd, and a read would wait
+      // for the next fault.
       if (((this.#revents[0] ?? 0) & POLLERR) !== 0) sys.fcntl(uffd.fd, F_SETFL, O_NONBLOCK);
       else if (this.#revents[0] && this.#readAndServe() === GONE) return "gone";
       if (this.#waiting.length > 0 && this.#retryWaiting(sourceHasNews) === GONE) return "gone";
@@ -153,15 +165,18 @@ export class FaultLoop {
     return Math.max(0, Math.ceil(next - performance.now()));
   }
 
-  /** Reads one batch and serves it. With discards possible, no eager copy is in flight while events are read. */
+  /**
+   * Reads one batch and serves it. With discards possible, no eager copy is in flight while events
+   * are read.
+   */
   #readAndServe(): Outcome {
     const { state, uffd } = this.#options;
     const { canDiscard } = state.metadata;
     if (canDiscard) {
       state.closeGate();
       while (state.copiesInFlight) sys.poll(this.#fds, this.#revents, 0, 0, 0);
-      // Should we be killed with events read and not counted: a REMOVE is told once only. The next fsl looks at the whole
-      // buffer; where nothing was read the type is 0.
+      // Should we be killed with events read and not counted: a REMOVE is told once only. The next
+      // fsl looks at the whole buffer; where nothing was read the type is 0.
       this.#events.clearTypes(this.#eventsRead);
       state.eventCount = EVENTS_MAX;
     }
@@ -284,7 +299,10 @@ export class FaultLoop {
     return outcome;
   }
 
-  /** An eager Worker is bringing the whole chunk and wakes whoever waits in it, whether that succeeds or not. */
+  /**
+   * An eager Worker is bringing the whole chunk and wakes whoever waits in it, whether that
+   * succeeds or not.
+   */
   #awaitChunk(state: BlockState, page: number): Outcome {
     const chunk = state.chunkOf(page);
     if (state.chunkFaultNs[chunk] === 0) state.chunkFaultNs[chunk] = sys.clockNs();
@@ -293,7 +311,10 @@ export class FaultLoop {
     return COMING;
   }
 
-  /** A page that is zero in the snapshot. Zero pages beside it in the same 2 MiB come along; they cost 0.12 µs each. */
+  /**
+   * A page that is zero in the snapshot. Zero pages beside it in the same 2 MiB come along; they
+   * cost 0.12 µs each.
+   */
   #bringZeros(state: BlockState, page: number): Outcome {
     const { counters } = this.#options;
     const windowStart = Math.max(page - (page % ZERO_WINDOW_PAGES), 0);
@@ -302,7 +323,8 @@ export class FaultLoop {
     const start = runStart(state.data, page, Math.max(windowStart, this.#rangeStart), false);
     let end = nextBit(state.data, page, Math.min(windowEnd, this.#rangeEnd), true);
     end = nextBit(state.done, page, end, true);
-    // The faulting page first: the guest waits for it. Pages before it may be done already, one by one.
+    // The faulting page first: the guest waits for it. Pages before it may be done already, one by
+    // one.
     let outcome = this.#supply.zeroRun(state, page, end - page);
     add(counters, C_ZERO_PAGES, this.#supply.pagesDone);
     if (outcome === SUPPLIED && start < page && !testBit(state.done, start)) {
@@ -314,7 +336,10 @@ export class FaultLoop {
     return outcome;
   }
 
-  /** The registered range around a page, as page indexes: zero extents are not registered, fills are clipped. */
+  /**
+   * The registered range around a page, as page indexes: zero extents are not registered, fills are
+   * clipped.
+   */
   #rangeStart = 0;
   #rangeEnd = 0;
   #findRegistered(state: BlockState, page: number): void {
@@ -349,7 +374,8 @@ export class FaultLoop {
         const outcome = this.#supply.copyRun(state, at, runEnd - at);
         add(counters, C_FAULT_PAGES, this.#supply.pagesDone);
         if (outcome === GONE) return GONE;
-        // Whatever else stands in the way of a page that nobody asked for is met again when somebody does.
+        // Whatever else stands in the way of a page that nobody asked for is met again when
+        // somebody does.
         if (outcome !== SUPPLIED) break;
         at = nextMissing(state.data, state.done, runEnd, end, true);
       }
@@ -385,7 +411,10 @@ export class FaultLoop {
     this.#countWaiting();
   }
 
-  /** Tries again what can be tried now. The waiters of a range that has come in by other means were woken then. */
+  /**
+   * Tries again what can be tried now. The waiters of a range that has come in by other means were
+   * woken then.
+   */
   #retryWaiting(sourceHasNews: boolean): Outcome {
     const nowMs = performance.now();
     for (let index = this.#waiting.length - 1; index >= 0; index -= 1) {
@@ -411,7 +440,10 @@ export class FaultLoop {
     waiting.reason = outcome;
     waiting.attempts += 1;
     if (outcome !== FAILED) return;
-    const pauseMs = Math.min(RETRY_PAUSE_MS * 2 ** Math.min(waiting.attempts, 16), RETRY_PAUSE_MAX_MS);
+    const pauseMs = Math.min(
+      RETRY_PAUSE_MS * 2 ** Math.min(waiting.attempts, 16),
+      RETRY_PAUSE_MAX_MS,
+    );
     waiting.retryAtMs = nowMs + pauseMs;
     // Once per change of state and at each doubling, not once per attempt.
     const doubling = (waiting.attempts & (waiting.attempts - 1)) === 0;

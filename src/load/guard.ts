@@ -1,14 +1,14 @@
 /**
- * Watches over the snapshot file while pages are taken from it. Bytes that somebody writes into it meanwhile would become
- * the guest's memory; that must not happen, or at least be noticed.
+ * Watches over the snapshot file while pages are taken from it. Bytes that somebody writes into it
+ * meanwhile would become the guest's memory; that must not happen, or at least be noticed.
  *
  *   leased     a read lease (fcntl(2) F_SETLEASE): the kernel lets nobody open the file for writing or truncate it while
  *              it holds. Whoever wants to waits, at most /proc/sys/fs/lease-break-time (45 s), and we are told: time to
  *              bring in the rest. For the file's owner and CAP_LEASE, on local file systems.
  *   looked at  else: size and modification time, ten times a second and at the end. A change is noticed, after the fact.
  *
- * Renaming, deleting and unmounting do no harm: the descriptor holds the file. Writing to the block device below, or on
- * another machine, is seen by neither way.
+ * Renaming, deleting and unmounting do no harm: the descriptor holds the file. Writing to the block
+ * device below, or on another machine, is seen by neither way.
  *
  * Runs on the main thread, off a timer.
  */
@@ -17,10 +17,16 @@ import { FslError } from "../errors.ts";
 import { EAGAIN, F_GETLEASE, F_RDLCK, F_SETLEASE, F_SETSIG, F_UNLCK } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 
-/** Ignored by default. The signal of a lease would be SIGIO, which ends a process that does not expect it. */
+/**
+ * Ignored by default. The signal of a lease would be SIGIO, which ends a process that does not
+ * expect it.
+ */
 const SIGURG = 23;
 const LOOK_PERIOD_MS = 100;
-/** How long nothing more is read before a writer is let in: reads that were begun must have ended by then. */
+/**
+ * How long nothing more is read before a writer is let in: reads that were begun must have ended by
+ * then.
+ */
 const HOLD_MS = 5000;
 /** How long before the kernel's own limit. */
 const MARGIN_MS = 500;
@@ -40,7 +46,8 @@ export interface GuardEvents {
   /** True: nothing is to be read for a moment. False: the one who waited has gone away, go on. */
   onHold(isHeld: boolean): void;
   /**
-   * The bytes of the file are not those of the snapshot any more, or will not be in a moment. Called once.
+   * The bytes of the file are not those of the snapshot any more, or will not be in a moment.
+   * Called once.
    * @param isTooLate pages may have been taken from the file after the change
    */
   onChanged(reason: string, isTooLate: boolean): void;
@@ -53,7 +60,10 @@ export class SnapshotGuard {
   #events: GuardEvents | undefined;
   readonly #breakTimeMs: number;
   #isLeased: boolean;
-  /** Until when pages are taken although a writer waits, on the clock of `performance.now()`; 0 = nobody waits. */
+  /**
+   * Until when pages are taken although a writer waits, on the clock of `performance.now()`; 0 =
+   * nobody waits.
+   */
   #holdAtMs = 0;
   /** When it is let in; 0 = not on hold. */
   #letInAtMs = 0;
@@ -61,8 +71,10 @@ export class SnapshotGuard {
   #isClosed = false;
 
   /**
-   * @param breakTimeMs how long a writer is kept waiting, at most what the kernel grants; default: that
-   * @throws FslError SNAPSHOT_OPEN when somebody has the file open for writing, or has written since it was opened
+   * @param breakTimeMs how long a writer is kept waiting, at most what the kernel grants; default:
+   * that
+   * @throws FslError SNAPSHOT_OPEN when somebody has the file open for writing, or has written
+   * since it was opened
    */
   constructor(file: GuardedFile, breakTimeMs = kernelBreakTimeMs()) {
     this.#file = file;
@@ -108,13 +120,16 @@ export class SnapshotGuard {
   look(): boolean {
     if (this.#isClosed || this.#change !== undefined) return this.#change === undefined;
     const changed = this.#whatChanged();
-    // The lease ought to have prevented it: a clock that was set, utimes(2), or we were stopped for too long.
+    // The lease ought to have prevented it: a clock that was set, utimes(2), or we were stopped for
+    // too long.
     if (changed !== null) this.#tell(changed, true);
     else if (this.#isLeased) this.#lookAtLease();
     return this.#change === undefined;
   }
 
-  /** Lets writers in again. The descriptor is the caller's, and may be closed already. Idempotent. */
+  /**
+   * Lets writers in again. The descriptor is the caller's, and may be closed already. Idempotent.
+   */
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
@@ -145,8 +160,8 @@ export class SnapshotGuard {
   }
 
   /**
-   * Lets in whoever waits. Nobody may be left by now (truncate(1), for one, does not wait), which shows in that the lease
-   * can be had anew.
+   * Lets in whoever waits. Nobody may be left by now (truncate(1), for one, does not wait), which
+   * shows in that the lease can be had anew.
    */
   #letIn(): void {
     sys.fcntl(this.#fd, F_SETLEASE, F_UNLCK);

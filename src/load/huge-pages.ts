@@ -1,7 +1,8 @@
 /**
- * Huge pages back: chunks that came page by page have small pages, where an ordinary load would have left huge ones. Once
- * the ranges are unregistered, MADV_COLLAPSE (Linux 6.1) gives them back from outside. Runs on the main thread, one chunk
- * at a time with pauses, so that the guest keeps its CPU.
+ * Huge pages back: chunks that came page by page have small pages, where an ordinary load would
+ * have left huge ones. Once the ranges are unregistered, MADV_COLLAPSE (Linux 6.1) gives them back
+ * from outside. Runs on the main thread, one chunk at a time with pauses, so that the guest keeps
+ * its CPU.
  */
 import { readFileSync } from "node:fs";
 import { EAGAIN, MADV_COLLAPSE } from "../sys/abi.ts";
@@ -15,7 +16,10 @@ const PAUSE_MS = 3;
 /** A chunk in which the kernel finds a page busy is tried again so often. */
 const TRIES_MAX = 3;
 
-/** False where an ordinary load would not have had huge pages either. @source Documentation/admin-guide/mm/transhuge.rst */
+/**
+ * False where an ordinary load would not have had huge pages either. @source
+ * Documentation/admin-guide/mm/transhuge.rst
+ */
 export function hostGivesHugePages(path = "/sys/kernel/mm/transparent_hugepage/enabled"): boolean {
   try {
     return !readFileSync(path, "utf8").includes("[never]");
@@ -30,7 +34,11 @@ export function hostGivesHugePages(path = "/sys/kernel/mm/transparent_hugepage/e
  * @param isOver asked before each chunk: the target has ended
  * @returns how many chunks have become huge pages
  */
-export async function giveHugePagesBack(target: ServedTarget, state: LoadState, isOver: () => boolean): Promise<number> {
+export async function giveHugePagesBack(
+  target: ServedTarget,
+  state: LoadState,
+  isOver: () => boolean,
+): Promise<number> {
   if (!hostGivesHugePages()) return 0;
   let collapsed = 0;
   for (const block of state.blocks) {
@@ -57,7 +65,8 @@ function collapse(target: ServedTarget, block: BlockState, chunk: number): boole
   for (let attempt = 0; attempt < TRIES_MAX; attempt += 1) {
     const result = sys.processMadvise(target.pidfd, address, CHUNK_LENGTH, MADV_COLLAPSE);
     if (result >= 0) return true;
-    // No memory for a huge page, a kernel before 6.1, a target that has ended: small pages do as well.
+    // No memory for a huge page, a kernel before 6.1, a target that has ended: small pages do as
+    // well.
     if (result !== -EAGAIN) return false;
   }
   return false;

@@ -1,13 +1,15 @@
 /**
- * `loadSnapshot`: joins a snapshot, a page source and a target. Runs on the main thread and blocks on nothing: faults are
- * served by a Worker from before the device state is loaded until all RAM is in (serving.ts).
+ * `loadSnapshot`: joins a snapshot, a page source and a target. Runs on the main thread and blocks
+ * on nothing: faults are served by a Worker from before the device state is loaded until all RAM is
+ * in (serving.ts).
  *
  *   open and parse ─┐
  *   start Workers   ├─▶ plan ─▶ arm ─▶ serve faults ─▶ device state ─▶ resume ─▶ eager load ─▶ unregister, let go
  *   target starts  ─┘   every check is before this line ──┘ (it works once and cannot be undone)
  *
- * The userfaultfd is never closed and no range is unregistered while a page is missing: the kernel would let the guest go
- * on with zeros. If fsl dies, the target's own copy of the descriptor keeps the guest waiting (recovery.ts).
+ * The userfaultfd is never closed and no range is unregistered while a page is missing: the kernel
+ * would let the guest go on with zeros. If fsl dies, the target's own copy of the descriptor keeps
+ * the guest waiting (recovery.ts).
  */
 import { closeSync, fchmodSync, openSync } from "node:fs";
 import { resolve } from "node:path";
@@ -73,7 +75,10 @@ export interface LoadOptions extends ServingOptions {
   readonly paused?: boolean;
   /** Where page bytes come from; absent = the snapshot file. */
   readonly source?: PageSourceSpec;
-  /** File of the working set: brought in first if it is there, recorded if it is not. Absent = neither. */
+  /**
+   * File of the working set: brought in first if it is there, recorded if it is not. Absent =
+   * neither.
+   */
   readonly workingSet?: string;
   /** Shared memory and huge pages lazily, although discards of them cannot be noticed. */
   readonly lazyDespiteDiscards?: boolean;
@@ -86,7 +91,10 @@ export interface LoadHandle {
   readonly plan: LoadPlan;
   /** All RAM is in, or the target has ended before. Rejects only for a bug in fsl. */
   readonly done: Promise<LoadReport>;
-  /** After `done`: the guest has its huge pages back too, and fsl holds nothing of the target any more. */
+  /**
+   * After `done`: the guest has its huge pages back too, and fsl holds nothing of the target any
+   * more.
+   */
   readonly tidied: Promise<void>;
   /** The target has ended. */
   readonly exited: Promise<ExitStatus>;
@@ -94,8 +102,8 @@ export interface LoadHandle {
   /** Pages that cannot be read at this moment. */
   failures(): readonly PageFailure[];
   /**
-   * `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot be read. Looked at when
-   * the target has ended: that is why.
+   * `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot
+   * be read. Looked at when the target has ended: that is why.
    */
   readonly supplyFailed: boolean;
   resume(): Promise<void>;
@@ -202,7 +210,11 @@ class Load {
 
   /** Writes down what the guest touched first. The place need not be writable. */
   #recordWorkingSet(before: WorkingSet | null, faultLogLength: number): void {
-    const [{ workingSet, logger }, state, snapshot] = [this.#options, this.#state, this.#prepared?.snapshot];
+    const [{ workingSet, logger }, state, snapshot] = [
+      this.#options,
+      this.#state,
+      this.#prepared?.snapshot,
+    ];
     if (workingSet === undefined || state === undefined || snapshot === undefined) return;
     const set = growWorkingSet(before, workingSetIdentity(snapshot), state, faultLogLength);
     if (set === null) return;
@@ -236,13 +248,18 @@ class Load {
     for (const warning of plan.warnings) this.#options.logger?.warn(warning);
     for (const { block, way, reason } of plan.blocks) {
       if (way !== "fill") continue;
-      this.#options.logger?.warn(`RAMBlock ${block.idstr} is loaded in full before resume: ${reason}`);
+      this.#options.logger?.warn(
+        `RAMBlock ${block.idstr} is loaded in full before resume: ${reason}`,
+      );
     }
     this.#plan = plan;
     return { prepared, plan };
   }
 
-  /** Registers, serves faults, and corrects what was in memory already; all before the state is handed over. */
+  /**
+   * Registers, serves faults, and corrects what was in memory already; all before the state is
+   * handed over.
+   */
   async #arm(
     crew: Crew,
     prepared: Prepared,
@@ -277,27 +294,43 @@ class Load {
     const { pid } = this.#target;
     const corrected = correctResident(pid, snapshot, lazy, state);
     if (corrected > 0) {
-      this.#options.logger?.info(`${corrected} bytes were in QEMU's memory already and were corrected`);
+      this.#options.logger?.info(
+        `${corrected} bytes were in QEMU's memory already and were corrected`,
+      );
     }
     // The Worker gets ready and the target takes its copies while we go on here.
-    const serving = new Serving(this.#target, state, uffd, crew, this.#options, {
-      // A source of the caller's own is asked for every page.
-      records: this.#options.source === undefined ? (this.#target.takeHelpers?.() ?? []) : [],
-      fileFd: snapshot.fd,
-    }, this.#options.source === undefined ? this.#guard : undefined);
+    const serving = new Serving(
+      this.#target,
+      state,
+      uffd,
+      crew,
+      this.#options,
+      {
+        // A source of the caller's own is asked for every page.
+        records: this.#options.source === undefined ? (this.#target.takeHelpers?.() ?? []) : [],
+        fileFd: snapshot.fd,
+      },
+      this.#options.source === undefined ? this.#guard : undefined,
+    );
     this.#serving = serving;
     const served = serving.serveFaults();
     const kept = this.#keepState(fd);
     served.catch(() => {});
     kept.catch(() => {});
-    await letZeroExtentsGo(uffd, state, registrations.map(({ zero }) => zero));
+    await letZeroExtentsGo(
+      uffd,
+      state,
+      registrations.map(({ zero }) => zero),
+    );
     fillBlocks(pid, snapshot, fill);
     await Promise.all([served, kept]);
     this.#times.armedMs = this.#now();
     return { state, serving };
   }
 
-  /** Read-only, and not to be opened otherwise by QEMU's user: a later fsl believes what it says. */
+  /**
+   * Read-only, and not to be opened otherwise by QEMU's user: a later fsl believes what it says.
+   */
   async #keepState(fd: number): Promise<void> {
     fchmodSync(fd, 0o600);
     const readable = openSync(`/proc/self/fd/${fd}`, "r");
@@ -380,7 +413,12 @@ class Load {
 
   #progress(): LoadProgress {
     if (this.#state === undefined) {
-      return { dataBytes: this.#dataBytes, loadedBytes: this.#dataBytes, faults: 0, failedPages: 0 };
+      return {
+        dataBytes: this.#dataBytes,
+        loadedBytes: this.#dataBytes,
+        faults: 0,
+        failedPages: 0,
+      };
     }
     return progressOf(this.#state, this.#dataBytes);
   }
@@ -401,8 +439,8 @@ class Load {
   }
 
   /**
-   * Before the state was handed over: everything back as it was. After it the device state failed to load: the guest has
-   * never run, and is ended before the userfaultfd goes.
+   * Before the state was handed over: everything back as it was. After it the device state failed
+   * to load: the guest has never run, and is ended before the userfaultfd goes.
    */
   async #undo(): Promise<void> {
     if (this.#handedOver) {
@@ -448,9 +486,15 @@ async function letZeroExtentsGo(
   }
 }
 
-/** How long after resume a fault still is a first touch that the next load should bring in beforehand. */
+/**
+ * How long after resume a fault still is a first touch that the next load should bring in
+ * beforehand.
+ */
 const RECORD_MS = 2000;
-/** How long the guest's first steps have the CPUs to themselves, when no working set is there to speed them. */
+/**
+ * How long the guest's first steps have the CPUs to themselves, when no working set is there to
+ * speed them.
+ */
 const EAGER_PAUSE_MS = 50;
 
 function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
@@ -463,7 +507,9 @@ interface Prepared {
   readonly snapshot: Snapshot;
   readonly bitmaps: ReadonlyMap<string, PageBitmap>;
   readonly zeroRuns: ReadonlyMap<string, readonly ZeroRun[]>;
-  /** A seed for the blocks that will most likely be lazy, and their names; -1 when there is none. */
+  /**
+   * A seed for the blocks that will most likely be lazy, and their names; -1 when there is none.
+   */
   seedFd: number;
   readonly seededWithout: ReadonlySet<string>;
 }
@@ -496,7 +542,8 @@ function takeSeed(prepared: Prepared, notSeeded: readonly BlockPlan[]): number {
 
 /** @returns a descriptor that is open for reading only, as QEMU wants it, at position 0 */
 function makeSeed(snapshot: Snapshot, without: ReadonlySet<string>): number {
-  // RLIMIT_FSIZE counts for memfds too; without this its signal would end us instead of giving EFBIG.
+  // RLIMIT_FSIZE counts for memfds too; without this its signal would end us instead of giving
+  // EFBIG.
   sys.ignoreSignal(SIGXFSZ);
   const fd = sys.check(sys.memfdCreate("fsl-seed", MFD_CLOEXEC), "memfd_create of the seed");
   try {

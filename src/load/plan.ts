@@ -1,6 +1,7 @@
 /**
- * The plan of a load: each RAMBlock of the snapshot paired with its guest region, and how it gets its pages. Pure:
- * nothing of the target is touched. Everything that does not fit is said here, before anything has happened.
+ * The plan of a load: each RAMBlock of the snapshot paired with its guest region, and how it gets
+ * its pages. Pure: nothing of the target is touched. Everything that does not fit is said here,
+ * before anything has happened.
  */
 import { FslError } from "../errors.ts";
 import { hex, MiB } from "../pages.ts";
@@ -9,12 +10,16 @@ import { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Snapshot } from "../snapshot/snapshot.ts";
 import type { GuestRegion, TargetInfo } from "../vmm/target.ts";
 
-/** A block with no more data than this travels with the device state: QEMU loads it itself, in well under 1 ms. */
+/**
+ * A block with no more data than this travels with the device state: QEMU loads it itself, in well
+ * under 1 ms.
+ */
 export const SEED_DATA_MAX = MiB;
 
 /**
- * lazy: on demand and by the eager loader. seed: by QEMU's own loader, with the device state. fill: written by fsl in
- * full before the guest resumes. ignored: not in the snapshot (x-ignore-shared), left as it is.
+ * lazy: on demand and by the eager loader. seed: by QEMU's own loader, with the device state. fill:
+ * written by fsl in full before the guest resumes. ignored: not in the snapshot (x-ignore-shared),
+ * left as it is.
  */
 export type LoadWay = "lazy" | "seed" | "fill" | "ignored";
 
@@ -36,7 +41,9 @@ export interface LoadPlan {
 export interface PlanOptions {
   /** The bitmaps of the snapshot's saved blocks, by name. */
   readonly bitmaps: ReadonlyMap<string, PageBitmap>;
-  /** Load shared memory and huge pages lazily although a device could give memory back unnoticed. */
+  /**
+   * Load shared memory and huge pages lazily although a device could give memory back unnoticed.
+   */
   readonly lazyDespiteDiscards: boolean;
 }
 
@@ -49,7 +56,9 @@ export function planLoad(snapshot: Snapshot, info: TargetInfo, options: PlanOpti
   for (const block of snapshot.blocks) {
     const region = regions.get(block.idstr);
     if (region === undefined) {
-      differences.push(`RAMBlock ${block.idstr}: in the snapshot, not in QEMU; ${missingHint(block)}`);
+      differences.push(
+        `RAMBlock ${block.idstr}: in the snapshot, not in QEMU; ${missingHint(block)}`,
+      );
       continue;
     }
     regions.delete(block.idstr);
@@ -59,10 +68,14 @@ export function planLoad(snapshot: Snapshot, info: TargetInfo, options: PlanOpti
     blocks.push({ block, region, bitmap, way, reason });
   }
   if (differences.length > 0) {
-    throw new FslError("TARGET_MISMATCH", `QEMU does not fit the snapshot: ${differences.join("; ")}`, {
-      path: snapshot.path,
-      differences: differences.length,
-    });
+    throw new FslError(
+      "TARGET_MISMATCH",
+      `QEMU does not fit the snapshot: ${differences.join("; ")}`,
+      {
+        path: snapshot.path,
+        differences: differences.length,
+      },
+    );
   }
   const warnings = [...regions.values()]
     .filter((region) => !region.readOnly && region.length >= MiB)

@@ -1,6 +1,7 @@
 /**
- * Loads whose fsl has died. The target keeps the load state and the userfaultfd, so its vCPUs wait and nothing is lost;
- * another fsl finds both in /proc/PID/fd, takes the lock, wakes everybody who waits, and goes on where the first one was.
+ * Loads whose fsl has died. The target keeps the load state and the userfaultfd, so its vCPUs wait
+ * and nothing is lost; another fsl finds both in /proc/PID/fd, takes the lock, wakes everybody who
+ * waits, and goes on where the first one was.
  */
 import { closeSync, constants, fstatSync, openSync, readdirSync, readlinkSync } from "node:fs";
 import { FslError, isFslError } from "../errors.ts";
@@ -46,7 +47,8 @@ export interface FoundLoad {
  * @throws FslError TARGET_LOST when another fsl holds it
  */
 export function lockState(stateFd: number): number {
-  // flock(2) belongs to the open file, and the target has a copy of ours: the lock needs an open file of its own.
+  // flock(2) belongs to the open file, and the target has a copy of ours: the lock needs an open
+  // file of its own.
   const lockFd = openSync(`/proc/self/fd/${stateFd}`, "r+");
   let result = sys.flock(lockFd, LOCK_EX | LOCK_NB);
   // `fsl status` of somebody holds it for microseconds, to see whether it is free.
@@ -82,7 +84,10 @@ const PHASES: Readonly<Record<number, FoundLoad["phase"]>> = {
   [PHASE_FINISHED]: "finished",
 };
 
-/** Null for a process that is not the target itself (the fsl that serves it has the state too), or has just ended. */
+/**
+ * Null for a process that is not the target itself (the fsl that serves it has the state too), or
+ * has just ended.
+ */
 function lookAt(pid: number, stateNumber: number): FoundLoad | null {
   let fd: number;
   try {
@@ -174,8 +179,9 @@ export interface ResumeHandle {
 /**
  * Goes on with the load of a target whose fsl has died.
  * @returns when faults are served again and, if it was still to be, the guest was resumed
- * @throws FslError TARGET_LOST when there is no such load, another fsl serves it, or the state was never handed over;
- * TARGET_MISMATCH when the snapshot is not the same file any more, SNAPSHOT_OPEN when it cannot be opened
+ * @throws FslError TARGET_LOST when there is no such load, another fsl serves it, or the state was
+ * never handed over; TARGET_MISMATCH when the snapshot is not the same file any more, SNAPSHOT_OPEN
+ * when it cannot be opened
  */
 export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> {
   const { pid } = options;
@@ -191,7 +197,10 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     opened.push(lockState(stateFd));
     const state = LoadState.adopt(stateFd, fstatSync(stateFd).size, true);
     if (state.metadata.target.pid !== pid) {
-      throw new FslError("TARGET_LOST", `process ${pid}: its load state is that of process ${state.metadata.target.pid}`);
+      throw new FslError(
+        "TARGET_LOST",
+        `process ${pid}: its load state is that of process ${state.metadata.target.pid}`,
+      );
     }
     if (state.phase === PHASE_ARMED) {
       throw new FslError(
@@ -204,14 +213,15 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     const uffd = new Uffd(takeUserfaultfd(target, pid));
     opened.push(uffd.fd);
     const snapshot = openSameFile(state, options.snapshot);
-    // Sources other than the file are made from what was recorded; the file's descriptor is a new one.
+    // Sources other than the file are made from what was recorded; the file's descriptor is a new
+    // one.
     const adopted = withSource(state, snapshot.fd);
     const crew = new Crew(eagerWorkerCount(options));
     if (isFileSource(state)) guard = new SnapshotGuard(snapshot);
     const serving = new Serving(target, adopted, uffd, crew, options, undefined, guard);
     begun = serving;
-    // The dead fsl may have read REMOVE events without marking their pages: nothing is copied before that is done. The
-    // fault loop does it first of all, and opens the gate.
+    // The dead fsl may have read REMOVE events without marking their pages: nothing is copied
+    // before that is done. The fault loop does it first of all, and opens the gate.
     if (adopted.metadata.canDiscard) adopted.closeGate();
     await serving.serveFaults();
     serving.wakeAll();
@@ -242,7 +252,11 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
   }
 }
 
-async function bringRest(serving: Serving, target: FoundTarget, state: LoadState): Promise<boolean> {
+async function bringRest(
+  serving: Serving,
+  target: FoundTarget,
+  state: LoadState,
+): Promise<boolean> {
   const complete = await serving.bringRest();
   if (!complete) {
     await serving.stop();
@@ -257,7 +271,10 @@ async function bringRest(serving: Serving, target: FoundTarget, state: LoadState
   return true;
 }
 
-/** The first fsl may have died between handing over and resuming: what it had left to do is done now. */
+/**
+ * The first fsl may have died between handing over and resuming: what it had left to do is done
+ * now.
+ */
 async function goOn(state: LoadState, target: FoundTarget): Promise<void> {
   if (state.phase === PHASE_HANDING_OVER) {
     let progress = await target.stateProgress();
@@ -266,7 +283,10 @@ async function goOn(state: LoadState, target: FoundTarget): Promise<void> {
       progress = await target.stateProgress();
     }
     if (progress !== "loaded") {
-      throw new FslError("TARGET_LOST", `${target.description}: its state was not loaded (${progress}); end it and load again`);
+      throw new FslError(
+        "TARGET_LOST",
+        `${target.description}: its state was not loaded (${progress}); end it and load again`,
+      );
     }
     state.phase = PHASE_STATE_LOADED;
   }
@@ -288,8 +308,14 @@ function takeUserfaultfd(target: FoundTarget, pid: number): number {
   return sys.check(sys.pidfdGetfd(target.pidfd, number), `pidfd_getfd of ${target.description}`);
 }
 
-/** Opened, not read: what is needed of it is in the load state, and its disk may be failing at this moment. */
-function openSameFile(state: LoadState, otherPath: string | undefined): GuardedFile & { close(): void } {
+/**
+ * Opened, not read: what is needed of it is in the load state, and its disk may be failing at this
+ * moment.
+ */
+function openSameFile(
+  state: LoadState,
+  otherPath: string | undefined,
+): GuardedFile & { close(): void } {
   const { snapshotPath, snapshotIdentity } = state.metadata;
   const path = otherPath ?? snapshotPath;
   let fd: number;

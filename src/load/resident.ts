@@ -1,10 +1,11 @@
 /**
- * Pages that are in the target's memory already. They never fault, so whatever they hold would be what the guest sees:
- * they are looked for after the ranges are registered (nothing can appear unnoticed from then on) and corrected before
- * the state is handed over. Runs on the main thread.
+ * Pages that are in the target's memory already. They never fault, so whatever they hold would be
+ * what the guest sees: they are looked for after the ranges are registered (nothing can appear
+ * unnoticed from then on) and corrected before the state is handed over. Runs on the main thread.
  *
- * Writing goes through /proc/PID/mem: it never blocks (EIO on a missing page), where process_vm_writev would wait for the
- * page that only we can bring. @source Linux fs/proc/base.c mem_rw, fs/proc/task_mmu.c pagemap_read
+ * Writing goes through /proc/PID/mem: it never blocks (EIO on a missing page), where
+ * process_vm_writev would wait for the page that only we can bring. @source Linux fs/proc/base.c
+ * mem_rw, fs/proc/task_mmu.c pagemap_read
  */
 import { closeSync, openSync, readSync, writeSync } from "node:fs";
 import { FslError } from "../errors.ts";
@@ -22,8 +23,8 @@ export interface AddressRange {
 }
 
 /**
- * Ranges of [startAddr, startAddr + length) that are present or swapped, by address. Page tables that do not exist cost
- * the kernel next to nothing.
+ * Ranges of [startAddr, startAddr + length) that are present or swapped, by address. Page tables
+ * that do not exist cost the kernel next to nothing.
  * @throws FslError TARGET_LOST when the target's page map cannot be read
  */
 export function residentRanges(pid: number, startAddr: number, length: number): AddressRange[] {
@@ -56,7 +57,7 @@ function scanPagemap(fd: number, startAddr: number, endAddr: number): AddressRan
   argument[SCAN.ANYOF] = PRESENT_OR_SWAPPED;
   argument[SCAN.RETURN] = PRESENT_OR_SWAPPED;
   const ranges: AddressRange[] = [];
-  for (let addr = startAddr; addr < endAddr; ) {
+  for (let addr = startAddr; addr < endAddr;) {
     argument[SCAN.START] = BigInt(addr);
     const count = sys.ioctl(fd, PAGEMAP_SCAN, sys.ptrOf(argument));
     if (count === -ENOTTY || count === -EINVAL) return null;
@@ -64,7 +65,11 @@ function scanPagemap(fd: number, startAddr: number, endAddr: number): AddressRan
       throw new FslError("TARGET_LOST", `page map at ${hex(addr)}: ${sys.errnoText(-count)}`);
     }
     for (let index = 0; index < count; index += 1) {
-      appendRange(ranges, Number(regions[index * REGION_WORDS]), Number(regions[index * REGION_WORDS + 1]));
+      appendRange(
+        ranges,
+        Number(regions[index * REGION_WORDS]),
+        Number(regions[index * REGION_WORDS + 1]),
+      );
     }
     const walkEnd = Number(argument[SCAN.WALK_END]);
     if (walkEnd <= addr) break;
@@ -85,12 +90,15 @@ function readPagemap(fd: number, startAddr: number, length: number): AddressRang
   const words = new Uint32Array(buffer.buffer, buffer.byteOffset, PAGEMAP_WINDOW * 2);
   const ranges: AddressRange[] = [];
   const endAddr = startAddr + length;
-  for (let addr = startAddr; addr < endAddr; ) {
+  for (let addr = startAddr; addr < endAddr;) {
     const entries = Math.min(PAGEMAP_WINDOW, (endAddr - addr) / HOST_PAGE);
     const wanted = entries * PAGEMAP_ENTRY;
     const done = readSync(fd, buffer, 0, wanted, (addr / HOST_PAGE) * PAGEMAP_ENTRY);
     if (done !== wanted) {
-      throw new FslError("TARGET_LOST", `pagemap at ${hex(addr)}: expected ${wanted} bytes, found ${done}`);
+      throw new FslError(
+        "TARGET_LOST",
+        `pagemap at ${hex(addr)}: expected ${wanted} bytes, found ${done}`,
+      );
     }
     for (let index = 0; index < entries; index += 1) {
       if (((words[2 * index + 1] ?? 0) & UPPER_PRESENT_OR_SWAPPED) === 0) continue;
@@ -105,7 +113,8 @@ function readPagemap(fd: number, startAddr: number, length: number): AddressRang
 /** Ranges that touch become one. */
 function appendRange(ranges: AddressRange[], startAddr: number, endAddr: number): void {
   const last = ranges.at(-1);
-  if (last?.endAddr === startAddr) ranges[ranges.length - 1] = { startAddr: last.startAddr, endAddr };
+  if (last?.endAddr === startAddr)
+    ranges[ranges.length - 1] = { startAddr: last.startAddr, endAddr };
   else ranges.push({ startAddr, endAddr });
 }
 
@@ -132,7 +141,8 @@ export class MemoryWriter {
   }
 
   /**
-   * Gives the pages [firstPage, endPage) of a block the bytes that the snapshot has for them, zeros for clear bits.
+   * Gives the pages [firstPage, endPage) of a block the bytes that the snapshot has for them, zeros
+   * for clear bits.
    * @param hostAddr address of page 0 in the target
    * @param pagesOffset file offset of page 0
    */
@@ -162,7 +172,7 @@ export class MemoryWriter {
   }
 
   #copy(fileOffset: number, addr: number, length: number): void {
-    for (let at = 0; at < length; ) {
+    for (let at = 0; at < length;) {
       const wanted = Math.min(MiB, length - at);
       let done: number;
       try {
@@ -170,14 +180,15 @@ export class MemoryWriter {
       } catch (error) {
         throw readError(fileOffset + at, wanted, String(error), error);
       }
-      if (done === 0) throw readError(fileOffset + at, wanted, "found the end of the file", undefined);
+      if (done === 0)
+        throw readError(fileOffset + at, wanted, "found the end of the file", undefined);
       this.#write(this.#buffer, done, addr + at);
       at += done;
     }
   }
 
   #zero(addr: number, length: number): void {
-    for (let at = 0; at < length; ) {
+    for (let at = 0; at < length;) {
       const part = Math.min(MiB, length - at);
       this.#write(this.#zeros, part, addr + at);
       at += part;
@@ -185,9 +196,10 @@ export class MemoryWriter {
   }
 
   #write(buffer: Buffer, length: number, addr: number): void {
-    for (let at = 0; at < length; ) {
+    for (let at = 0; at < length;) {
       const done = writeSync(this.#fd, buffer, at, length - at, addr + at);
-      if (done <= 0) throw new FslError("TARGET_LOST", `memory at ${hex(addr + at)}: nothing could be written`);
+      if (done <= 0)
+        throw new FslError("TARGET_LOST", `memory at ${hex(addr + at)}: nothing could be written`);
       at += done;
     }
   }
@@ -202,7 +214,9 @@ function readError(fileOffset: number, length: number, text: string, cause: unkn
   );
 }
 
-/** The host-page-aligned half-open page range that covers [startAddr, endAddr), clipped to a block. */
+/**
+ * The host-page-aligned half-open page range that covers [startAddr, endAddr), clipped to a block.
+ */
 export function pagesOf(
   startAddr: number,
   endAddr: number,

@@ -1,7 +1,8 @@
 /**
- * Serving a target that is armed: the fault loop, the eager load, pages that cannot be read, and the end, when nothing of
- * fsl is left in the target. The same for a load that was just begun and for one whose fsl has died. Runs on the main
- * thread; waits for Workers, the target's exit and QMP, and for QMP only when no vCPU can be waiting.
+ * Serving a target that is armed: the fault loop, the eager load, pages that cannot be read, and
+ * the end, when nothing of fsl is left in the target. The same for a load that was just begun and
+ * for one whose fsl has died. Runs on the main thread; waits for Workers, the target's exit and
+ * QMP, and for QMP only when no vCPU can be waiting.
  */
 import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
@@ -22,7 +23,10 @@ import { Crew, type CrewEnd } from "./workers.ts";
 
 /** Name under which the target keeps a copy of the load state. */
 export const KEPT_STATE = "fsl-state";
-/** An eager pass that leaves pages behind (a Worker died with a chunk in hand) is followed by another one. */
+/**
+ * An eager pass that leaves pages behind (a Worker died with a chunk in hand) is followed by
+ * another one.
+ */
 const EAGER_PASSES_MAX = 16;
 /** How long the fault loop may take to notice that it is over. */
 const LOOP_END_MS = 1000;
@@ -43,7 +47,10 @@ export interface EagerOptions {
   readonly nice?: number;
 }
 
-/** What becomes of a page that stays unreadable: wait for ever, let whoever touches it get SIGBUS, or end the target. */
+/**
+ * What becomes of a page that stays unreadable: wait for ever, let whoever touches it get SIGBUS,
+ * or end the target.
+ */
 export type OnError = "wait" | "poison" | "kill";
 
 export interface ServingOptions {
@@ -139,13 +146,18 @@ export class Serving {
     });
   }
 
-  /** `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot be read. */
+  /**
+   * `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot
+   * be read.
+   */
   get supplyFailed(): boolean {
     return this.#suppliedWrong || this.#isAnyDemanded();
   }
 
   #isAnyDemanded(): boolean {
-    return [...this.#failures.values()].some((known) => known.demanded && !this.#isDone(known.failure));
+    return [...this.#failures.values()].some(
+      (known) => known.demanded && !this.#isDone(known.failure),
+    );
   }
 
   /** Pages that cannot be read at this moment. */
@@ -185,7 +197,10 @@ export class Serving {
     this.#eager.catch(() => {});
   }
 
-  /** Lets the eager load begin after a pause, or at once when the guest asks for many pages (fault-loop.ts). */
+  /**
+   * Lets the eager load begin after a pause, or at once when the guest asks for many pages
+   * (fault-loop.ts).
+   */
   letEagerGo(delayMs: number): void {
     if (delayMs <= 0) this.#state.letEagerGo();
     else this.#goTimer = setTimeout(() => this.#state.letEagerGo(), delayMs);
@@ -215,8 +230,8 @@ export class Serving {
   }
 
   /**
-   * All RAM is in. Bytes that may be wrong are nothing to go on with: nobody waits for a page any more, so the guest can be
-   * stopped, and whoever has the target decides.
+   * All RAM is in. Bytes that may be wrong are nothing to go on with: nobody waits for a page any
+   * more, so the guest can be stopped, and whoever has the target decides.
    */
   async #end(): Promise<boolean> {
     if (this.#guard?.isTooLate && this.#options.onError !== "kill") {
@@ -226,7 +241,10 @@ export class Serving {
     return true;
   }
 
-  /** Lets every range go and takes everything of fsl out of the target. Only when no page is missing. */
+  /**
+   * Lets every range go and takes everything of fsl out of the target. Only when no page is
+   * missing.
+   */
   async finish(): Promise<void> {
     this.#unregister();
     this.#state.phase = PHASE_FINISHED;
@@ -240,7 +258,9 @@ export class Serving {
     }
   }
 
-  /** Ends the Workers. The target must be complete, gone, or about to be served by somebody else. */
+  /**
+   * Ends the Workers. The target must be complete, gone, or about to be served by somebody else.
+   */
   async stop(): Promise<void> {
     clearInterval(this.#errorTimer);
     clearTimeout(this.#goTimer);
@@ -252,7 +272,10 @@ export class Serving {
     sys.close(this.#stopFd);
   }
 
-  /** What a dead Worker had in hand: faults that wait for a chunk of its are woken and served one by one. */
+  /**
+   * What a dead Worker had in hand: faults that wait for a chunk of its are woken and served one by
+   * one.
+   */
   #abandonWork(workerIndex: number): void {
     this.#state.leaveCopy(workerIndex);
     for (const block of this.#state.blocks) {
@@ -305,7 +328,9 @@ export class Serving {
   #hurry(leftMs: number): void {
     this.#state.hurry();
     this.letEagerGo(0);
-    const limit = Number.isFinite(leftMs) ? `for ${Math.round(leftMs / 1000)} s at most` : "until that is done";
+    const limit = Number.isFinite(leftMs)
+      ? `for ${Math.round(leftMs / 1000)} s at most`
+      : "until that is done";
     this.#options.logger?.warn(
       `${this.#state.metadata.snapshotPath}: another process wants to write to it and is kept waiting ${limit}; ` +
         "the rest is loaded without a limit",
@@ -398,7 +423,9 @@ export class Serving {
       if (performance.now() - sinceMs < limitMs) continue;
       this.#suppliedWrong = true;
       if (this.#options.onError === "kill") {
-        this.#options.logger?.warn(`${this.#target.description} is killed: a page stayed unreadable`);
+        this.#options.logger?.warn(
+          `${this.#target.description} is killed: a page stayed unreadable`,
+        );
         clearInterval(this.#errorTimer);
         this.#target.kill();
         return;

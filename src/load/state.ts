@@ -1,6 +1,7 @@
 /**
- * The memory of a load: everything the Workers share and everything that must outlive fsl. It is a memfd that the target
- * keeps a copy of, so that after fsl's death another fsl can find it in /proc/PID/fd and go on. Run by all threads.
+ * The memory of a load: everything the Workers share and everything that must outlive fsl. It is a
+ * memfd that the target keeps a copy of, so that after fsl's death another fsl can find it in
+ * /proc/PID/fd and go on. Run by all threads.
  *
  *   offset        bytes        content
  *   0             4096         header: 32-bit words, see H_*
@@ -70,7 +71,9 @@ export const PHASE_STATE_LOADED = 3;
 export const PHASE_RUNNING = 4;
 export const PHASE_FINISHED = 5;
 
-/** Bytes of a chunk, the unit of the eager load: what one page table page reaches, and a huge page. */
+/**
+ * Bytes of a chunk, the unit of the eager load: what one page table page reaches, and a huge page.
+ */
 export const CHUNK_LENGTH = 0x200000;
 /** Chunk words. Nobody has touched the chunk: it may come in one move. */
 export const CHUNK_FREE = 0;
@@ -79,7 +82,10 @@ export const CHUNK_SPLIT = 1;
 /** The eager load is through with it: it came page by page, or as a huge page. */
 export const CHUNK_DONE = 2;
 export const CHUNK_MOVED = 3;
-/** Plus the index of the Worker that has it in hand: it comes as a whole, faults in it wait for that. */
+/**
+ * Plus the index of the Worker that has it in hand: it comes as a whole, faults in it wait for
+ * that.
+ */
 export const CHUNK_MOVING = 16;
 /** Plus the index of the Worker that copies what is missing; faults are served meanwhile. */
 export const CHUNK_COPYING = 32;
@@ -152,7 +158,10 @@ export class BlockState {
   readonly done: Int32Array;
   /** Plan-wide number of chunk 0. */
   readonly firstChunk: number;
-  /** One word a chunk: CHUNK_*. Chunk 0 holds the block's first address; chunks are aligned in the target. */
+  /**
+   * One word a chunk: CHUNK_*. Chunk 0 holds the block's first address; chunks are aligned in the
+   * target.
+   */
   readonly chunks: Int32Array;
   /** When the first fault came that waits for a chunk to be moved; 0 = none waits. */
   readonly chunkFaultNs: Float64Array;
@@ -197,9 +206,17 @@ export class BlockState {
     return Math.min(this.pageCount, (chunk + 1) * this.#chunkPages - this.#leadPages);
   }
 
-  /** Before a page of the chunk is brought alone. @returns false when a Worker is bringing the chunk as a whole */
+  /**
+   * Before a page of the chunk is brought alone. @returns false when a Worker is bringing the chunk
+   * as a whole
+   */
   splitChunk(pageIndex: number): boolean {
-    const word = Atomics.compareExchange(this.chunks, this.chunkOf(pageIndex), CHUNK_FREE, CHUNK_SPLIT);
+    const word = Atomics.compareExchange(
+      this.chunks,
+      this.chunkOf(pageIndex),
+      CHUNK_FREE,
+      CHUNK_SPLIT,
+    );
     return word < CHUNK_MOVING || word >= CHUNK_COPYING;
   }
 
@@ -269,7 +286,10 @@ export class LoadState {
     const length = stateLength(metadata.blocks);
     const text = new TextEncoder().encode(JSON.stringify(metadata));
     assert(text.length <= METADATA_LENGTH_MAX, `load metadata has ${text.length} bytes`);
-    const fd = sys.check(sys.memfdCreate("fsl-state", MFD_CLOEXEC), "memfd_create of the load state");
+    const fd = sys.check(
+      sys.memfdCreate("fsl-state", MFD_CLOEXEC),
+      "memfd_create of the load state",
+    );
     sys.check(sys.ftruncate(fd, length), "ftruncate of the load state");
     const state = new LoadState({ address: mapState(fd, length), length, metadata });
     new Uint8Array(state.#buffer, METADATA_OFFSET, text.length).set(text);
@@ -287,7 +307,10 @@ export class LoadState {
    */
   static adopt(fd: number, fdLength: number, takeOver: boolean): LoadState {
     if (fdLength < BITMAPS_OFFSET) {
-      throw new FslError("TARGET_LOST", `load state: expected at least ${BITMAPS_OFFSET} bytes, found ${fdLength}`);
+      throw new FslError(
+        "TARGET_LOST",
+        `load state: expected at least ${BITMAPS_OFFSET} bytes, found ${fdLength}`,
+      );
     }
     const address = mapState(fd, fdLength);
     const buffer = sys.view(address, fdLength);
@@ -326,7 +349,10 @@ export class LoadState {
     return new LoadState(handle);
   }
 
-  /** Releases the mapping; only the thread that made or adopted the state, after every Worker has ended. */
+  /**
+   * Releases the mapping; only the thread that made or adopted the state, after every Worker has
+   * ended.
+   */
   unmap(): void {
     sys.munmap(this.handle.address, this.handle.length);
   }
@@ -372,7 +398,9 @@ export class LoadState {
     return Atomics.exchange(this.#header, H_HOT_CHUNK, 0) - 1;
   }
 
-  /** Eager Workers hold back until this is set: the guest's first steps have the CPU to themselves. */
+  /**
+   * Eager Workers hold back until this is set: the guest's first steps have the CPU to themselves.
+   */
   get eagerGo(): boolean {
     return Atomics.load(this.#header, H_EAGER_GO) !== 0;
   }
@@ -380,7 +408,9 @@ export class LoadState {
     Atomics.store(this.#header, H_EAGER_GO, 1);
   }
 
-  /** The source's bytes are not the snapshot's any more: data pages that are missing stay missing. */
+  /**
+   * The source's bytes are not the snapshot's any more: data pages that are missing stay missing.
+   */
   get halted(): boolean {
     return Atomics.load(this.#header, H_HALTED) !== 0;
   }
@@ -413,9 +443,10 @@ export class LoadState {
   }
 
   /**
-   * The gate between the reader of events and the eager Workers (only where the guest can give memory back). A copy that
-   * was decided before a REMOVE was read must not land after it: eager copies announce themselves, and the reader closes
-   * the gate, waits until none is announced, reads, marks, opens.
+   * The gate between the reader of events and the eager Workers (only where the guest can give
+   * memory back). A copy that was decided before a REMOVE was read must not land after it: eager
+   * copies announce themselves, and the reader closes the gate, waits until none is announced,
+   * reads, marks, opens.
    */
   enterCopy(workerIndex: number): boolean {
     Atomics.store(this.#header, H_INFLIGHT + workerIndex, 1);
@@ -449,7 +480,12 @@ export class LoadState {
   }
 
   /** The page that was last found unreadable, whatever became of it; null when there was none. */
-  get lastFailure(): { idstr: string; pageIndex: number; fileOffset: number; errno: number } | null {
+  get lastFailure(): {
+    idstr: string;
+    pageIndex: number;
+    fileOffset: number;
+    errno: number;
+  } | null {
     const errno = Atomics.load(this.#header, H_FAILURE + 2);
     const block = this.blocks[Atomics.load(this.#header, H_FAILURE)]?.block;
     if (errno === 0 || block === undefined) return null;

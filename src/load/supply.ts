@@ -1,13 +1,22 @@
 /**
- * Brings pages into the target: asks the page source for bytes, copies them, marks them done. The fault loop and every
- * eager Worker have one each; the kernel and the shared bitmaps arbitrate between them. Allocates nothing per call.
- * Blocks only where the page source does (a file that is not in the page cache).
+ * Brings pages into the target: asks the page source for bytes, copies them, marks them done. The
+ * fault loop and every eager Worker have one each; the kernel and the shared bitmaps arbitrate
+ * between them. Allocates nothing per call. Blocks only where the page source does (a file that is
+ * not in the page cache).
  *
- * A page is marked done after its copy succeeded, never before. A done page is never copied again: a fault on one means
- * that the guest gave it back, and what it gets then is zero.
+ * A page is marked done after its copy succeeded, never before. A done page is never copied again:
+ * a fault on one means that the guest gave it back, and what it gets then is zero.
  */
 import * as sys from "../sys/native.ts";
-import { EFAULT, ENOMEM, ESTALE, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
+import {
+  EFAULT,
+  ENOMEM,
+  ESTALE,
+  MAP_ANONYMOUS,
+  MAP_PRIVATE,
+  PROT_READ,
+  PROT_WRITE,
+} from "../sys/abi.ts";
 import type { PageBytes, PageSource } from "../source/page-source.ts";
 import {
   COPY_CHANGED,
@@ -49,7 +58,10 @@ export class Supply {
 
   /** Pages brought in by the last call, before it ended with its outcome. */
   pagesDone = 0;
-  /** After FAILED: positive errno, and the page that cannot be read. After PENDING: the page that is not there yet. */
+  /**
+   * After FAILED: positive errno, and the page that cannot be read. After PENDING: the page that is
+   * not there yet.
+   */
   errno = 0;
   failedPage = 0;
 
@@ -67,8 +79,8 @@ export class Supply {
   }
 
   /**
-   * Copies the data pages [pageIndex, pageIndex + pages) of a block; every one must have its data bit set.
-   * For a block with larger host pages use `copyHostPage`.
+   * Copies the data pages [pageIndex, pageIndex + pages) of a block; every one must have its data
+   * bit set. For a block with larger host pages use `copyHostPage`.
    */
   copyRun(state: BlockState, pageIndex: number, pages: number): Outcome {
     const { block } = state;
@@ -107,7 +119,8 @@ export class Supply {
         case COPY_GONE:
           return GONE;
         case COPY_CHANGED:
-          // Not one registered area: two of them (then page by page), or unmapped, and nobody can touch it any more.
+          // Not one registered area: two of them (then page by page), or unmapped, and nobody can
+          // touch it any more.
           if (answer.pages === 1) {
             setRange(state.done, at, at + 1);
             at += 1;
@@ -172,8 +185,9 @@ export class Supply {
   }
 
   /**
-   * Brings in one whole host page that is larger than the snapshot's page: put together in a buffer, data where the
-   * bitmap has it and zeros elsewhere, and copied at once (hugetlb knows no ZEROPAGE and no smaller copy).
+   * Brings in one whole host page that is larger than the snapshot's page: put together in a
+   * buffer, data where the bitmap has it and zeros elsewhere, and copied at once (hugetlb knows no
+   * ZEROPAGE and no smaller copy).
    * @param firstPage index of the host page's first snapshot page
    */
   copyHostPage(state: BlockState, firstPage: number): Outcome {
@@ -194,7 +208,8 @@ export class Supply {
       if (answer.state === "failed") return this.#failed(at, answer.errno);
       const target = this.#assemblyAddress + (at - firstPage) * block.pageSize;
       const length = answer.pages * block.pageSize;
-      // A copy within this process by the kernel: bytes that cannot be read give EFAULT, not SIGBUS.
+      // A copy within this process by the kernel: bytes that cannot be read give EFAULT, not
+      // SIGBUS.
       const copied = sys.processVmReadv(this.#selfPid, answer.address, target, length);
       if (copied !== length) {
         const failedPage = at + (copied > 0 ? Math.floor(copied / block.pageSize) : 0);

@@ -1,6 +1,7 @@
 /**
- * What both kinds of Worker do: wait for the start message, make the page source, run the loop, report. A Worker is
- * started while the target is still starting (its code and the shim are loaded by then) and gets its work later.
+ * What both kinds of Worker do: wait for the start message, make the page source, run the loop,
+ * report. A Worker is started while the target is still starting (its code and the shim are loaded
+ * by then) and gets its work later.
  */
 import { makeSource } from "../source/make-source.ts";
 import type { PageSource } from "../source/page-source.ts";

@@ -1,7 +1,7 @@
 /**
- * The crew of a load: one fault Worker and the eager Workers, started early, given their work later, watched until they
- * end. A Worker that dies is replaced: what it had read lives in the load state, and waking the ranges makes every
- * waiting thread fault again. Runs on the main thread.
+ * The crew of a load: one fault Worker and the eager Workers, started early, given their work
+ * later, watched until they end. A Worker that dies is replaced: what it had read lives in the load
+ * state, and waking the ranges makes every waiting thread fault again. Runs on the main thread.
  */
 import { FslError } from "../errors.ts";
 import { startWorker } from "../sys/worker.ts";
@@ -88,7 +88,9 @@ class Post {
       else this.#take(message);
     };
     worker.onerror = (event) => lose(new Error(`${this.role} Worker: ${event.message}`));
-    worker.addEventListener("close", () => lose(new Error(`${this.role} Worker ended unexpectedly`)));
+    worker.addEventListener("close", () =>
+      lose(new Error(`${this.role} Worker ended unexpectedly`)),
+    );
     return [worker, loaded.promise];
   }
 
@@ -118,7 +120,12 @@ class Post {
     const replaced = this.#start !== undefined && this.#replacements <= REPLACEMENTS_MAX;
     this.events?.onWorkerLost(this.role, error, replaced);
     if (!replaced) {
-      const failure = new FslError("INTERNAL", `${this.role} Worker failed: ${error.message}`, {}, error);
+      const failure = new FslError(
+        "INTERNAL",
+        `${this.role} Worker failed: ${error.message}`,
+        {},
+        error,
+      );
       this.#serving.reject(failure);
       this.#ended.reject(failure);
       return;
@@ -155,7 +162,9 @@ export class Crew {
     await this.#fault.begin(start);
   }
 
-  /** Sets the eager Workers to work. @returns when all of them have ended: the worst of their ends */
+  /**
+   * Sets the eager Workers to work. @returns when all of them have ended: the worst of their ends
+   */
   async loadEagerly(starts: readonly EagerWorkerStart[]): Promise<CrewEnd> {
     const ends = this.#eager.map(async (post, index) => {
       const start = starts[index];

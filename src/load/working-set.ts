@@ -1,6 +1,7 @@
 /**
- * The working set of a snapshot: which pages a guest touched first after it was resumed, in first-touch order. Recorded
- * from the fault log of one load, brought in before the guest asks in the next. Runs on the main thread.
+ * The working set of a snapshot: which pages a guest touched first after it was resumed, in
+ * first-touch order. Recorded from the fault log of one load, brought in before the guest asks in
+ * the next. Runs on the main thread.
  *
  * File `SNAP.fslws`, little-endian:
  *
@@ -12,7 +13,15 @@
  *   …        8 each  u32 index into `blocks`, u32 page index
  */
 import { randomBytes } from "node:crypto";
-import { closeSync, fstatSync, openSync, readSync, renameSync, unlinkSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  fstatSync,
+  openSync,
+  readSync,
+  renameSync,
+  unlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { FslError } from "../errors.ts";
 import type { LoadState } from "./state.ts";
 import { testBit } from "./bits.ts";
@@ -20,10 +29,14 @@ import { testBit } from "./bits.ts";
 const MAGIC = Buffer.from([0x46, 0x53, 0x4c, 0x57, 0x53, 0, 0, 1]);
 const HEADER_LENGTH = 16;
 const JSON_LENGTH_MAX = 65_536;
-/** 256 MiB of 4 KiB pages: bounds the file, and a record that would no longer be a *first* touch. */
+/**
+ * 256 MiB of 4 KiB pages: bounds the file, and a record that would no longer be a *first* touch.
+ */
 export const WORKING_SET_PAGES_MAX = 65_536;
 const BLOCKS_MAX = 256;
-/** A set is written anew when a load has found this share of new pages in it, and at least so many. */
+/**
+ * A set is written anew when a load has found this share of new pages in it, and at least so many.
+ */
 const GROWTH_SHARE = 0.02;
 const GROWTH_PAGES = 8;
 
@@ -83,7 +96,10 @@ export function parseWorkingSet(bytes: Buffer, path: string): WorkingSet {
   if (bytes.length !== HEADER_LENGTH + jsonLength + 8 * pageCount) {
     throw damaged(path, `its length ${bytes.length} does not fit its header`);
   }
-  const { snapshot, blocks } = parseHead(bytes.subarray(HEADER_LENGTH, HEADER_LENGTH + jsonLength), path);
+  const { snapshot, blocks } = parseHead(
+    bytes.subarray(HEADER_LENGTH, HEADER_LENGTH + jsonLength),
+    path,
+  );
   const pages: WorkingSetPage[] = [];
   for (let index = 0; index < pageCount; index += 1) {
     const at = HEADER_LENGTH + jsonLength + 8 * index;
@@ -101,10 +117,21 @@ function parseHead(text: Buffer, path: string): { snapshot: WorkingSetIdentity; 
   } catch (error) {
     throw damaged(path, `its description is no JSON: ${String(error)}`);
   }
-  const { snapshot, blocks } = (head ?? {}) as { snapshot?: Partial<WorkingSetIdentity>; blocks?: unknown };
-  const blocksFit = Array.isArray(blocks) && blocks.length <= BLOCKS_MAX && blocks.every((b) => typeof b === "string");
+  const { snapshot, blocks } = (head ?? {}) as {
+    snapshot?: Partial<WorkingSetIdentity>;
+    blocks?: unknown;
+  };
+  const blocksFit =
+    Array.isArray(blocks) &&
+    blocks.length <= BLOCKS_MAX &&
+    blocks.every((b) => typeof b === "string");
   const { size, mtimeNs, streamOffset } = snapshot ?? {};
-  if (!blocksFit || typeof size !== "number" || typeof mtimeNs !== "string" || typeof streamOffset !== "number") {
+  if (
+    !blocksFit ||
+    typeof size !== "number" ||
+    typeof mtimeNs !== "string" ||
+    typeof streamOffset !== "number"
+  ) {
     throw damaged(path, "its description lacks a field");
   }
   return { snapshot: { size, mtimeNs, streamOffset }, blocks };
@@ -114,7 +141,10 @@ function damaged(path: string, why: string): FslError {
   return new FslError("SNAPSHOT_FORMAT", `working set ${path}: ${why}`, { path });
 }
 
-/** Writes a working set under a name of its own, then gives it its name: it is never half there. Mode 0600. */
+/**
+ * Writes a working set under a name of its own, then gives it its name: it is never half there.
+ * Mode 0600.
+ */
 export function writeWorkingSet(path: string, set: WorkingSet): void {
   const blocks = [...new Set(set.pages.map(({ idstr }) => idstr))];
   const json = Buffer.from(JSON.stringify({ snapshot: set.identity, blocks }));
@@ -147,7 +177,8 @@ export function identityFits(a: WorkingSetIdentity, b: WorkingSetIdentity): bool
 }
 
 /**
- * What of a set is to be brought in: pages that the state knows as data, in the set's order; touching ones become one run.
+ * What of a set is to be brought in: pages that the state knows as data, in the set's order;
+ * touching ones become one run.
  * @returns block index, first page, number of pages; three numbers a run
  */
 export function planReplay(set: WorkingSet, state: LoadState): Int32Array {
@@ -197,6 +228,7 @@ export function growWorkingSet(
     pages.push(page);
   }
   const added = pages.length - (before?.pages.length ?? 0);
-  const enough = before === null || added >= Math.max(GROWTH_PAGES, before.pages.length * GROWTH_SHARE);
+  const enough =
+    before === null || added >= Math.max(GROWTH_PAGES, before.pages.length * GROWTH_SHARE);
   return enough && pages.length > 0 ? { identity, pages } : null;
 }

@@ -2,11 +2,15 @@
 import * as sys from "../sys/native.ts";
 import { SEEK_DATA, SEEK_HOLE } from "../sys/abi.ts";
 
-/** A file with more extents than this is counted as far as that; it bounds the time on hostile files. */
+/**
+ * A file with more extents than this is counted as far as that; it bounds the time on hostile
+ * files.
+ */
 const EXTENTS_MAX = 1 << 20;
 
 /**
- * Bytes of [start, end) that are not holes, by lseek(2) SEEK_DATA and SEEK_HOLE; a file system without holes says all.
+ * Bytes of [start, end) that are not holes, by lseek(2) SEEK_DATA and SEEK_HOLE; a file system
+ * without holes says all.
  * @param fd an open descriptor; its position is moved
  */
 export function allocatedBytes(fd: number, start: number, end: number): number {

@@ -1,4 +1,7 @@
-/** Makes the page source that a spec describes; every thread that supplies pages calls it for its own. */
+/**
+ * Makes the page source that a spec describes; every thread that supplies pages calls it for its
+ * own.
+ */
 import { FslError } from "../errors.ts";
 import type { CreatePageSource, PageSource, PageSourceSpec, SourceBlock } from "./page-source.ts";
 import { createPageSource } from "./snapshot-source.ts";
@@ -11,7 +14,10 @@ export async function makeSource(
   if (spec.module === undefined) return createPageSource(spec.options, blocks);
   const loaded = (await import(spec.module)) as { createPageSource?: CreatePageSource };
   if (typeof loaded.createPageSource !== "function") {
-    throw new FslError("USAGE", `page source ${spec.module}: expected an export createPageSource, found none`);
+    throw new FslError(
+      "USAGE",
+      `page source ${spec.module}: expected an export createPageSource, found none`,
+    );
   }
   return loaded.createPageSource(spec.options, blocks);
 }

@@ -1,10 +1,14 @@
 /**
- * Where page bytes come from: the seam of the whole loader. A page source lives in each Worker that supplies pages (the
- * fault loop and the eager Workers have one each), is called synchronously, and never blocks on a vCPU or on the main
- * thread. It answers with an *address*: UFFDIO_COPY reads straight from there, the bytes never pass through JavaScript.
+ * Where page bytes come from: the seam of the whole loader. A page source lives in each Worker that
+ * supplies pages (the fault loop and the eager Workers have one each), is called synchronously, and
+ * never blocks on a vCPU or on the main thread. It answers with an *address*: UFFDIO_COPY reads
+ * straight from there, the bytes never pass through JavaScript.
  */
 
-/** What a source needs to know of a block: index in the load plan, name, and sizes. Structured-cloneable. */
+/**
+ * What a source needs to know of a block: index in the load plan, name, and sizes.
+ * Structured-cloneable.
+ */
 export interface SourceBlock {
   readonly idstr: string;
   /** Length of the block in bytes. */
@@ -17,7 +21,10 @@ export interface SourceBlock {
 
 /** The answer of `resolve`, filled in place: nothing is allocated per fault. */
 export interface PageBytes {
-  /** ready: `address` holds `pages` pages. pending: the pages arrive later (poll `readyFd`). failed: `errno` says why. */
+  /**
+   * ready: `address` holds `pages` pages. pending: the pages arrive later (poll `readyFd`). failed:
+   * `errno` says why.
+   */
   state: "ready" | "pending" | "failed";
   /** Address of the bytes in this process; valid until the next call of `resolve`. */
   address: number;
@@ -28,7 +35,10 @@ export interface PageBytes {
 }
 
 export interface PageSource {
-  /** A descriptor that polls readable when a pending page may have arrived, or -1 when nothing is ever pending. */
+  /**
+   * A descriptor that polls readable when a pending page may have arrived, or -1 when nothing is
+   * ever pending.
+   */
   readonly readyFd: number;
   /**
    * Finds the bytes of data pages. The caller asks only for pages whose bitmap bit is set.
@@ -42,14 +52,19 @@ export interface PageSource {
   willNeed?(blockIndex: number, pageIndex: number, pages: number): void;
   /** Hint: the pages were copied and the bytes behind them are not needed again. */
   release?(blockIndex: number, pageIndex: number, pages: number): void;
-  /** Why the bytes of a page cannot be read: a positive errno, or 0 when they can. May block on I/O. */
+  /**
+   * Why the bytes of a page cannot be read: a positive errno, or 0 when they can. May block on I/O.
+   */
   diagnose?(blockIndex: number, pageIndex: number): number;
   /** Called when `readyFd` polled readable, before pending pages are asked for again. */
   acknowledge?(): void;
   close(): void;
 }
 
-/** Describes a source so that any Worker can make its own: a module that exports `createPageSource`, and its options. */
+/**
+ * Describes a source so that any Worker can make its own: a module that exports `createPageSource`,
+ * and its options.
+ */
 export interface PageSourceSpec {
   /** URL or absolute path of the module; absent = the snapshot file itself. */
   readonly module?: string;
@@ -58,4 +73,7 @@ export interface PageSourceSpec {
 }
 
 /** The export that a page source module must have. */
-export type CreatePageSource = (options: unknown, blocks: readonly SourceBlock[]) => PageSource | Promise<PageSource>;
+export type CreatePageSource = (
+  options: unknown,
+  blocks: readonly SourceBlock[],
+) => PageSource | Promise<PageSource>;

@@ -1,7 +1,8 @@
 /**
- * The default page source: a mapping of the snapshot file. UFFDIO_COPY reads straight from it, so the bytes never pass
- * through JavaScript and a file that was truncated gives EFAULT, an ordinary error (JavaScript touching the same mapping
- * would get SIGBUS). Runs in each Worker that supplies pages; blocks only when the file is not in the page cache.
+ * The default page source: a mapping of the snapshot file. UFFDIO_COPY reads straight from it, so
+ * the bytes never pass through JavaScript and a file that was truncated gives EFAULT, an ordinary
+ * error (JavaScript touching the same mapping would get SIGBUS). Runs in each Worker that supplies
+ * pages; blocks only when the file is not in the page cache.
  */
 import { FslError } from "../errors.ts";
 import { alignDown, alignUp, hex } from "../pages.ts";
@@ -23,7 +24,10 @@ const HOST_PAGE = 4096;
 export interface SnapshotSourceOptions {
   /** Descriptor of the snapshot, open for reading in this process; stays the caller's. */
   readonly fd: number;
-  /** A file that is not in the page cache: read exactly the pages that are asked for, not the kernel's guess. */
+  /**
+   * A file that is not in the page cache: read exactly the pages that are asked for, not the
+   * kernel's guess.
+   */
   readonly exact?: boolean;
 }
 
@@ -71,7 +75,8 @@ export class SnapshotPageSource implements PageSource {
 
   resolve(blockIndex: number, pageIndex: number, pagesMax: number, answer: PageBytes): void {
     const mapping = this.#mappings[blockIndex];
-    if (mapping === undefined) throw new FslError("INTERNAL", `page source has no block ${blockIndex}`);
+    if (mapping === undefined)
+      throw new FslError("INTERNAL", `page source has no block ${blockIndex}`);
     answer.state = "ready";
     answer.address = mapping.firstPageAddress + pageIndex * mapping.pageSize;
     answer.pages = pagesMax;
@@ -82,7 +87,10 @@ export class SnapshotPageSource implements PageSource {
     this.#advise(blockIndex, pageIndex, pages, MADV_WILLNEED);
   }
 
-  /** Takes the pages out of this process's page table: else the whole snapshot would count as fsl's memory. */
+  /**
+   * Takes the pages out of this process's page table: else the whole snapshot would count as fsl's
+   * memory.
+   */
   release(blockIndex: number, pageIndex: number, pages: number): void {
     this.#advise(blockIndex, pageIndex, pages, MADV_DONTNEED);
   }

@@ -56,7 +56,12 @@ describe("arm.planRegistration", () => {
   });
 
   test("keeps the longest extents when there are too many", () => {
-    const data = bitmap(8 * PAGES_2M, [0, 1], [2 * PAGES_2M, 2 * PAGES_2M + 1], [7 * PAGES_2M, 8 * PAGES_2M]);
+    const data = bitmap(
+      8 * PAGES_2M,
+      [0, 1],
+      [2 * PAGES_2M, 2 * PAGES_2M + 1],
+      [7 * PAGES_2M, 8 * PAGES_2M],
+    );
     const plan = planRegistration(...subject(data, 8 * PAGES_2M), 1);
     expect(plan.zero).toEqual([{ startAddr: BASE + 6 * MiB, endAddr: BASE + 14 * MiB }]);
     expect(plan.registered).toHaveLength(2);
