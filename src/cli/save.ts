@@ -29,6 +29,7 @@ export const saveCommand = defineCommand({
       valueHint: "channels",
       description: "save by several channels at once, 1..255; default: one stream",
     },
+    // oxlint-disable-next-line unicorn/no-thenable -- the flag's name; this is never awaited.
     then: {
       type: "enum",
       options: ["quit", "cont", "stay"],

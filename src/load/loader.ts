@@ -4,7 +4,7 @@
  * in (serving.ts).
  *
  *   open and parse ─┐
- *   start Workers   ├─▶ plan ─▶ arm ─▶ serve faults ─▶ device state ─▶ resume ─▶ eager load ─▶ unregister, let go
+ *   start Workers   ├─▶ plan ─▶ arm ─▶ serve faults ─▶ device state ─▶ resume ─▶ rest ─▶ let go
  *   target starts  ─┘   every check is before this line ──┘ (it works once and cannot be undone)
  *
  * The userfaultfd is never closed and no range is unregistered while a page is missing: the kernel

@@ -1,5 +1,8 @@
-/** What the main thread and its Workers say to one another. The Workers' loops are synchronous: control goes through
- * the load state and an eventfd, these messages only start a Worker and report from it. */
+/**
+ * What the main thread and its Workers say to one another. The Workers' loops are synchronous:
+ * control goes through the load state and an eventfd, these messages only start a Worker and report
+ * from it.
+ */
 import type { HelperRecord } from "../sys/helper-task.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import type { PageFailure } from "./fault-loop.ts";
