@@ -1,6 +1,7 @@
 /**
- * The one error class of fsl and its table of codes. Codes and exit codes are stable API; texts are not.
- * Message grammar: `<what failed>: <expected>, <found> (<where>); <what to do>`. No full stop, no prefix.
+ * The one error class of fsl and its table of codes. Codes and exit codes are stable API; texts are
+ * not. Message grammar: `<what failed>: <expected>, <found> (<where>); <what to do>`. No full stop,
+ * no prefix.
  */
 
 /** Exit code of each error code. README.md repeats this table; `npm run check` compares the two. */

@@ -1,4 +1,7 @@
-/** Page arithmetic. Three different numbers: page index (0-based), byte offset, address; names say which. */
+/**
+ * Page arithmetic. Three different numbers: page index (0-based), byte offset, address; names say
+ * which.
+ */
 import { assert } from "./errors.ts";
 
 export const KiB = 1024;

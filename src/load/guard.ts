@@ -2,10 +2,12 @@
  * Watches over the snapshot file while pages are taken from it. Bytes that somebody writes into it
  * meanwhile would become the guest's memory; that must not happen, or at least be noticed.
  *
- *   leased     a read lease (fcntl(2) F_SETLEASE): the kernel lets nobody open the file for writing or truncate it while
- *              it holds. Whoever wants to waits, at most /proc/sys/fs/lease-break-time (45 s), and we are told: time to
- *              bring in the rest. For the file's owner and CAP_LEASE, on local file systems.
- *   looked at  else: size and modification time, ten times a second and at the end. A change is noticed, after the fact.
+ *   leased     a read lease (fcntl(2) F_SETLEASE): the kernel lets nobody open the file for writing
+ *              or truncate it while it holds. Whoever wants to waits, at most
+ *              /proc/sys/fs/lease-break-time (45 s), and we are told: time to bring in the rest. For
+ *              the file's owner and CAP_LEASE, on local file systems.
+ *   looked at  else: size and modification time, ten times a second and at the end. A change is
+ *              noticed, after the fact.
  *
  * Renaming, deleting and unmounting do no harm: the descriptor holds the file. Writing to the block
  * device below, or on another machine, is seen by neither way.

@@ -1,4 +1,7 @@
-/** The snapshot is deleted, replaced, unmounted, truncated or written to while pages are taken from it. */
+/**
+ * The snapshot is deleted, replaced, unmounted, truncated or written to while pages are taken from
+ * it.
+ */
 import { describe, expect, test } from "bun:test";
 import {
   chownSync,
@@ -29,7 +32,10 @@ import { until, whyNoExecutable, within } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 120_000;
 const reason = whyNoExecutable() ?? whyNoGuests();
-/** Slow enough that the load is going on when something is done to the file, for as long as a test takes. */
+/**
+ * Slow enough that the load is going on when something is done to the file, for as long as a test
+ * takes.
+ */
 const SLOW = ["--eager-rate", "1M"];
 /** fsl may not have a lease on somebody else's file then: it has to look. */
 const NO_LEASE = ["setpriv", "--bounding-set", "-lease", "--inh-caps", "-lease", "--"];

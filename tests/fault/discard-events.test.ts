@@ -1,6 +1,6 @@
 /**
- * Memory that the guest gave back just before fsl was killed stays zero. A REMOVE event is told once: when it was read, its
- * pages must be marked, by whichever fsl comes next.
+ * Memory that the guest gave back just before fsl was killed stays zero. A REMOVE event is told
+ * once: when it was read, its pages must be marked, by whichever fsl comes next.
  */
 import { describe, expect, test } from "bun:test";
 import { nextBit } from "../../src/load/bits.ts";

@@ -1,6 +1,7 @@
 /**
- * fsl is killed (SIGKILL) at every stage of a load. The guest waits, nothing is lost, and `fsl resume` goes on where the
- * dead one was: afterwards all memory is what QEMU's own load brings in. Many more kills with `npm run soak`.
+ * fsl is killed (SIGKILL) at every stage of a load. The guest waits, nothing is lost, and `fsl
+ * resume` goes on where the dead one was: afterwards all memory is what QEMU's own load brings in.
+ * Many more kills with `npm run soak`.
  */
 import { describe, expect, test } from "bun:test";
 import {
@@ -36,7 +37,10 @@ const LINUX: SnapshotSpec = {};
 const BARE: SnapshotSpec = { guest: "bare" };
 const BARE_KVM: SnapshotSpec = { guest: "bare", accel: "kvm", machine: "pc" };
 
-/** Spins until the load state that `pid` has is as `wanted` says: nobody tells, and it lasts for microseconds only. */
+/**
+ * Spins until the load state that `pid` has is as `wanted` says: nobody tells, and it lasts for
+ * microseconds only.
+ */
 async function spinUntil(
   pid: number,
   wanted: (state: NonNullable<ReturnType<typeof openLoadState>>) => boolean,
@@ -49,7 +53,10 @@ async function spinUntil(
   state.unmap();
 }
 
-/** Resumes to the end, with further kills at random moments, and compares all memory with the oracle's. */
+/**
+ * Resumes to the end, with further kills at random moments, and compares all memory with the
+ * oracle's.
+ */
 async function resumeToEnd(
   run: FaultRun,
   snapshot: GuestSnapshot,

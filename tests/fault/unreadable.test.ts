@@ -1,6 +1,6 @@
 /**
- * Reads of the snapshot fail (EIO), for a while or for ever. Whoever needs such a page waits; it is said at once which page
- * it is; when reads work again the guest goes on as if nothing had been.
+ * Reads of the snapshot fail (EIO), for a while or for ever. Whoever needs such a page waits; it is
+ * said at once which page it is; when reads work again the guest goes on as if nothing had been.
  */
 import { describe, expect, test } from "bun:test";
 import { PHASE_RUNNING } from "../../src/load/state.ts";
@@ -61,7 +61,8 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       const pid = await run.qemuPid();
       const [, page, offset] = await run.fsl.stderr.waitFor(UNREADABLE);
       expect(Number(offset)).toBe(ramOffset(snapshot, 0) + Number(page) * 4096);
-      // A read that begins before the place where the disk fails, and goes on behind it, fails as a whole.
+      // A read that begins before the place where the disk fails, and goes on behind it, fails as a
+      // whole.
       expect(disk.isFailing(Number(offset), 0x10_0000)).toBe(true);
       await someoneWaits(pid);
       const failure = {
@@ -172,7 +173,8 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       ]);
       const [, page] = await run.fsl.stderr.waitFor(UNREADABLE);
       await run.fsl.stderr.waitFor(new RegExp(`page ${page} is poisoned: it stayed unreadable`));
-      // What QEMU makes of SIGBUS differs: it dies of it, or stops the guest with an error. It never goes on.
+      // What QEMU makes of SIGBUS differs: it dies of it, or stops the guest with an error. It
+      // never goes on.
       await Promise.race([run.fsl.exited, run.qmp.waitEvent("STOP", () => true, 10_000)]).catch(
         () => {},
       );

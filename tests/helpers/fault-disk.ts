@@ -1,6 +1,6 @@
 /**
- * A disk that fails for a while: an ext4 file system on a loop device whose backing file is cut short. The kernel answers
- * EIO for what lies behind the cut, until the bytes are put back.
+ * A disk that fails for a while: an ext4 file system on a loop device whose backing file is cut
+ * short. The kernel answers EIO for what lies behind the cut, until the bytes are put back.
  */
 import {
   closeSync,
@@ -84,8 +84,8 @@ export class FaultyDisk implements AsyncDisposable {
   }
 
   /**
-   * From now on the file cannot be read at `offset`, nor what lies behind it on the disk. What the kernel has in memory of
-   * the file is forgotten.
+   * From now on the file cannot be read at `offset`, nor what lies behind it on the disk. What the
+   * kernel has in memory of the file is forgotten.
    */
   fail(offset: number): void {
     const block = Math.floor(offset / BLOCK);

@@ -1,7 +1,7 @@
 /**
- * Runs of `fsl load` that are meant to go wrong: fsl may be killed while its QEMU lives on, another fsl takes over, and the
- * test keeps its serial line and QMP all the while. Everything that a run starts carries a mark in its environment,
- * by which it is found and ended whatever has happened.
+ * Runs of `fsl load` that are meant to go wrong: fsl may be killed while its QEMU lives on, another
+ * fsl takes over, and the test keeps its serial line and QMP all the while. Everything that a run
+ * starts carries a mark in its environment, by which it is found and ended whatever has happened.
  */
 import {
   closeSync,
@@ -192,7 +192,10 @@ export class FaultRun implements AsyncDisposable {
     return JSON.parse(readFileSync(join(this.directory, "report.json"), "utf8")) as LoadReport;
   }
 
-  /** What the run has left: processes, files in its runtime directory and TMPDIR. Call it after the end. */
+  /**
+   * What the run has left: processes, files in its runtime directory and TMPDIR. Call it after the
+   * end.
+   */
   async leftovers(): Promise<string[]> {
     // A process that was just killed needs a moment until it is gone.
     await until(() => (marked(this.#mark).length === 0 ? true : null), 3000, "no process").catch(
@@ -311,7 +314,10 @@ export function repetitions(few: number, many: number): number {
   return process.env["FSL_SOAK"] === "1" ? many : few;
 }
 
-/** A generator of numbers in [0, 1) from a seed: a failing run can be repeated (FSL_SEED). mulberry32. */
+/**
+ * A generator of numbers in [0, 1) from a seed: a failing run can be repeated (FSL_SEED).
+ * mulberry32.
+ */
 export function randomNumbers(seed: number): () => number {
   let state = seed >>> 0;
   return () => {

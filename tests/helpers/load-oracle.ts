@@ -1,4 +1,7 @@
-/** The oracle of the memory tests: each snapshot loaded by QEMU itself, stopped, and read out; kept per snapshot. */
+/**
+ * The oracle of the memory tests: each snapshot loaded by QEMU itself, stopped, and read out; kept
+ * per snapshot.
+ */
 import {
   type BlockPages,
   dumpMemory,

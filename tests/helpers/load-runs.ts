@@ -1,7 +1,8 @@
 /**
- * Runs of the compiled executable `fsl load`, seen from the test: starts it with a serial line and a QMP of the test's own
- * in the user's QEMU arguments, collects what it prints, and ends it and its QEMU whatever happens. Every run has a
- * private runtime directory and a private TMPDIR, so that what it leaves behind shows.
+ * Runs of the compiled executable `fsl load`, seen from the test: starts it with a serial line and
+ * a QMP of the test's own in the user's QEMU arguments, collects what it prints, and ends it and
+ * its QEMU whatever happens. Every run has a private runtime directory and a private TMPDIR, so
+ * that what it leaves behind shows.
  */
 import {
   existsSync,
@@ -80,7 +81,9 @@ export async function within<T>(promise: Promise<T>, ms: number, what: string): 
   }
 }
 
-/** Asks again until the answer is not null: for what tells nobody when it changes (/proc, files). */
+/**
+ * Asks again until the answer is not null: for what tells nobody when it changes (/proc, files).
+ */
 export async function until<T>(question: () => T | null, ms: number, what: string): Promise<T> {
   const endMs = performance.now() + ms;
   for (;;) {
@@ -210,9 +213,17 @@ export class FslRun implements AsyncDisposable {
     return this.#child.pid;
   }
 
-  /** QEMU's pid: fsl's only child. */
+  /** QEMU's pid: fsl's child, but for the helper tasks, which QEMU makes fsl's children. */
   async qemuPid(): Promise<number> {
-    return until(() => this.#childPids()[0] ?? null, 10_000, "fsl's QEMU");
+    const isQemu = (pid: number): boolean => isRunning(pid) && !/^fsl-helper/.test(nameOf(pid));
+    return until(
+      () =>
+        this.#childPids()
+          .filter(isQemu)
+          .toSorted((a, b) => a - b)[0] ?? null,
+      10_000,
+      "QEMU",
+    );
   }
 
   /** The summary line that fsl prints when its report is written. */
@@ -234,7 +245,10 @@ export class FslRun implements AsyncDisposable {
     return within(this.exited, ms, `the end of fsl (${this.stderr.text})`);
   }
 
-  /** What the run has left: living processes, files in its runtime directory and TMPDIR. Call it after the end. */
+  /**
+   * What the run has left: living processes, files in its runtime directory and TMPDIR. Call it
+   * after the end.
+   */
   leftovers(): string[] {
     const processes = [...this.#qemuPids].filter(isRunning).map((pid) => `process ${pid} is alive`);
     const files = ["run", "tmp"].flatMap((name) =>
@@ -286,6 +300,14 @@ export function childrenOf(pid: number): number[] {
     );
   } catch {
     return []; // It has ended.
+  }
+}
+
+function nameOf(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/comm`, "latin1");
+  } catch {
+    return "";
   }
 }
 

@@ -1,4 +1,7 @@
-/** Snapshots that guests.ts does not make: saved with other parameters, or made for one test only. Not cached. */
+/**
+ * Snapshots that guests.ts does not make: saved with other parameters, or made for one test only.
+ * Not cached.
+ */
 import { rmSync } from "node:fs";
 import { join } from "node:path";
 import { tmpdir } from "node:os";

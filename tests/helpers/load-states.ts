@@ -1,6 +1,7 @@
 /**
- * Load states, page sources and userfaultfds for tests of the loops. The fake userfaultfd answers by a script and keeps
- * its own account of what is in memory, independent of the load state; the loops run on it in the test's own thread.
+ * Load states, page sources and userfaultfds for tests of the loops. The fake userfaultfd answers
+ * by a script and keeps its own account of what is in memory, independent of the load state; the
+ * loops run on it in the test's own thread.
  */
 import { setRange } from "../../src/load/bits.ts";
 import { LoadState, type StateBlock, type StateMetadata } from "../../src/load/state.ts";
@@ -81,8 +82,8 @@ export interface SourceCall {
 }
 
 /**
- * A source whose pages are at 0x1000 × (page + 1), and come, come later or fail as `answer` says. It only names addresses:
- * the fake userfaultfd does not read them.
+ * A source whose pages are at 0x1000 × (page + 1), and come, come later or fail as `answer` says.
+ * It only names addresses: the fake userfaultfd does not read them.
  */
 export class FakeSource implements PageSource {
   readyFd = -1;
@@ -157,14 +158,17 @@ export interface UffdCall {
 }
 
 /**
- * A userfaultfd by script: `batches` are the events of successive reads; when they are used up, `onIdle` is called at each
- * read, which by default ends the loop. `answers` are given to copies and fills before the fake's own judgement, first come first.
+ * A userfaultfd by script: `batches` are the events of successive reads; when they are used up,
+ * `onIdle` is called at each read, which by default ends the loop. `answers` are given to copies
+ * and fills before the fake's own judgement, first come first.
  */
 export class FakeUffd {
   readonly fd = sys.check(sys.eventfd(0, EFD_NONBLOCK), "eventfd");
   readonly stopFd = sys.check(sys.eventfd(0, EFD_NONBLOCK), "eventfd");
   readonly calls: UffdCall[] = [];
-  /** Result of the next copy or fill, or what makes it: called with the call's address and length. */
+  /**
+   * Result of the next copy or fill, or what makes it: called with the call's address and length.
+   */
   readonly answers: (number | ((address: number, length: number) => number | undefined))[] = [];
   /** Pages in memory: address to where the bytes came from, 0 for zeros. */
   readonly memory = new Map<number, number>();
@@ -264,7 +268,10 @@ export class FakeUffd {
     return result;
   }
 
-  /** As the kernel does it: nothing while a REMOVE waits to be read, else up to the first page that is there. */
+  /**
+   * As the kernel does it: nothing while a REMOVE waits to be read, else up to the first page that
+   * is there.
+   */
   #untilPresent(address: number, length: number): number {
     if (this.#batches.flat().some((event) => "remove" in event)) return -EAGAIN;
     let done = 0;
