@@ -1,7 +1,14 @@
 /** `fsl load`: flags in, QEMU's exit code out. */
 import { writeFileSync } from "node:fs";
 import { type ArgsDef, defineCommand } from "citty";
-import { FslError, type LoadHandle, type LoadReport, loadSnapshot, spawnQemu } from "../index.ts";
+import {
+  FslError,
+  isFslError,
+  type LoadHandle,
+  type LoadReport,
+  loadSnapshot,
+  spawnQemu,
+} from "../index.ts";
 import { byteSize } from "./arguments.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
@@ -57,9 +64,10 @@ export const loadCommand = defineCommand({
     const grace = graceMs(flags);
     // One a Worker; QEMU's own load has no use for any.
     const helperTasks = flags.mode === "copy" ? 0 : (serving.eager?.workers ?? 2);
-    const target = spawnQemu({ argv: qemu, helperTasks });
-    const stopForwarding = forwardSignals(target, grace);
+    const forwarding = forwardSignals(grace);
     try {
+      const target = spawnQemu({ argv: qemu, helperTasks });
+      forwarding.to(target);
       const handle = await loadSnapshot({
         snapshot: flags.snapshot,
         target,
@@ -73,11 +81,20 @@ export const loadCommand = defineCommand({
       });
       await follow(handle, flags.quiet === true, flags.report);
       process.exitCode = exitCodeOf(await handle.exited, handle.supplyFailed);
+    } catch (error) {
+      // Who asked for the end knows why there is no guest.
+      if (forwarding.received === null || !isLost(error)) throw error;
+      log.info(`ended by ${forwarding.received} before the guest ran`);
+      process.exitCode = exitCodeOf({ exitCode: null, signal: forwarding.received }, false);
     } finally {
-      stopForwarding();
+      forwarding.stop();
     }
   },
 });
+
+function isLost(error: unknown): boolean {
+  return isFslError(error) && error.code === "TARGET_LOST";
+}
 
 /** Shows the load as it goes, and writes its report when it is over. */
 async function follow(

@@ -31,7 +31,8 @@ export const resumeCommand = defineCommand({
       ...(flags.snapshot === undefined ? {} : { snapshot: flags.snapshot }),
       ...servingOptions(flags),
     });
-    const stopForwarding = forwardSignals(handle.target, graceMs(flags));
+    const forwarding = forwardSignals(graceMs(flags));
+    forwarding.to(handle.target);
     const progress = quiet ? undefined : startProgress(() => handle.progress());
     try {
       const complete = await handle.done;
@@ -41,7 +42,7 @@ export const resumeCommand = defineCommand({
       process.exitCode = exitCodeOf({ exitCode: 0, signal: null }, handle.supplyFailed);
     } finally {
       progress?.end();
-      stopForwarding();
+      forwarding.stop();
     }
   },
 });

@@ -86,24 +86,44 @@ export function graceMs(flags: { readonly "grace-ms"?: string | undefined }): nu
 }
 
 /**
- * fsl itself never ends on a signal: it serves until QEMU is gone. @returns what ends the
- * forwarding
+ * fsl itself never ends on a signal: it serves until QEMU is gone. Called before there is a QEMU:
+ * one that was started in the moment in which fsl died of a signal would wait for a state for ever.
  */
-export function forwardSignals(target: ServedTarget, grace: number): () => void {
+export function forwardSignals(grace: number): SignalForwarding {
+  let target: ServedTarget | undefined;
+  let received: NodeJS.Signals | null = null;
   let timer: ReturnType<typeof setTimeout> | undefined;
   const forward = (signal: NodeJS.Signals): void => {
-    target.signal(signal);
+    received ??= signal;
+    target?.signal(signal);
     timer ??= setTimeout(() => {
       log.warn(`QEMU did not end within ${formatMs(grace)} of ${signal}: killed`);
-      target.kill();
+      target?.kill();
     }, grace);
   };
   const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
   for (const signal of signals) process.on(signal, forward);
-  return () => {
-    clearTimeout(timer);
-    for (const signal of signals) process.off(signal, forward);
+  return {
+    get received() {
+      return received;
+    },
+    to(found) {
+      target = found;
+      if (received !== null) target.signal(received);
+    },
+    stop() {
+      clearTimeout(timer);
+      for (const signal of signals) process.off(signal, forward);
+    },
   };
+}
+
+export interface SignalForwarding {
+  /** The first signal that came, if any did. */
+  readonly received: NodeJS.Signals | null;
+  /** Who gets the signals from now on, and one that has come already. */
+  to(target: ServedTarget): void;
+  stop(): void;
 }
 
 /** QEMU's own exit code; 9 when pages stayed unreadable and that is why. */
