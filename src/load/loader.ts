@@ -179,18 +179,25 @@ class Load {
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
     const { state, serving } = await this.#arm(this.#crew, prepared, lazy, fill);
-    const set = this.#readWorkingSet(prepared.snapshot);
-    // Comes in while QEMU loads its devices.
-    serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
     const seedFd = takeSeed(prepared, [...lazy, ...fill]);
     state.phase = PHASE_HANDING_OVER;
-    await this.#handOver(seedFd, prepared.snapshot.streamOffset);
+    const handedOver = this.#handOver(seedFd, prepared.snapshot.streamOffset);
+    handedOver.catch(() => {});
+    const { set } = prepared;
+    // Comes in while QEMU loads its devices.
+    serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
+    await handedOver;
     state.phase = PHASE_STATE_LOADED;
     const { paused } = this.#options;
     if (!paused) await this.#resume();
     state.phase = PHASE_RUNNING;
-    serving.letEagerGo(paused || set !== null ? 0 : EAGER_PAUSE_MS);
+    serving.letEagerGo(paused || set !== null ? 0 : this.#eagerPauseMs());
     return this.#handle(this.#finish(serving, set));
+  }
+
+  /** Without a working set the guest's first faults are to be served, and seen, undisturbed. */
+  #eagerPauseMs(): number {
+    return this.#options.workingSet === undefined ? EAGER_PAUSE_MS : EAGER_PAUSE_RECORDING_MS;
   }
 
   /** Null when there is none, or none that fits: that is worth a word, and no reason to fail. */
@@ -235,7 +242,8 @@ class Load {
       resolve(this.#options.snapshot),
       snapshotOffset === undefined ? {} : { offset: snapshotOffset },
     );
-    const prepared = prepare(snapshot, this.#options.mode ?? "lazy");
+    const set = this.#readWorkingSet(snapshot);
+    const prepared = prepare(snapshot, this.#options.mode ?? "lazy", set);
     this.#prepared = prepared;
     this.#guard = new SnapshotGuard(snapshot);
     const info = await connected;
@@ -495,7 +503,9 @@ const RECORD_MS = 2000;
  * How long the guest's first steps have the CPUs to themselves, when no working set is there to
  * speed them.
  */
-const EAGER_PAUSE_MS = 50;
+const EAGER_PAUSE_MS = 20;
+/** The same when they are recorded: a page that the eager load brought leaves no trace. */
+const EAGER_PAUSE_RECORDING_MS = 100;
 
 function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
   const { size, mtimeNs } = snapshot.identity;
@@ -512,9 +522,10 @@ interface Prepared {
    */
   seedFd: number;
   readonly seededWithout: ReadonlySet<string>;
+  readonly set: WorkingSet | null;
 }
 
-function prepare(snapshot: Snapshot, mode: LoadMode): Prepared {
+function prepare(snapshot: Snapshot, mode: LoadMode, set: WorkingSet | null): Prepared {
   const bitmaps = new Map<string, PageBitmap>();
   const zeroRuns = new Map<string, readonly ZeroRun[]>();
   const seededWithout = new Set<string>();
@@ -527,7 +538,7 @@ function prepare(snapshot: Snapshot, mode: LoadMode): Prepared {
     zeroRuns.set(block.idstr, findZeroRuns(bitmap, block.pageSize));
   }
   const seedFd = mode === "lazy" ? makeSeed(snapshot, seededWithout) : -1;
-  return { snapshot, bitmaps, zeroRuns, seedFd, seededWithout };
+  return { snapshot, bitmaps, zeroRuns, seedFd, seededWithout, set };
 }
 
 /** The prepared seed if it fits what was planned, else a new one. The caller closes it. */
