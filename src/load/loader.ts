@@ -330,7 +330,7 @@ class Load {
       state,
       registrations.map(({ zero }) => zero),
     );
-    fillBlocks(pid, snapshot, fill);
+    await fillBlocks(pid, snapshot, fill);
     await Promise.all([served, kept]);
     this.#times.armedMs = this.#now();
     return { state, serving };
@@ -353,7 +353,8 @@ class Load {
   async #handOver(seedFd: number, streamOffset: number): Promise<void> {
     this.#handedOver = true;
     try {
-      await this.#target.loadState(seedFd, streamOffset);
+      const capabilities = this.#prepared?.snapshot.capabilities ?? [];
+      await this.#target.loadState(seedFd, streamOffset, capabilities);
     } finally {
       closeSync(seedFd);
     }
@@ -503,9 +504,9 @@ const RECORD_MS = 2000;
  * How long the guest's first steps have the CPUs to themselves, when no working set is there to
  * speed them.
  */
-const EAGER_PAUSE_MS = 20;
+const EAGER_PAUSE_MS = 10;
 /** The same when they are recorded: a page that the eager load brought leaves no trace. */
-const EAGER_PAUSE_RECORDING_MS = 100;
+const EAGER_PAUSE_RECORDING_MS = 40;
 
 function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
   const { size, mtimeNs } = snapshot.identity;
