@@ -89,7 +89,10 @@ FSL_EXPORT int32_t fsl_poll(const int32_t *fds, int32_t *revents, int32_t count,
 /* ---- unix sockets; every descriptor made here is close-on-exec ---- */
 
 FSL_EXPORT int32_t fsl_socketpair(int32_t type, int32_t *out);
-/* socket + bind + listen; socket + connect. ENAMETOOLONG: more than 107 bytes. */
+/*
+ * socket + bind + listen; socket + connect, which does not wait: EAGAIN when the backlog is full.
+ * ENAMETOOLONG: more than 107 bytes.
+ */
 FSL_EXPORT int32_t fsl_unix_listen(const char *path, int32_t backlog);
 FSL_EXPORT int32_t fsl_unix_connect(const char *path);
 FSL_EXPORT int32_t fsl_unix_accept(fd_t listener);

@@ -232,11 +232,13 @@ struct uffd_msg {
 #define O_RDWR 2
 #define O_NONBLOCK 04000
 #define O_CLOEXEC 02000000
+#define F_SETFL 4
 #define F_DUPFD_CLOEXEC 1030
 #define AF_UNIX 1
 #define SOCK_STREAM 1
 #define SOCK_SEQPACKET 5
 #define SOCK_CLOEXEC 02000000
+#define SOCK_NONBLOCK O_NONBLOCK
 #define SOL_SOCKET 1
 #define SO_PEERCRED 17
 #define SO_PEERPIDFD 77 /* Linux 6.5 */

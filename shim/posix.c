@@ -129,9 +129,11 @@ int32_t fsl_unix_connect(const char *path) {
   struct sockaddr_unix address;
   int32_t length = unix_address(&address, path);
   if (length < 0) return length;
-  long fd = sys(NR_socket, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  /* Non-blocking for as long as connect(2) takes: a listener whose backlog is full makes it wait. */
+  long fd = sys(NR_socket, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (fd < 0) return (int32_t)fd;
   long result = sys(NR_connect, fd, &address, length);
+  if (result == 0) result = sys(NR_fcntl, fd, F_SETFL, 0);
   if (result == 0) return (int32_t)fd;
   sys(NR_close, fd);
   return (int32_t)result;

@@ -405,7 +405,7 @@ export function unixListen(path: string, backlog: number): number {
   return lib.fsl_unix_listen(cString(path), backlog);
 }
 
-/** socket(2), connect(2). */
+/** socket(2), connect(2). Does not wait: EAGAIN when the listener's backlog is full. */
 export function unixConnect(path: string): number {
   return lib.fsl_unix_connect(cString(path));
 }

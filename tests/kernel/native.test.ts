@@ -10,6 +10,7 @@ import {
   EINVAL,
   ENAMETOOLONG,
   ENOENT,
+  F_GETFL,
   F_GETLEASE,
   F_RDLCK,
   F_SETLEASE,
@@ -24,6 +25,7 @@ import {
   MSG_DONTWAIT,
   O_CLOEXEC,
   O_CREAT,
+  O_NONBLOCK,
   O_RDONLY,
   O_RDWR,
   POLLHUP,
@@ -210,6 +212,14 @@ describe("sockets", () => {
     ]);
     const pidfd = keep(sys.peerPidfd(client));
     expect(sys.pidfdSendSignal(pidfd, 0)).toBe(0);
+  });
+
+  test("a listener whose backlog is full is not waited for", () => {
+    const path = join(folder, "busy");
+    keep(sys.unixListen(path, 0));
+    const client = keep(sys.unixConnect(path));
+    expect(sys.fcntl(client, F_GETFL, 0) & O_NONBLOCK).toBe(0);
+    expect(sys.unixConnect(path)).toBe(-EAGAIN);
   });
 
   test("a path that is too long is refused, not cut", () => {
