@@ -5,6 +5,7 @@ import {
   FslError,
   isFslError,
   type LoadHandle,
+  type LoadOptions,
   type LoadReport,
   loadSnapshot,
   spawnQemu,
@@ -13,7 +14,14 @@ import { byteSize } from "./arguments.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
 import { startProgress } from "./progress.ts";
-import { exitCodeOf, forwardSignals, graceMs, servingArgs, servingOptions } from "./serve.ts";
+import {
+  exitCodeOf,
+  forwardSignals,
+  graceMs,
+  servingArgs,
+  type ServingFlags,
+  servingOptions,
+} from "./serve.ts";
 
 const args = {
   snapshot: {
@@ -60,27 +68,16 @@ export const loadCommand = defineCommand({
       throw new FslError("USAGE", "no QEMU command line: expected it behind --, found none");
     }
     setQuiet(flags.quiet === true);
-    const serving = servingOptions(flags);
-    const grace = graceMs(flags);
+    const options = loadOptions(flags);
+    if (flags.report !== undefined) checkWritable(flags.report);
     // One a Worker; QEMU's own load has no use for any.
-    const helperTasks = flags.mode === "copy" ? 0 : (serving.eager?.workers ?? 2);
-    const forwarding = forwardSignals(grace);
+    const helperTasks = options.mode === "copy" ? 0 : (options.eager?.workers ?? 2);
+    const forwarding = forwardSignals(graceMs(flags));
     try {
       const target = spawnQemu({ argv: qemu, helperTasks });
       forwarding.to(target);
-      const handle = await loadSnapshot({
-        snapshot: flags.snapshot,
-        target,
-        mode: flags.mode === "copy" ? "copy" : "lazy",
-        paused: flags.paused === true,
-        lazyDespiteDiscards: flags["lazy-despite-discards"] === true,
-        startedAtMs: 0,
-        ...workingSet(flags["working-set"], flags.snapshot),
-        ...serving,
-        ...(flags.offset === undefined ? {} : { snapshotOffset: byteSize(flags.offset, "offset") }),
-      });
-      await follow(handle, flags.quiet === true, flags.report);
-      process.exitCode = exitCodeOf(await handle.exited, handle.supplyFailed);
+      const handle = await loadSnapshot({ ...options, target });
+      process.exitCode = await stay(handle, target.pid, flags.quiet === true, flags.report);
     } catch (error) {
       // Who asked for the end knows why there is no guest.
       if (forwarding.received === null || !isLost(error)) throw error;
@@ -91,6 +88,55 @@ export const loadCommand = defineCommand({
     }
   },
 });
+
+/** Until QEMU has ended, whatever happens. @returns the exit code */
+async function stay(
+  handle: LoadHandle,
+  pid: number,
+  quiet: boolean,
+  reportPath: string | undefined,
+): Promise<number> {
+  const failure = await follow(handle, quiet, reportPath).catch((error: unknown) => {
+    const message = error instanceof Error ? error.message : String(error);
+    log.warn(`${message}; to go on: fsl resume --pid ${pid}`);
+    return { error };
+  });
+  const exit = await handle.exited;
+  if (failure !== undefined) throw failure.error;
+  return exitCodeOf(exit, handle.supplyFailed);
+}
+
+interface LoadFlags extends ServingFlags {
+  readonly snapshot: string;
+  readonly mode?: string | undefined;
+  readonly paused?: boolean | undefined;
+  readonly "lazy-despite-discards"?: boolean | undefined;
+  readonly "working-set"?: string | undefined;
+  readonly offset?: string | undefined;
+}
+
+/** @throws FslError USAGE */
+function loadOptions(flags: LoadFlags): Omit<LoadOptions, "target"> {
+  return {
+    snapshot: flags.snapshot,
+    mode: flags.mode === "copy" ? "copy" : "lazy",
+    paused: flags.paused === true,
+    lazyDespiteDiscards: flags["lazy-despite-discards"] === true,
+    startedAtMs: 0,
+    ...workingSet(flags["working-set"], flags.snapshot),
+    ...servingOptions(flags),
+    ...(flags.offset === undefined ? {} : { snapshotOffset: byteSize(flags.offset, "offset") }),
+  };
+}
+
+/** Before QEMU is started: afterwards the guest would run already. */
+function checkWritable(path: string): void {
+  try {
+    writeFileSync(path, "");
+  } catch (cause) {
+    throw new FslError("USAGE", `--report: ${(cause as Error).message}`, { path }, cause);
+  }
+}
 
 function isLost(error: unknown): boolean {
   return isFslError(error) && error.code === "TARGET_LOST";

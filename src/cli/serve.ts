@@ -54,7 +54,7 @@ export const servingArgs = {
   quiet: { type: "boolean", alias: "q", description: "no progress, no remarks; errors only" },
 } satisfies ArgsDef;
 
-interface ServingFlags {
+export interface ServingFlags {
   readonly "on-error"?: string | undefined;
   readonly "error-limit-ms"?: string | undefined;
   readonly "eager-workers"?: string | undefined;

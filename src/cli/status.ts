@@ -21,17 +21,26 @@ export const statusCommand = defineCommand({
     }
     const header = ["QEMU", "state", "served", "RAM in", "faults", "unreadable", "snapshot"];
     console.log(formatTable([header, ...loads.map(row)], [0, 4, 5]));
-    for (const { pid, served } of loads) {
-      if (!served) console.log(`\nQEMU ${pid} waits for its pages: fsl resume --pid ${pid}`);
+    for (const { pid, served, phase } of loads) {
+      if (!served) console.log(`\nQEMU ${pid} ${WHAT_NOW[phase]}`.replaceAll("PID", String(pid)));
     }
   },
 });
+
+/** What to do about a load that nobody serves. */
+const WHAT_NOW: Readonly<Record<FoundLoad["phase"], string>> = {
+  armed: "waits for its state, which its fsl did not live to give: end it, and load again",
+  "handing over": "waits for its pages: fsl resume --pid PID",
+  loaded: "waits for its pages: fsl resume --pid PID",
+  running: "waits for its pages: fsl resume --pid PID",
+  finished: "has all its RAM; to tidy up: fsl resume --pid PID",
+};
 
 function row(load: FoundLoad): string[] {
   const { dataBytes, loadedBytes, faults, failedPages } = load.progress;
   const { lastFailure } = load;
   const where =
-    lastFailure === null || failedPages === 0
+    lastFailure === null
       ? ""
       : ` (${lastFailure.idstr} at file offset 0x${lastFailure.fileOffset.toString(16)})`;
   return [

@@ -192,7 +192,7 @@ class Load {
     if (!paused) await this.#resume();
     state.phase = PHASE_RUNNING;
     serving.letEagerGo(paused || set !== null ? 0 : this.#eagerPauseMs());
-    return this.#handle(this.#finish(serving, set));
+    return this.#handle(this.#finish(serving, set).catch((error) => this.#giveUp(serving, error)));
   }
 
   /** Without a working set the guest's first faults are to be served, and seen, undisturbed. */
@@ -384,6 +384,14 @@ class Load {
       },
       resume: () => this.#resume(),
     };
+  }
+
+  /** fsl cannot serve any more. The target keeps all that another one needs; whoever waits goes on waiting. */
+  async #giveUp(serving: Serving, error: unknown): Promise<never> {
+    await serving.stop();
+    this.#closeOwn();
+    this.#target.disconnect();
+    throw error;
   }
 
   /** Brings in the rest, then lets go of everything. */

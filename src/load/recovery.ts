@@ -210,7 +210,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
       );
     }
     const target = options.reattach(state.metadata.target);
-    const uffd = new Uffd(takeUserfaultfd(target, pid));
+    const uffd = new Uffd(takeUserfaultfd(target, pid, state.phase === PHASE_FINISHED));
     opened.push(uffd.fd);
     const snapshot = openSameFile(state, options.snapshot);
     // Sources other than the file are made from what was recorded; the file's descriptor is a new
@@ -299,11 +299,12 @@ async function goOn(state: LoadState, target: FoundTarget): Promise<void> {
 /** How often a target that is loading its device state is asked, ms. */
 const STATE_PERIOD_MS = 20;
 
-function takeUserfaultfd(target: FoundTarget, pid: number): number {
+function takeUserfaultfd(target: FoundTarget, pid: number, isFinished: boolean): number {
   const numbers = descriptorsOf(pid, UFFD_LINK);
   const [number] = numbers;
   if (number === undefined) {
-    throw new FslError("TARGET_LOST", `${target.description}: its userfaultfd is gone`, { pid });
+    const why = isFinished ? "all its RAM is in already" : "its userfaultfd is gone";
+    throw new FslError("TARGET_LOST", `${target.description}: ${why}`, { pid });
   }
   return sys.check(sys.pidfdGetfd(target.pidfd, number), `pidfd_getfd of ${target.description}`);
 }

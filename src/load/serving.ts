@@ -28,6 +28,8 @@ export const KEPT_STATE = "fsl-state";
  * another one.
  */
 const EAGER_PASSES_MAX = 16;
+/** How often a load without an eager Worker is looked at, ms. */
+const ALL_IN_PERIOD_MS = 200;
 /** How long the fault loop may take to notice that it is over. */
 const LOOP_END_MS = 1000;
 
@@ -106,6 +108,7 @@ export class Serving {
   #goTimer: ReturnType<typeof setTimeout> | undefined;
   #eager: Promise<CrewEnd> | undefined;
   #suppliedWrong = false;
+  #isStopped = false;
 
   constructor(
     target: ServedTarget,
@@ -130,9 +133,11 @@ export class Serving {
       onFailure: (failure, demanded) => this.#fail(failure, demanded),
       onRecovered: (failure) => this.#recover(failure),
       onWorkerLost: (role, error, replaced) => {
-        const next = replaced ? "another one takes over" : "given up: the guest waits";
+        const givenUp =
+          role === "fault" ? "given up: the guest waits" : "given up: the rest comes on demand";
+        const next = replaced ? "another one takes over" : givenUp;
         options.logger?.warn(`${role} Worker failed: ${error.message}; ${next}`);
-        if (!replaced) this.#lost.reject(error);
+        if (!replaced && role === "fault") this.#lost.reject(error);
       },
       beforeReplacement: (start) => this.#abandonWork(start.workerIndex),
       afterReplacement: (start) => {
@@ -214,7 +219,9 @@ export class Serving {
     const gone = this.#target.exited.then(() => "gone" as const);
     if (this.#eager === undefined) this.startEager(new Int32Array(0));
     for (let pass = 0; pass < EAGER_PASSES_MAX; pass += 1) {
-      const end = await Promise.race([this.#eager, gone, this.#lost.promise]);
+      const eager = this.#eager?.catch(() => "lost" as const);
+      let end = await Promise.race([eager, gone, this.#lost.promise]);
+      if (end === "lost") end = await Promise.race([this.#allIn(), gone, this.#lost.promise]);
       if (end === "gone") return false;
       // Nobody takes a page from the file after this look, and none before a change went unnoticed.
       const isIntact = this.#guard?.look() ?? true;
@@ -227,6 +234,12 @@ export class Serving {
     // Pages are missing and nobody brings them: nothing may be closed while the target lives.
     await gone;
     return false;
+  }
+
+  /** Resolves when no page is missing; for when no Worker tells. */
+  async #allIn(): Promise<"finished"> {
+    while (this.missingPages() > 0 && !this.#isStopped) await Bun.sleep(ALL_IN_PERIOD_MS);
+    return "finished";
   }
 
   /**
@@ -248,6 +261,7 @@ export class Serving {
   async finish(): Promise<void> {
     this.#unregister();
     this.#state.phase = PHASE_FINISHED;
+    this.#guard?.close();
     await this.stop();
     try {
       await this.#target.dropDescriptor(KEPT_STATE);
@@ -262,6 +276,8 @@ export class Serving {
    * Ends the Workers. The target must be complete, gone, or about to be served by somebody else.
    */
   async stop(): Promise<void> {
+    if (this.#isStopped) return;
+    this.#isStopped = true;
     clearInterval(this.#errorTimer);
     clearTimeout(this.#goTimer);
     this.#state.stop();

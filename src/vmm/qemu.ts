@@ -246,6 +246,10 @@ export class QemuTarget implements Target {
     this.#signal(constants.signals[signal]);
   }
 
+  disconnect(): void {
+    this.#qmp.close();
+  }
+
   /** Closes fsl's descriptors: the QMP connection and the pidfd. QEMU goes on. Idempotent. */
   close(): void {
     this.#endHelpers();

@@ -95,6 +95,8 @@ export interface ServedTarget {
 }
 
 export interface Target extends ServedTarget {
+  /** Lets another fsl have the control connection (there can be one only). Signals still work. */
+  disconnect(): void;
   /** Waits until the target can take the state, checks who it is, and learns its RAM. */
   connect(): Promise<TargetInfo>;
   /** After `connect`. */

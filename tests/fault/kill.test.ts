@@ -115,6 +115,7 @@ describe.skipIf(reason !== null)("fsl killed", () => {
         return;
       }
       expect(status).toMatchObject({ served: false });
+      expect((await run.command("status").end()).stdout).toContain("end it, and load again");
       const { code, stderr } = await (await run.resume()).end();
       expect(stderr).toContain("before the state was handed over, so nothing is lost");
       expect(code).toBe(8);

@@ -1,0 +1,300 @@
+/** Signals at any time, and a QEMU that dies or is stopped while it is loaded: fsl serves until QEMU has ended, and leaves nothing. */
+import { describe, expect, test } from "bun:test";
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { PHASE_ARMED, PHASE_HANDING_OVER, PHASE_RUNNING } from "../../src/load/state.ts";
+import { FaultRun, randomNumbers, repetitions, SEED, someoneWaits } from "../helpers/fault-runs.ts";
+import { snapshotOf, whyNoGuests, whyNoKvm } from "../helpers/guests.ts";
+import { until, whyNoExecutable } from "../helpers/load-runs.ts";
+
+const TIMEOUT_MS = 60_000;
+const SOAK_MS = 3_600_000;
+const reason = whyNoExecutable() ?? whyNoGuests();
+const SLOW = ["--eager-rate", "256K"];
+const BARE = { guest: "bare" } as const;
+
+/** A guest that is loaded slowly, with faults all the time. */
+async function loading(flags: readonly string[] = []): Promise<FaultRun> {
+  const run = await FaultRun.start(await snapshotOf(BARE), { flags: [...SLOW, ...flags] });
+  await run.reached(PHASE_RUNNING);
+  return run;
+}
+
+describe.skipIf(reason !== null)("a signal to fsl", () => {
+  test.each([
+    ["SIGTERM", 143],
+    ["SIGINT", 130],
+    ["SIGHUP", 129],
+  ] as const)(
+    "%s before QEMU greets ends QEMU; the exit code says which signal it was",
+    async (signal, expected) => {
+      await using run = await FaultRun.start(await snapshotOf(BARE), { flags: SLOW });
+      await run.qemuPid();
+      run.fsl.signal(signal);
+      const { code, stderr } = await run.fsl.end();
+      expect(code).toBeOneOf([expected, 0]); // 0: it had greeted, and QEMU's own exit code counts.
+      expect(stderr).not.toContain("before it could take a state");
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["while arming", PHASE_ARMED],
+    ["while the state is handed over", PHASE_HANDING_OVER],
+    ["while RAM comes in", PHASE_RUNNING],
+  ])(
+    "%s ends QEMU in order",
+    async (_, phase) => {
+      await using run = await FaultRun.start(await snapshotOf(BARE), { flags: SLOW });
+      await run.reached(phase);
+      run.fsl.signal("SIGTERM");
+      const { code } = await run.fsl.end();
+      expect(code).toBeOneOf([0, 143]);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "after all RAM is in ends QEMU with its own exit code",
+    async () => {
+      await using run = await FaultRun.start(await snapshotOf(BARE));
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      run.fsl.signal("SIGINT");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "at random moments leaves no process and no directory",
+    async () => {
+      const random = randomNumbers(SEED);
+      const snapshot = await snapshotOf(BARE);
+      for (let round = 0; round < repetitions(12, 200); round += 1) {
+        await using run = await FaultRun.start(snapshot, { flags: SLOW });
+        await Bun.sleep(random() * 250);
+        const signal =
+          (["SIGTERM", "SIGINT", "SIGHUP"] as const)[Math.floor(random() * 3)] ?? "SIGINT";
+        run.fsl.signal(signal);
+        expect((await run.fsl.end()).code).toBeOneOf([0, 129, 130, 143]);
+        expect(await run.leftovers()).toEqual([]);
+      }
+    },
+    SOAK_MS,
+  );
+
+  test(
+    "to fsl and QEMU together, as a terminal sends it, ends both",
+    async () => {
+      await using run = await loading();
+      const pid = await run.qemuPid();
+      process.kill(pid, "SIGINT");
+      run.fsl.signal("SIGINT");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that QEMU does not heed: it is killed after the grace time",
+    async () => {
+      await using run = await loading(["--grace-ms", "300"]);
+      const pid = await run.qemuPid();
+      process.kill(pid, "SIGSTOP");
+      run.fsl.signal("SIGTERM");
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain("QEMU did not end within 300 ms of SIGTERM: killed");
+      expect(code).toBe(137);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(reason !== null)("QEMU", () => {
+  test.each([
+    ["SIGKILL", 137],
+    ["SIGSEGV", 139],
+    ["SIGABRT", 134],
+  ] as const)(
+    "that dies of %s while it is loaded: fsl ends as it did",
+    async (signal, expected) => {
+      await using run = await loading();
+      process.kill(await run.qemuPid(), signal);
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain("QEMU ended before all RAM was in");
+      expect(code).toBe(expected);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that dies while it is given its state: an error, and nothing is left",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      const random = randomNumbers(SEED + 3);
+      for (let round = 0; round < repetitions(4, 60); round += 1) {
+        await using run = await FaultRun.start(snapshot, { flags: SLOW });
+        const pid = await run.qemuPid();
+        await Bun.sleep(random() * 150);
+        process.kill(pid, "SIGKILL");
+        const { code, stderr } = await run.fsl.end();
+        expect(code).toBeOneOf([8, 137]);
+        expect(stderr).toMatch(/ended by SIGKILL|QEMU ended before all RAM was in|ESRCH/);
+        expect(await run.leftovers()).toEqual([]);
+      }
+    },
+    SOAK_MS,
+  );
+
+  test(
+    "that quits while it is loaded: fsl ends with its exit code",
+    async () => {
+      await using run = await loading();
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["TCG", BARE],
+    ...(whyNoKvm() === null ? ([["KVM", { ...BARE, accel: "kvm", machine: "pc" }]] as const) : []),
+  ])(
+    "that is stopped and continued while it is loaded goes on (%s)",
+    async (_, spec) => {
+      await using run = await FaultRun.start(await snapshotOf(spec), {
+        flags: ["--eager-rate", "20M"],
+      });
+      await run.reached(PHASE_RUNNING);
+      const pid = await run.qemuPid();
+      process.kill(pid, "SIGSTOP");
+      await run.fsl.stderr.waitFor(/all RAM in after|\d+% of/);
+      process.kill(pid, "SIGCONT");
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that is stopped while it starts, for a while: fsl waits",
+    async () => {
+      await using run = await FaultRun.start(await snapshotOf(BARE));
+      const pid = await run.qemuPid();
+      process.kill(pid, "SIGSTOP");
+      await until(
+        () => (readdirSync(join(run.directory, "run")).length > 0 ? true : null),
+        5000,
+        "a directory",
+      );
+      await Bun.sleep(300);
+      process.kill(pid, "SIGCONT");
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "is not left behind by a mistake in fsl's own arguments",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      for (const flags of [
+        ["--offset", "nonsense"],
+        ["--report", "/nowhere/report.json"],
+        ["--eager-rate", "x"],
+      ]) {
+        await using run = await FaultRun.start(snapshot, { flags });
+        expect((await run.fsl.end()).code).toBe(2);
+        expect(await run.leftovers()).toEqual([]);
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "is not left behind by a snapshot that is none",
+    async () => {
+      const directory = mkdtempSync(join(tmpdir(), "fsl-fault-none-"));
+      try {
+        writeFileSync(join(directory, "none"), "not a snapshot");
+        for (const [path, code] of [
+          ["none", 4],
+          ["missing", 3],
+        ] as const) {
+          const snapshot = await snapshotOf(BARE);
+          await using run = await FaultRun.start(snapshot, { path: join(directory, path) });
+          expect((await run.fsl.end()).code).toBe(code);
+          expect(await run.leftovers()).toEqual([]);
+        }
+      } finally {
+        rmSync(directory, { recursive: true });
+      }
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(reason !== null)("two loaders", () => {
+  test(
+    "on one QEMU: the second is refused, the first goes on",
+    async () => {
+      await using run = await loading();
+      const { code, stderr } = await (await run.resume()).end();
+      expect(stderr).toContain("another fsl serves it");
+      expect(code).toBe(8);
+      expect(await run.status()).toMatchObject({ served: true });
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that want to go on with one load: one of them does",
+    async () => {
+      await using run = await loading();
+      const pid = await run.qemuPid();
+      await run.fsl.kill();
+      await someoneWaits(pid);
+      const rivals = await Promise.all([run.resume(), run.resume(), run.resume()]);
+      const ends = await Promise.all(rivals.map((rival) => rival.end()));
+      expect(ends.filter(({ code }) => code === 0)).toHaveLength(1);
+      for (const { code, stderr } of ends) {
+        if (code !== 0)
+          expect(stderr).toMatch(
+            /another fsl serves it|has no load of fsl|all its RAM is in already/,
+          );
+      }
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "with two guests from one snapshot at once: both are right",
+    async () => {
+      const snapshot = await snapshotOf({});
+      const flags = ["--eager-rate", "20M"];
+      await using one = await FaultRun.start(snapshot, { flags });
+      await using two = await FaultRun.start(snapshot, { flags });
+      for (const run of [one, two]) await run.serial.waitFor(/^tick /);
+      const sums = await Promise.all([one, two].map((run) => run.serial.command("sum")));
+      for (const [verdict, , checksum] of sums)
+        expect([verdict, checksum]).toEqual(["ok", snapshot.checksum]);
+      for (const run of [one, two]) await run.fsl.stderr.waitFor(/all RAM in after/);
+      for (const run of [one, two]) expect((await run.serial.command("verify"))[0]).toBe("ok");
+    },
+    TIMEOUT_MS,
+  );
+});

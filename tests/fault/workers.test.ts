@@ -1,0 +1,123 @@
+/** Workers that throw or end while faults wait: replaced, and who waits is served; too often: said, and the guest waits. */
+import { describe, expect, test } from "bun:test";
+import { mkdtempSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { FaultRun, someoneWaits } from "../helpers/fault-runs.ts";
+import type { FaultySourceOptions } from "../helpers/fault-source.ts";
+import { snapshotOf, whyNoGuests } from "../helpers/guests.ts";
+import { whyNoExecutable } from "../helpers/load-runs.ts";
+
+const TIMEOUT_MS = 60_000;
+const reason = whyNoExecutable() ?? whyNoGuests();
+
+/** The file that makes the page source go wrong as long as it exists. */
+class Switch implements Disposable {
+  readonly directory = mkdtempSync(join(tmpdir(), "fsl-fault-switch-"));
+  readonly path = join(this.directory, "on");
+  constructor() {
+    writeFileSync(this.path, "");
+  }
+  get times(): number {
+    return statSync(this.path).size;
+  }
+  off(): void {
+    rmSync(this.path, { force: true });
+  }
+  [Symbol.dispose](): void {
+    rmSync(this.directory, { recursive: true, force: true });
+  }
+}
+
+type How = Pick<FaultySourceOptions, "every" | "timesMax" | "how">;
+
+async function start(on: Switch, how: How): Promise<FaultRun> {
+  const options = JSON.stringify({ ...how, switchPath: on.path });
+  const program = [process.execPath, join(import.meta.dir, "../helpers/fault-load.ts"), options];
+  return FaultRun.start(await snapshotOf({ guest: "bare" }), { program });
+}
+
+async function expectRound(run: FaultRun): Promise<void> {
+  await run.serial.waitForNext(/^tick \d+ ok/);
+  expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+}
+
+describe.skipIf(reason !== null)("a Worker", () => {
+  test.each([
+    ["throws", "throw", /fault Worker failed: thrown by the test; another one takes over/],
+    ["ends", "end", /fault Worker failed: fault Worker ended unexpectedly; another one takes over/],
+  ] as const)(
+    "that %s is replaced, and the guest notices nothing",
+    async (_, how, message) => {
+      using on = new Switch();
+      await using run = await start(on, { every: 300, timesMax: 6, how });
+      await run.fsl.stderr.waitFor(message);
+      await expectRound(run);
+      await run.fsl.stderr.waitFor(/^all RAM in$/m);
+      expect(on.times).toBeGreaterThan(0);
+      expect(run.fsl.stderr.text).not.toContain("given up");
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "of faults that fails again and again is given up: the guest waits, another fsl goes on",
+    async () => {
+      using on = new Switch();
+      await using run = await start(on, { every: 20, timesMax: 1000, how: "throw" });
+      const pid = await run.qemuPid();
+      await run.fsl.stderr.waitFor(
+        /fault Worker failed: thrown by the test; given up: the guest waits/,
+      );
+      await run.fsl.stderr.waitFor(/^not all RAM in$/m);
+      await someoneWaits(pid);
+      expect(await run.status()).toMatchObject({ served: false });
+      expect(run.serial.lines.filter(({ text }) => text.startsWith("tick"))).toEqual([]);
+      on.off();
+      const resumed = await run.resume();
+      await expectRound(run);
+      expect((await resumed.end()).code).toBe(0);
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(1);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "of the eager load that fails again and again is given up: pages come on demand",
+    async () => {
+      using on = new Switch();
+      await using run = await start(on, { every: 1, timesMax: 1000, how: "throw in eager" });
+      await run.fsl.stderr.waitFor(
+        /eager Worker failed: thrown by the test; another one takes over/,
+      );
+      await run.fsl.stderr.waitFor(
+        /eager Worker failed: thrown by the test; given up: the rest comes on demand/,
+      );
+      await expectRound(run);
+      run.fsl.signal("SIGTERM");
+      expect((await run.fsl.end()).code).toBeOneOf([0, 1]);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that is given up, and then SIGTERM: all ends",
+    async () => {
+      using on = new Switch();
+      await using run = await start(on, { every: 20, timesMax: 1000, how: "end" });
+      await run.fsl.stderr.waitFor(/given up: the guest waits/);
+      const pid = await run.qemuPid();
+      await someoneWaits(pid);
+      run.fsl.signal("SIGTERM");
+      expect((await run.fsl.end()).code).toBe(1);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
