@@ -15,7 +15,8 @@ import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
 import { countRange, nextBit, nextMissing, setRange } from "./bits.ts";
-import { contentRanges } from "./contents.ts";
+import { contentRanges, writtenRanges } from "./contents.ts";
+import { BlockFiller } from "./fill.ts";
 import type { BlockPlan } from "./plan.ts";
 import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
 import type { BlockState, LoadState } from "./state.ts";
@@ -110,7 +111,11 @@ export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): Set<str
     }
     const isPlain =
       region.backing === "anonymous" && !region.shared && region.pageSize === block.pageSize;
-    if (isPlain && (ioctls & (1n << UFFDIO_MOVE_BIT)) !== 0n) movable.add(block.idstr);
+    // A page that is moved stays on the node where it was read into; a copy goes by the memory's
+    // own policy.
+    const isFree = region.nodePolicy === undefined;
+    const canMove = (ioctls & (1n << UFFDIO_MOVE_BIT)) !== 0n;
+    if (isPlain && isFree && canMove) movable.add(block.idstr);
   }
   return movable;
 }
@@ -176,25 +181,36 @@ export function correctResident(
   return corrected;
 }
 
-/** Writes every page of the blocks that cannot be lazy. @returns bytes written */
-export function fillBlocks(pid: number, snapshot: Snapshot, plans: readonly BlockPlan[]): number {
-  if (plans.length === 0) return 0;
-  const writer = new MemoryWriter(pid, snapshot.fd);
-  let written = 0;
-  try {
-    for (const { block, region, bitmap } of plans) {
-      writer.writePages(
-        bitmap,
+/**
+ * Loads the blocks that cannot be lazy. Pages that are zero in the snapshot are written only where the target has
+ * something: elsewhere its memory is zero already, and would only be allocated by it.
+ * @returns bytes written
+ */
+export async function fillBlocks(
+  pid: number,
+  snapshot: Snapshot,
+  plans: readonly BlockPlan[],
+): Promise<number> {
+  const filler = new BlockFiller(pid, snapshot);
+  for (const { block, region, bitmap } of plans) {
+    const place = { ...block, hostAddr: region.hostAddr };
+    const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
+    // Looked for before the data is there too.
+    const occupied = residentRanges(pid, region.hostAddr, block.usedLength);
+    if (region.backing !== "anonymous") {
+      occupied.push(...writtenRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
+    }
+    for (const { startAddr, endAddr } of occupied) {
+      const { first, end } = pagesOf(
+        startAddr,
+        endAddr,
         region.hostAddr,
-        block.pagesOffset,
         block.pageSize,
-        0,
         block.pageCount,
       );
-      written += block.usedLength;
+      await filler.writeZeros(place, words, first, end);
     }
-  } finally {
-    writer.close();
+    await filler.writeData(place, words);
   }
-  return written;
+  return filler.bytesWritten;
 }

@@ -15,7 +15,7 @@ import {
   readSync,
   statSync,
 } from "node:fs";
-import { SEEK_DATA, SEEK_HOLE } from "../sys/abi.ts";
+import { ENXIO, SEEK_DATA, SEEK_HOLE } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
@@ -63,6 +63,46 @@ export function contentRanges(
 }
 
 const HOST_PAGE = 4096;
+
+/**
+ * Ranges of [startAddr, startAddr + length) for which the file behind them may hold something else than zeros, by
+ * address. For memory that is not registered: nothing of it is touched, as that would allocate it. What was only
+ * allocated is zero.
+ */
+export function writtenRanges(
+  pid: number,
+  startAddr: number,
+  length: number,
+  pageSize: number,
+): AddressRange[] {
+  return fileAreas(pid, startAddr, startAddr + length).flatMap((area) => {
+    const whole = { startAddr: area.startAddr, endAddr: area.endAddr };
+    const fd = area.inode === 0 ? -1 : openFileOf(pid, area.inode);
+    if (fd < 0) return [whole];
+    try {
+      if (fstatSync(fd).blocks === 0) return [];
+      return (pageSize > HOST_PAGE ? null : dataRanges(fd, area)) ?? [whole];
+    } finally {
+      closeSync(fd);
+    }
+  });
+}
+
+/** By SEEK_DATA; null when there are too many of them, or the file system does not say. */
+function dataRanges(fd: number, area: FileArea): AddressRange[] | null {
+  const ranges: AddressRange[] = [];
+  const areaEnd = area.offset + area.endAddr - area.startAddr;
+  for (let at = area.offset; at < areaEnd;) {
+    const data = sys.lseek(fd, at, SEEK_DATA);
+    if (data === -ENXIO || data >= areaEnd) return ranges;
+    const hole = data < 0 ? data : sys.lseek(fd, data, SEEK_HOLE);
+    if (hole <= data || ranges.length === EXTENTS_MAX) return null;
+    const toAddr = area.startAddr - area.offset;
+    ranges.push({ startAddr: toAddr + data, endAddr: Math.min(area.endAddr, toAddr + hole) });
+    at = hole;
+  }
+  return ranges;
+}
 
 function fileAreas(pid: number, startAddr: number, endAddr: number): FileArea[] {
   const areas: FileArea[] = [];

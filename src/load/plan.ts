@@ -63,6 +63,13 @@ export function planLoad(snapshot: Snapshot, info: TargetInfo, options: PlanOpti
     }
     regions.delete(block.idstr);
     compareBlock(block, region, differences);
+    // QEMU would say nothing, and the guest would find zeros.
+    if (block.notSaved && !region.shared) {
+      differences.push(
+        `RAMBlock ${block.idstr}: not in the snapshot (saved with x-ignore-shared), but private in QEMU; ` +
+          "start QEMU with the file that the saved guest had as its memory, share=on",
+      );
+    }
     const bitmap = options.bitmaps.get(block.idstr) ?? new PageBitmap(new Uint8Array(0), 0);
     const [way, reason] = chooseWay(block, bitmap, region, info, options);
     blocks.push({ block, region, bitmap, way, reason });

@@ -10,6 +10,7 @@ import { FslError } from "../errors.ts";
 import { alignUp } from "../pages.ts";
 import { freeFdset } from "./fdset.ts";
 import { MigrationSettings } from "./migration-settings.ts";
+import { readNodePolicies } from "./node-policies.ts";
 import {
   ProcessMaps,
   type RangeBacking,
@@ -82,8 +83,10 @@ export function locateRegions(ramblocks: readonly RamblockLine[], pid: number): 
   const hasHelpers = isShareable && hasHelperProcesses(pid);
   const foreignFiles =
     isShareable && !hasHelpers ? mappedByOthers(sharedFiles, pid) : new Set<string>();
+  const policies = readNodePolicies(pid);
   return located.map(({ block, range }) => ({
     ...block,
+    ...policies.of(block.hostAddr, block.length),
     backing: range.backing,
     shared: range.shared,
     sharedWithOthers:

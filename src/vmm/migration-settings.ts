@@ -41,7 +41,10 @@ export const PARAMETERS_IN_THE_WAY: Readonly<Record<string, unknown>> = {
 
 export class MigrationSettings {
   readonly #qmp: QmpClient;
+  /** As they were found. */
   readonly #capabilities: ReadonlyMap<string, boolean>;
+  /** As `apply` has left them. */
+  readonly #capabilitiesNow: Map<string, boolean>;
   readonly #parameters: ReadonlyMap<string, unknown>;
   /** What has been changed and must be put back. */
   readonly #changedCapabilities = new Set<string>();
@@ -54,6 +57,7 @@ export class MigrationSettings {
   ) {
     this.#qmp = qmp;
     this.#capabilities = capabilities;
+    this.#capabilitiesNow = new Map(capabilities);
     this.#parameters = parameters;
   }
 
@@ -106,7 +110,7 @@ export class MigrationSettings {
    */
   async apply(changes: MigrationChanges): Promise<void> {
     const capabilities = Object.entries(changes.capabilities).filter(([name, state]) => {
-      const known = this.#capabilities.get(name);
+      const known = this.#capabilitiesNow.get(name);
       if (known === undefined && state) throw this.#unknownCapability(name);
       return known !== undefined && known !== state;
     });
@@ -114,7 +118,10 @@ export class MigrationSettings {
       return this.#parameters.has(name) && this.#parameters.get(name) !== value;
     });
     // Noted first: if the connection breaks in between, `restore` rather does too much.
-    for (const [name] of capabilities) this.#changedCapabilities.add(name);
+    for (const [name, state] of capabilities) {
+      this.#changedCapabilities.add(name);
+      this.#capabilitiesNow.set(name, state);
+    }
     for (const [name] of parameters) this.#changedParameters.add(name);
     // In this order: mapped-ram cannot be switched on while a parameter stands in its way.
     await this.#carryOut(this.#setParameters(parameters), this.#setCapabilities(capabilities));

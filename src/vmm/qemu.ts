@@ -181,10 +181,15 @@ export class QemuTarget implements Target {
     await this.#guard(this.#qmp.request("closefd", { fdname: name }));
   }
 
-  async loadState(seedFd: number, streamOffset: number): Promise<StateLoaded> {
+  async loadState(
+    seedFd: number,
+    streamOffset: number,
+    capabilities: readonly string[] = [],
+  ): Promise<StateLoaded> {
     const known = this.#known;
     assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
     if (!this.#process.isSpawned) this.#prepare(this.#clearAutostart());
+    if (capabilities.includes(IGNORE_SHARED)) this.#prepare(this.#ignoreShared(known));
     // QEMU compares the access mode (it must be read-only) and does not seek: a new open file has
     // position 0.
     const readable = openSync(`/proc/self/fd/${seedFd}`, "r");
@@ -287,6 +292,19 @@ export class QemuTarget implements Target {
    */
   #clearAutostart(): Promise<unknown> {
     return this.#qmp.request("stop");
+  }
+
+  /** QEMU compares it with the snapshot's. Mapped-ram files know it since 11.0. */
+  async #ignoreShared(known: Inventory): Promise<void> {
+    if (known.version.major < IGNORE_SHARED_MAJOR_MIN) {
+      throw new FslError(
+        "TARGET_MISMATCH",
+        `the snapshot was saved with ${IGNORE_SHARED}: expected QEMU ` +
+          `${IGNORE_SHARED_MAJOR_MIN}.0 or later, found ${formatVersion(known.version)}`,
+        { version: formatVersion(known.version), capability: IGNORE_SHARED },
+      );
+    }
+    await known.settings.apply({ capabilities: { [IGNORE_SHARED]: true }, parameters: {} });
   }
 
   #prepare(work: Promise<unknown>): void {
@@ -407,6 +425,11 @@ export function formatExit(exit: ExitStatus): string {
     ? `with exit code ${exit.exitCode ?? "unknown"}`
     : `by ${exit.signal}`;
 }
+
+/** Shared memory that is a named file is not in such a snapshot. */
+const IGNORE_SHARED = "x-ignore-shared";
+/** @source QEMU migration/ram.c parse_ramblock: before, the block's address was not read */
+const IGNORE_SHARED_MAJOR_MIN = 11;
 
 /** What must be set for a mapped-ram load, and what must not. */
 const LOAD_CHANGES: MigrationChanges = {

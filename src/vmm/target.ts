@@ -31,6 +31,11 @@ export interface GuestRegion {
   readonly shared: boolean;
   /** Another process has the same memory mapped (vhost-user, virtiofsd, a second QEMU). */
   readonly sharedWithOthers: boolean;
+  /**
+   * The kernel's NUMA policy for this memory, e.g. `bind:0`. Absent when it is the default, or the
+   * host has one node only.
+   */
+  readonly nodePolicy?: string;
 }
 
 export interface TargetInfo {
@@ -46,6 +51,8 @@ export interface TargetInfo {
    * virtio-mem).
    */
   readonly canDiscard: boolean;
+  /** Whoever started the target wants its guest to stay stopped (`-S`). */
+  readonly startsStopped: boolean;
 }
 
 /** How the target ended. Exactly one of the two is not null. */
@@ -68,6 +75,10 @@ export interface TargetRecord {
   readonly pid: number;
   /** Path of a control socket that somebody can connect to again; null when there is none. */
   readonly controlPath: string | null;
+  /** fsl made that socket, and removes it when nobody will come back for it. */
+  readonly isControlPrivate: boolean;
+  /** fsl started the target to stay with it: a signal that is to end fsl is to end the target. */
+  readonly endsWithFsl: boolean;
   /** Capabilities and parameters as they were, for `release`; the target's own business. */
   readonly undo: unknown;
 }
@@ -95,6 +106,15 @@ export interface ServedTarget {
 }
 
 export interface Target extends ServedTarget {
+  /** Somebody else started it: it is left as it was when the load is given up. */
+  readonly isAttached: boolean;
+  /** The target has begun to take its state: `abandon` cannot undo anything any more. */
+  readonly isCommitted: boolean;
+  /**
+   * Before `connect`: a load that came no further than this one will have, and whose fsl has died,
+   * is undone first. Absent: there can be none.
+   */
+  forgetEarlier?(record: TargetRecord): void;
   /** Lets another fsl have the control connection (there can be one only). Signals still work. */
   disconnect(): void;
   /** Waits until the target can take the state, checks who it is, and learns its RAM. */
@@ -118,8 +138,13 @@ export interface Target extends ServedTarget {
    * Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts).
    * Works once.
    * @param streamOffset file offset in bytes at which the stream begins
+   * @param capabilities migration capabilities that the stream was saved with; absent: mapped-ram
    */
-  loadState(seedFd: number, streamOffset: number): Promise<StateLoaded>;
+  loadState(
+    seedFd: number,
+    streamOffset: number,
+    capabilities?: readonly string[],
+  ): Promise<StateLoaded>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
 }
@@ -129,6 +154,10 @@ export type StateProgress = "none" | "loading" | "loaded" | "failed";
 
 /** A target whose fsl has died, found again. */
 export interface FoundTarget extends ServedTarget {
+  /** See `TargetRecord`. */
+  readonly endsWithFsl: boolean;
   /** Asks the target; it can answer only when no thread of its main loop waits for a page. */
   stateProgress(): Promise<StateProgress>;
+  /** Closes what fsl holds of it; the target goes on. Idempotent. */
+  close(): void;
 }

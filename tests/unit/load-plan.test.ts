@@ -140,6 +140,12 @@ describe("plan.planLoad", () => {
       { regions: [region({ length: 64 * MiB + PAGE })] },
       "RAMBlock pc.ram: snapshot has 64 MiB, QEMU has 67112960 bytes (0x4001000); start QEMU with -m 64M",
     ],
+    [
+      "private memory where the snapshot left shared memory out",
+      { blocks: [{ notSaved: true }] },
+      "RAMBlock pc.ram: not in the snapshot (saved with x-ignore-shared), but private in QEMU; " +
+        "start QEMU with the file that the saved guest had as its memory, share=on",
+    ],
   ])("refuses a QEMU with %s, and says what to do", (_, spec, message) => {
     const error = refusal(spec);
     expect(error.message).toBe(FITS_NOT + message);
@@ -190,7 +196,15 @@ describe("plan.planLoad", () => {
     ["anonymous memory", {}, "lazy", /^$/],
     ["a block with little data", { blocks: [{ dataMiB: 1 }] }, "seed", /only 1 MiB of data/],
     ["a read-only block", { regions: [region({ readOnly: true })] }, "seed", /read-only/],
-    ["a block that was not saved", { blocks: [{ notSaved: true }] }, "ignored", /x-ignore-shared/],
+    [
+      "a block that was not saved",
+      {
+        blocks: [{ notSaved: true }],
+        regions: [region({ backing: "shmem", shared: true })],
+      },
+      "ignored",
+      /x-ignore-shared/,
+    ],
     [
       "memory of a regular file",
       { regions: [region({ backing: "file" })] },

@@ -71,6 +71,16 @@ describe("MigrationSettings", () => {
     ]);
   });
 
+  test("switches on again what it has switched off", async () => {
+    const settings = await MigrationSettings.read(client);
+    await settings.apply({ capabilities: { multifd: false }, parameters: {} });
+    await settings.apply({ capabilities: { multifd: true }, parameters: {} });
+    expect(changes()).toEqual([
+      { capabilities: [{ capability: "multifd", state: false }] },
+      { capabilities: [{ capability: "multifd", state: true }] },
+    ]);
+  });
+
   test("says nothing when there is nothing to change", async () => {
     const settings = await MigrationSettings.read(client);
     await settings.apply({ capabilities: { events: true }, parameters: {} });
