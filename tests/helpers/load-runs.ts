@@ -215,7 +215,8 @@ export class FslRun implements AsyncDisposable {
 
   /** QEMU's pid: fsl's child, but for the helper tasks, which QEMU makes fsl's children. */
   async qemuPid(): Promise<number> {
-    const isQemu = (pid: number): boolean => isRunning(pid) && !/^fsl-helper/.test(nameOf(pid));
+    const isQemu = (pid: number): boolean =>
+      isRunning(pid) && !nameOf(pid).startsWith("fsl-helper");
     return until(
       () =>
         this.#childPids()
