@@ -315,7 +315,13 @@ async function armedLoad(
   const fileFd = openSync(path, "r");
   const target = servedTarget(toucher);
   const { state, fd: stateFd } = LoadState.create({
-    target: { pid: target.pid, controlPath: null, undo: null },
+    target: {
+      pid: target.pid,
+      controlPath: null,
+      isControlPrivate: false,
+      endsWithFsl: true,
+      undo: null,
+    },
     paused: false,
     snapshotPath: path,
     snapshotIdentity: {},

@@ -2,11 +2,13 @@
  * A QEMU that somebody else started with `-incoming defer`, as a `Target`. It is left as it was when
  * the load is given up before the state is handed over, and lives on as if nothing had been after it.
  */
-import { readFileSync } from "node:fs";
+import { closeSync, openSync, readFileSync } from "node:fs";
 import { resolve } from "node:path";
 import { FslError } from "../errors.ts";
+import { EAGAIN, LOCK_EX, LOCK_NB } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
 import { type ExitWatch, watchExit } from "./exit-watch.ts";
+import { startsStopped } from "./qemu-command.ts";
 import { type QemuProcess, QemuTarget } from "./qemu.ts";
 import { connectSocket } from "./qmp-connect.ts";
 import { QmpClient } from "./qmp.ts";
@@ -27,19 +29,24 @@ export interface AttachOptions {
 const GREETING_TIMEOUT_MS = 10_000;
 
 /**
- * Connects to a QEMU that waits for its state.
- * @throws FslError TARGET_LOST when nobody listens, or its process cannot be told
+ * Connects to a QEMU that waits for its state. Whoever calls this calls `close` when the load is
+ * over and `tidied`, or has failed.
+ * @throws FslError TARGET_LOST when nobody listens, its process cannot be told, or another fsl is
+ * at work on it; HOST_UNSUPPORTED when this user may not touch its memory
  */
 export function attachQemu(options: AttachOptions): QemuTarget {
   const socket = connectSocket(options.qmpPath);
-  let found: { pid: number; pidfd: number };
+  let found: { pid: number; pidfd: number } | undefined;
+  let lockFd: number;
   try {
     found = findProcess(socket, options);
+    lockFd = lockProcess(found.pid);
   } catch (error) {
     native.close(socket);
+    if (found !== undefined) native.close(found.pidfd);
     throw error;
   }
-  const attached = new AttachedQemu(found.pid, found.pidfd, resolve(options.qmpPath));
+  const attached = new AttachedQemu(found.pid, found.pidfd, lockFd, resolve(options.qmpPath));
   const qmp = QmpClient.open(socket, {
     peer: attached.description,
     greetingTimeoutMs: options.greetingTimeoutMs ?? GREETING_TIMEOUT_MS,
@@ -57,13 +64,18 @@ class AttachedQemu implements QemuProcess {
   readonly preloadSocket = -1;
   readonly runsStartedProgram = false;
   readonly isSpawned = false;
+  readonly endsWithFsl = false;
+  readonly startsStopped: boolean;
   readonly #watch: ExitWatch;
+  readonly #lockFd: number;
   #isClosed = false;
 
-  constructor(pid: number, pidfd: number, controlPath: string) {
+  constructor(pid: number, pidfd: number, lockFd: number, controlPath: string) {
     this.pid = pid;
     this.pidfd = pidfd;
+    this.#lockFd = lockFd;
     this.controlPath = controlPath;
+    this.startsStopped = startsStopped(commandLineOf(pid));
     this.description = `${nameOf(pid)} (pid ${pid})`;
     this.#watch = watchExit(pidfd, pid);
   }
@@ -85,6 +97,7 @@ class AttachedQemu implements QemuProcess {
     this.#isClosed = true;
     this.#watch.stop();
     native.close(this.pidfd);
+    closeSync(this.#lockFd);
   }
 }
 
@@ -109,6 +122,40 @@ function findProcess(socket: number, options: AttachOptions): { pid: number; pid
   const pidfd = bySocket >= 0 ? bySocket : native.pidfdOpen(pid, 0);
   if (pidfd >= 0) return { pid, pidfd };
   throw new FslError("TARGET_LOST", `process ${pid}: ${native.errnoText(-pidfd)}`, { pid });
+}
+
+/**
+ * Two loaders of one QEMU would undo one another's settings. A lock on its memory file: whoever may
+ * load may open that, and nobody else can stand in the way.
+ * @returns a descriptor that holds the lock until it is closed
+ */
+function lockProcess(pid: number): number {
+  let fd: number;
+  try {
+    fd = openSync(`/proc/${pid}/mem`, "r");
+  } catch (error) {
+    const errno = (error as NodeJS.ErrnoException).code ?? String(error);
+    if (errno === "ENOENT" || errno === "ESRCH") {
+      throw new FslError("TARGET_LOST", `process ${pid}: it has ended`, { pid }, error);
+    }
+    const what = `process ${pid}: its memory cannot be opened (${errno})`;
+    const hint = "run fsl as root, or as QEMU's user with kernel.yama.ptrace_scope=0";
+    throw new FslError("HOST_UNSUPPORTED", `${what}; ${hint}`, { pid, errno }, error);
+  }
+  const result = native.flock(fd, LOCK_EX | LOCK_NB);
+  if (result === 0) return fd;
+  closeSync(fd);
+  const why = result === -EAGAIN ? "another fsl is at work on it" : native.errnoText(-result);
+  throw new FslError("TARGET_LOST", `process ${pid}: ${why}`, { pid });
+}
+
+/** Empty when it cannot be read. */
+function commandLineOf(pid: number): string[] {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0");
+  } catch {
+    return [];
+  }
 }
 
 /** For messages. */

@@ -6,20 +6,24 @@
  * loads its devices it may wait for a page: the fault loop serves that in its Worker, and needs
  * nothing of this file.
  */
-import { closeSync, openSync } from "node:fs";
+import { randomBytes } from "node:crypto";
+import { closeSync, openSync, readdirSync, readlinkSync } from "node:fs";
 import { constants } from "node:os";
 import { FslError, assert, isFslError } from "../errors.ts";
+import { MFD_CLOEXEC } from "../sys/abi.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
   type MigrationChanges,
+  MigrationSettings,
   PARAMETERS_IN_THE_WAY,
 } from "./migration-settings.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
 import type { ExitStatus, StateLoaded, Target, TargetInfo, TargetRecord } from "./target.ts";
 import {
+  DEVICE_NAME,
   type TakenUserfaultfd,
   type UserfaultfdRequest,
   type UserfaultfdWay,
@@ -44,13 +48,20 @@ export interface QemuProcess {
   readonly runsStartedProgram: boolean;
   /** fsl started it: to abandon it is to end it. */
   readonly isSpawned: boolean;
+  /** See `TargetRecord`. */
+  readonly endsWithFsl: boolean;
+  /** `-S`: the guest is to stay stopped. */
+  readonly startsStopped: boolean;
   /**
    * Called once QEMU has answered; the process may turn out to be another one (a wrapper script's
    * child).
    */
   identify(): void;
-  /** Closes what this object holds; QEMU itself is not touched. Idempotent. */
-  close(): void;
+  /**
+   * Closes what this object holds; QEMU itself is not touched. Idempotent.
+   * @param isOver the load is: nobody will come back to go on with it
+   */
+  close(isOver: boolean): void;
 }
 
 export interface QemuTargetOptions {
@@ -60,6 +71,11 @@ export interface QemuTargetOptions {
 
 /** Name of QEMU's own copy of the userfaultfd, among its `getfd` descriptors. */
 export const USERFAULTFD_NAME = "fsl-uffd";
+
+/** Name of the descriptor that shows which process has the monitor. */
+const PROBE_NAME = "fsl-probe";
+/** What a dead fsl can have left under a name in a QEMU that still waits for its state. */
+const LEFT_NAMES = [USERFAULTFD_NAME, "fsl-state", DEVICE_NAME, PROBE_NAME];
 
 /** How long an exit may lag behind the end of the QMP connection. */
 const EXIT_NOTICE_MS = 1_000;
@@ -88,6 +104,7 @@ export class QemuTarget implements Target {
   #keptNames = new Set<string>();
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
+  #earlier: TargetRecord | null = null;
 
   /** @param qmp connected, not necessarily greeted yet; owned by the target from now on */
   constructor(process: QemuProcess, qmp: QmpClient, options: QemuTargetOptions = {}) {
@@ -114,6 +131,18 @@ export class QemuTarget implements Target {
     return this.#process.pidfd;
   }
 
+  get isAttached(): boolean {
+    return !this.#process.isSpawned;
+  }
+
+  get isCommitted(): boolean {
+    return ["loading", "loaded", "released"].includes(this.#phase);
+  }
+
+  forgetEarlier(record: TargetRecord): void {
+    this.#earlier = record;
+  }
+
   get userfaultfdWay(): UserfaultfdWay | null {
     return this.#way;
   }
@@ -123,7 +152,7 @@ export class QemuTarget implements Target {
     // The negotiation is answered by QEMU's main loop: the machine is built.
     await this.#guard(this.#qmp.ready);
     const readyAtMs = performance.now();
-    const known = await this.#guard(this.#inventory);
+    const known = await this.#guard(this.#inventory.then((asked) => this.#withoutEarlier(asked)));
     this.#known = known;
     this.#phase = "connected";
     this.#process.identify();
@@ -136,17 +165,24 @@ export class QemuTarget implements Target {
       machineType: known.machineType,
       regions: locateRegions(known.ramblocks, this.pid),
       canDiscard: known.canDiscard,
+      startsStopped: this.#process.startsStopped,
     };
   }
 
   record(): TargetRecord {
     assert(this.#known !== null, "record before connect");
-    const { controlPath } = this.#process;
-    return { pid: this.pid, controlPath, undo: this.#known.settings.undoRecord() };
+    const { controlPath, isSpawned, endsWithFsl } = this.#process;
+    const undo = this.#known.settings.undoRecord();
+    return { pid: this.pid, controlPath, isControlPrivate: isSpawned, endsWithFsl, undo };
   }
 
   async takeUserfaultfd(): Promise<number> {
     assert(this.#phase === "connected", `takeUserfaultfd in phase ${this.#phase}`);
+    if (this.isAttached) {
+      // A refused setting is told while not one byte of somebody else's memory is touched.
+      await this.#guard(Promise.all(this.#prepared));
+      await this.#guard(this.#proveProcess());
+    }
     const taken = await this.#guard(this.#take());
     this.#way = taken.way;
     this.#helpers.push(...taken.helpers);
@@ -188,23 +224,20 @@ export class QemuTarget implements Target {
   ): Promise<StateLoaded> {
     const known = this.#known;
     assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
-    if (!this.#process.isSpawned) this.#prepare(this.#clearAutostart());
     if (capabilities.includes(IGNORE_SHARED)) this.#prepare(this.#ignoreShared(known));
+    const set = { "fdset-id": known.freeFdset };
     // QEMU compares the access mode (it must be read-only) and does not seek: a new open file has
     // position 0.
     const readable = openSync(`/proc/self/fd/${seedFd}`, "r");
+    const added = this.#qmp.request("add-fd", set, { fd: readable });
     try {
-      const set = { "fdset-id": known.freeFdset };
-      this.#prepare(this.#qmp.request("add-fd", set, { fd: readable }));
+      this.#prepare(added);
       await this.#guard(Promise.all(this.#prepared));
-    } finally {
-      closeSync(readable);
-    }
-    this.#phase = "loading";
-    try {
+      this.#phase = "loading";
       await this.#guard(this.#loadFrom(known, streamOffset));
     } finally {
-      this.#qmp.execute("remove-fd", { "fdset-id": known.freeFdset }).catch(() => {});
+      closeSync(readable);
+      added.then((reply) => this.#dropSeed(set, reply)).catch(() => {});
     }
     this.#phase = "loaded";
     const status = await this.#guard(this.#qmp.request("query-status"));
@@ -239,8 +272,8 @@ export class QemuTarget implements Target {
     this.#endHelpers();
     await this.#guard(this.#putBack());
     // The connection to a spawned QEMU stays: when the last monitor's client goes, QEMU closes
-    // fdsets of the user's that are not in use at that moment.
-    if (!this.#process.isSpawned) this.close();
+    // fdsets of the user's that are not in use at that moment. Somebody else's monitor is theirs.
+    if (this.isAttached) this.#qmp.close();
   }
 
   kill(): void {
@@ -259,7 +292,53 @@ export class QemuTarget implements Target {
   close(): void {
     this.#endHelpers();
     this.#qmp.close();
-    this.#process.close();
+    this.#process.close(this.#phase === "released");
+  }
+
+  /** What an earlier fsl, dead by now, has left in a QEMU that still waits goes first. */
+  async #withoutEarlier(known: Inventory): Promise<Inventory> {
+    if (!this.isAttached) return known;
+    const dropped = LEFT_NAMES.map((fdname) => this.#qmp.execute("closefd", { fdname }));
+    await Promise.all(dropped); // Refused where there is none.
+    if (this.#earlier === null) return known;
+    await MigrationSettings.changedBefore(this.#qmp, undoOf(this.#earlier)).restore();
+    const settings = await MigrationSettings.read(this.#qmp);
+    if (!linksOf(this.pid).includes(LEFT_STATE_LINK)) return { ...known, settings };
+    throw new FslError(
+      "TARGET_MISMATCH",
+      `${this.description} holds an earlier load, made through another QMP socket: ` +
+        `expected ${this.#earlier.controlPath ?? "that one"}; use it, or start QEMU anew`,
+      { pid: this.pid },
+    );
+  }
+
+  /**
+   * The pid may be the caller's word only, and the monitor a relay: a descriptor that is sent there
+   * must arrive in that process.
+   */
+  async #proveProcess(): Promise<void> {
+    const name = `${PROBE_NAME}-${randomBytes(8).toString("hex")}`;
+    const fd = native.check(native.memfdCreate(name, MFD_CLOEXEC), "memfd_create");
+    try {
+      await this.#qmp.request("getfd", { fdname: PROBE_NAME }, { fd });
+      const isThere = linksOf(this.pid).includes(`/memfd:${name} (deleted)`);
+      await this.#qmp.execute("closefd", { fdname: PROBE_NAME });
+      if (isThere) return;
+      throw new FslError(
+        "TARGET_MISMATCH",
+        `process ${this.pid}: is not the QEMU that answers on the QMP socket; ` +
+          "give its pid with --pid, or leave that out",
+        { pid: this.pid },
+      );
+    } finally {
+      native.close(fd);
+    }
+  }
+
+  /** Only what fsl added: somebody else may have come upon the same number. */
+  async #dropSeed(set: Readonly<Record<string, number>>, added: unknown): Promise<void> {
+    const fd = isRecord(added) ? added["fd"] : undefined;
+    await this.#qmp.execute("remove-fd", typeof fd === "number" ? { ...set, fd } : set);
   }
 
   async #take(): Promise<TakenUserfaultfd> {
@@ -317,16 +396,30 @@ export class QemuTarget implements Target {
     const outcome = this.#watchLoad();
     try {
       const { major, minor } = known.version;
+      // Of somebody else's QEMU at the last moment: it cannot be undone for certain.
+      const stopped = this.isAttached ? this.#clearAutostart() : undefined;
+      stopped?.catch(() => {});
       const reply = await this.#qmp.execute("migrate-incoming", {
         uri: `file:/dev/fdset/${known.freeFdset}${streamOffset === 0 ? "" : `,offset=${streamOffset}`}`,
         // Since 9.1; before, QEMU exits when the load fails.
         ...(major > 9 || minor >= 1 ? { "exit-on-error": false } : {}),
       });
-      if (!reply.ok) throw loadFailed(this.description, reply.description);
+      await stopped;
+      if (!reply.ok) {
+        await this.#takeNothing();
+        throw loadFailed(this.description, reply.description);
+      }
       await outcome.ended;
     } finally {
       outcome.stop();
     }
+  }
+
+  /** QEMU refused to begin: it still waits, and everything can be put back. */
+  async #takeNothing(): Promise<void> {
+    this.#phase = "connected";
+    // While QEMU waits for its state `cont` only sets autostart again.
+    if (!this.#process.startsStopped) await this.#qmp.execute("cont");
   }
 
   /**
@@ -424,6 +517,29 @@ export function formatExit(exit: ExitStatus): string {
   return exit.signal === null
     ? `with exit code ${exit.exitCode ?? "unknown"}`
     : `by ${exit.signal}`;
+}
+
+/** Link text of the state that a load leaves in its target, in /proc/PID/fd. */
+const LEFT_STATE_LINK = "/memfd:fsl-state (deleted)";
+
+/** Where the descriptors of a process lead. */
+function linksOf(pid: number): string[] {
+  return readdirSync(`/proc/${pid}/fd`).map((number) => {
+    try {
+      return readlinkSync(`/proc/${pid}/fd/${number}`);
+    } catch {
+      return ""; // Closed meanwhile.
+    }
+  });
+}
+
+/** What an earlier fsl changed; the record came out of QEMU, which may say anything. */
+function undoOf({ undo }: TargetRecord): MigrationChanges {
+  const { capabilities, parameters } = isRecord(undo) ? undo : {};
+  return {
+    capabilities: isRecord(capabilities) ? (capabilities as Record<string, boolean>) : {},
+    parameters: isRecord(parameters) ? parameters : {},
+  };
 }
 
 /** Shared memory that is a named file is not in such a snapshot. */

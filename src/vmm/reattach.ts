@@ -5,6 +5,7 @@
 import { constants } from "node:os";
 import { FslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
+import { type ExitWatch, watchExit } from "./exit-watch.ts";
 import { type MigrationChanges, MigrationSettings } from "./migration-settings.ts";
 import { connectQmp } from "./qmp-connect.ts";
 import { isRecord, type QmpClient } from "./qmp.ts";
@@ -14,9 +15,6 @@ import type { ExitStatus, FoundTarget, StateProgress, TargetRecord } from "./tar
 
 /** A QEMU that has just been freed from a wait has a whole device state to load first. */
 const GREETING_TIMEOUT_MS = 60_000;
-const POLLIN = 1;
-/** How often the end of a process that is no child of ours is looked for, ms. */
-const EXIT_PERIOD_MS = 50;
 
 /**
  * @param record what the dead fsl left in the load state
@@ -31,12 +29,15 @@ class ReattachedQemu implements FoundTarget {
   readonly pid: number;
   readonly pidfd: number;
   readonly exited: Promise<ExitStatus>;
+  readonly endsWithFsl: boolean;
   readonly #record: TargetRecord;
+  readonly #watch: ExitWatch;
   #qmp: QmpClient | null = null;
-  #isOver = false;
+  #isClosed = false;
 
   constructor(record: TargetRecord) {
     this.#record = record;
+    this.endsWithFsl = record.endsWithFsl;
     this.pid = record.pid;
     this.description = `QEMU (pid ${record.pid})`;
     const pidfd = native.pidfdOpen(record.pid, 0);
@@ -46,7 +47,12 @@ class ReattachedQemu implements FoundTarget {
       });
     }
     this.pidfd = pidfd;
-    this.exited = this.#watch();
+    this.#watch = watchExit(pidfd, record.pid);
+    this.exited = this.#watch.exited.then((status) => {
+      this.#qmp?.close();
+      this.#removeControl();
+      return status;
+    });
   }
 
   async stateProgress(): Promise<StateProgress> {
@@ -76,7 +82,7 @@ class ReattachedQemu implements FoundTarget {
     qmp.close();
     this.#qmp = null;
     // The load is over: nobody will come back for it.
-    if (this.#record.controlPath !== null) removeRuntimeDirectoryOf(this.#record.controlPath);
+    this.#removeControl();
   }
 
   signal(signal: NodeJS.Signals): void {
@@ -87,6 +93,14 @@ class ReattachedQemu implements FoundTarget {
     this.signal("SIGKILL");
   }
 
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    this.#watch.stop();
+    this.#qmp?.close();
+    native.close(this.pidfd);
+  }
+
   #control(): QmpClient {
     const { controlPath } = this.#record;
     if (controlPath === null) {
@@ -95,19 +109,17 @@ class ReattachedQemu implements FoundTarget {
         `${this.description}: has no QMP socket that can be connected to again`,
       );
     }
-    this.#qmp ??= connectQmp(controlPath, { greetingTimeoutMs: GREETING_TIMEOUT_MS });
+    if (this.#qmp === null) {
+      this.#qmp = connectQmp(controlPath, { greetingTimeoutMs: GREETING_TIMEOUT_MS });
+      // QEMU's end shows first as the end of its connection.
+      this.#qmp.closed.then(() => this.#watch.hint());
+    }
     return this.#qmp;
   }
 
-  /** The pidfd says when it ends; the exit code is its parent's to know. */
-  async #watch(): Promise<ExitStatus> {
-    const fds = Int32Array.of(this.pidfd);
-    const revents = new Int32Array(1);
-    while (!this.#isOver && native.poll(fds, revents, 1, POLLIN, 0) === 0)
-      await Bun.sleep(EXIT_PERIOD_MS);
-    this.#isOver = true;
-    this.#qmp?.close();
-    if (this.#record.controlPath !== null) removeRuntimeDirectoryOf(this.#record.controlPath);
-    return { exitCode: null, signal: null };
+  /** Never a socket of the user's own. */
+  #removeControl(): void {
+    const { controlPath, isControlPrivate } = this.#record;
+    if (controlPath !== null && isControlPrivate) removeRuntimeDirectoryOf(controlPath);
   }
 }

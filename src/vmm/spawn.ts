@@ -14,7 +14,7 @@ import * as native from "../sys/native.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { isGlibcInterpreter, readElfInterpreter } from "./elf.ts";
 import { preloadEnvironment } from "./preload-protocol.ts";
-import { checkQemuCommand, qemuCommandLine } from "./qemu-command.ts";
+import { checkQemuCommand, qemuCommandLine, startsStopped } from "./qemu-command.ts";
 import { type QemuProcess, QemuTarget } from "./qemu.ts";
 import { QmpClient } from "./qmp.ts";
 import { makeRuntimeDirectory, removeRuntimeDirectory } from "./runtime-directory.ts";
@@ -34,6 +34,11 @@ export interface SpawnOptions {
   readonly helperTasks?: number;
   /** How long QEMU may take to greet, milliseconds. */
   readonly greetingTimeoutMs?: number;
+  /**
+   * QEMU is to live on without fsl: a signal that is to end fsl is not passed on, and `close` after
+   * the load removes fsl's socket.
+   */
+  readonly detached?: boolean;
 }
 
 /** A descriptor of this process, or one of the two words. */
@@ -79,6 +84,8 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
       directory,
       socketPath,
       preloadSocket,
+      endsWithFsl: options.detached !== true,
+      startsStopped: startsStopped(options.argv),
     });
     forTarget.release(connection);
     const qmp = QmpClient.open(connection, {
@@ -116,23 +123,32 @@ interface SpawnedParts {
   readonly socketPath: string;
   /** fsl's end of the preloaded library's socket, or -1. */
   readonly preloadSocket: number;
+  readonly endsWithFsl: boolean;
+  readonly startsStopped: boolean;
 }
 
 class SpawnedQemu implements QemuProcess {
   readonly exited: Promise<ExitStatus>;
   readonly preloadSocket: number;
+  readonly endsWithFsl: boolean;
+  readonly startsStopped: boolean;
   readonly isSpawned = true;
   #pid: number;
   #pidfd: number;
   readonly #program: string;
   readonly #socketPath: string;
+  readonly #directory: string;
   #isClosed = false;
   #runsStartedProgram = false;
 
-  constructor({ child, pidfd, program, directory, socketPath, preloadSocket }: SpawnedParts) {
+  constructor(parts: SpawnedParts) {
+    const { child, pidfd, program, directory } = parts;
     this.#program = program;
-    this.#socketPath = socketPath;
-    this.preloadSocket = preloadSocket;
+    this.#directory = directory;
+    this.#socketPath = parts.socketPath;
+    this.preloadSocket = parts.preloadSocket;
+    this.endsWithFsl = parts.endsWithFsl;
+    this.startsStopped = parts.startsStopped;
     this.#pid = child.pid;
     this.#pidfd = pidfd;
     this.exited = child.exited.then(() => {
@@ -185,9 +201,10 @@ class SpawnedQemu implements QemuProcess {
     }
   }
 
-  close(): void {
+  close(isOver: boolean): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
+    if (isOver) removeRuntimeDirectory(this.#directory);
     native.close(this.#pidfd);
     if (this.preloadSocket >= 0) native.close(this.preloadSocket);
   }

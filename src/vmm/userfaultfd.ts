@@ -63,7 +63,8 @@ const REMOTE_TIMEOUT_MS = 5_000;
 /** Descriptors of one process that are looked through for the one that was handed over. */
 const DESCRIPTORS_MAX = 65_536;
 const DEVICE_PATH = "/dev/userfaultfd";
-const DEVICE_NAME = "fsl-uffd-device";
+/** Name of the device, among the `getfd` descriptors, while it is needed. */
+export const DEVICE_NAME = "fsl-uffd-device";
 const USERFAULTFD_LINK = "anon_inode:[userfaultfd]";
 
 /**

@@ -116,6 +116,7 @@ describe("attachQemu", () => {
     expect(taken.description).toContain(`(pid ${pid})`);
     await loadAll(taken);
     await expectLoaded(pid);
+    taken.close();
     expect(ownDescriptors().length).toBe(before);
   });
 
@@ -240,6 +241,25 @@ describe("attachQemu refuses", () => {
     const error = await refusalOf(attach({ greetingTimeoutMs: 200 }).connect());
     expectRefusal(error, "TARGET_LOST", /no QMP greeting/);
     process.kill(pid, "SIGCONT");
+  });
+
+  test("a QEMU that another fsl is at work on", async () => {
+    const { pid, qmpPath } = await start();
+    attach();
+    const error = await refusalOf(() => attachQemu({ qmpPath }));
+    expectRefusal(error, "TARGET_LOST", new RegExp(`process ${pid}: another fsl is at work on it`));
+  });
+
+  test("a process that does not get what is sent to the monitor", async () => {
+    const { qmpPath } = await start();
+    await using other = await OwnQemu.start(scratch, [...argv, "-incoming", "defer"]);
+    const error = await refusalOf(async () => {
+      const taken = attach({ qmpPath, pid: other.pid });
+      await taken.connect();
+      await taken.takeUserfaultfd();
+    });
+    // Where memory happens to lie at the same addresses, the descriptor tells.
+    expectRefusal(error, "TARGET_MISMATCH", /QEMU says it is at|is not the QEMU that answers/);
   });
 
   test("a process that is not there", async () => {

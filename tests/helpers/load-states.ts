@@ -48,7 +48,13 @@ export function makeState(
     movable: spec.movable ?? false,
   }));
   const metadata: StateMetadata = {
-    target: { pid: process.pid, controlPath: null, undo: null },
+    target: {
+      pid: process.pid,
+      controlPath: null,
+      isControlPrivate: false,
+      endsWithFsl: true,
+      undo: null,
+    },
     paused: false,
     snapshotPath: "/dev/null",
     snapshotIdentity: {},

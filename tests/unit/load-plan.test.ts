@@ -71,6 +71,7 @@ function plan(spec: PlanSpec): LoadPlan {
     machineType: running,
     regions: spec.regions ?? [region()],
     canDiscard: spec.canDiscard ?? false,
+    startsStopped: false,
   };
   const bitmaps = new Map(
     blocks.map((b, index) => {
