@@ -63,7 +63,7 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       expect(Number(offset)).toBe(ramOffset(snapshot, 0) + Number(page) * 4096);
       // A read that begins before the place where the disk fails, and goes on behind it, fails as a
       // whole.
-      expect(disk.isFailing(Number(offset), 0x10_0000)).toBe(true);
+      expect(disk.isFailing(Number(offset), 0x40_0000)).toBe(true);
       await someoneWaits(pid);
       const failure = {
         idstr: "pc.ram",
