@@ -528,7 +528,7 @@ function fullSpec(spec: GuestSpec): FullSpec {
 function linuxArgs(spec: FullSpec): string[] {
   const options = [
     "console=ttyS0 quiet loglevel=1 nokaslr mitigations=off panic=-1 tsc=reliable",
-    "init_on_alloc=0 memhp_default_state=online",
+    "init_on_alloc=0 memhp_default_state=online reboot=t",
     `fsl.data=${spec.dataMiB ?? 64}`,
     spec.guestOptions ?? "",
   ];
