@@ -30,6 +30,7 @@ export type {
 export { SnapshotPageSource, type SnapshotSourceOptions } from "./source/snapshot-source.ts";
 export { allocatedBytes } from "./source/allocation.ts";
 export { checkHost, type HostSupport } from "./uffd/support.ts";
+export { attachQemu, type AttachOptions } from "./vmm/attach.ts";
 export { findQemus, type FoundQemu } from "./vmm/find-qemu.ts";
 export { reattachQemu } from "./vmm/reattach.ts";
 export { saveSnapshot, type SaveOptions, type SaveProgress } from "./vmm/save.ts";

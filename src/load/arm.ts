@@ -182,6 +182,31 @@ export function correctResident(
 }
 
 /**
+ * Makes the pages that the snapshot has and the target holds zero again: whoever gives the target a state after us may
+ * leave zero pages alone, as QEMU's own load of a mapped-ram file does.
+ */
+export function clearBrought(pid: number, plans: readonly BlockPlan[]): void {
+  const writer = new MemoryWriter(pid, -1);
+  try {
+    for (const { block, region, bitmap } of plans) {
+      const { pageSize, pageCount } = block;
+      const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
+      for (const range of residentRanges(pid, region.hostAddr, block.usedLength)) {
+        const { startAddr, endAddr } = range;
+        const { first, end } = pagesOf(startAddr, endAddr, region.hostAddr, pageSize, pageCount);
+        for (let page = nextBit(words, first, end, true); page < end; ) {
+          const runEnd = nextBit(words, page, end, false);
+          writer.zero(region.hostAddr + page * pageSize, (runEnd - page) * pageSize);
+          page = nextBit(words, runEnd, end, true);
+        }
+      }
+    }
+  } finally {
+    writer.close();
+  }
+}
+
+/**
  * Loads the blocks that cannot be lazy. Pages that are zero in the snapshot are written only where the target has
  * something: elsewhere its memory is zero already, and would only be allocated by it.
  * @returns bytes written

@@ -24,6 +24,7 @@ import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { ExitStatus, Target, TargetInfo } from "../vmm/target.ts";
 import {
+  clearBrought,
   correctResident,
   fillBlocks,
   findZeroRuns,
@@ -36,7 +37,7 @@ import type { PageFailure } from "./fault-loop.ts";
 import { SnapshotGuard } from "./guard.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
 import { giveHugePagesBack } from "./huge-pages.ts";
-import { lockState } from "./recovery.ts";
+import { findEarlier, lockState } from "./recovery.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
 import { eagerWorkerCount, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
@@ -84,6 +85,8 @@ export interface LoadOptions extends ServingOptions {
   readonly lazyDespiteDiscards?: boolean;
   /** `performance.now()` from which the report's times count; default: the call. */
   readonly startedAtMs?: number;
+  /** Gives the load up with the signal's reason, unless the state has been handed over by then. */
+  readonly cancel?: AbortSignal;
 }
 
 export interface LoadHandle {
@@ -107,6 +110,8 @@ export interface LoadHandle {
    */
   readonly supplyFailed: boolean;
   resume(): Promise<void>;
+  /** Brings in the rest as fast as it can, whatever its limit. */
+  hurry(): void;
 }
 
 interface Times {
@@ -167,7 +172,7 @@ class Load {
     const seedFd = openSync(`/proc/self/fd/${snapshot.fd}`, "r");
     await this.#handOver(seedFd, snapshot.streamOffset);
     this.#times.residentMs = this.#now();
-    if (!this.#options.paused) await this.#resume();
+    if (!this.#isPaused) await this.#resume();
     await this.#target.release();
     this.#closeOwn();
     return this.#handle(Promise.resolve(this.#report(true)));
@@ -188,11 +193,15 @@ class Load {
     serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
     await handedOver;
     state.phase = PHASE_STATE_LOADED;
-    const { paused } = this.#options;
-    if (!paused) await this.#resume();
+    if (!this.#isPaused) await this.#resume();
     state.phase = PHASE_RUNNING;
-    serving.letEagerGo(paused || set !== null ? 0 : this.#eagerPauseMs());
+    serving.letEagerGo(this.#isPaused || set !== null ? 0 : this.#eagerPauseMs());
     return this.#handle(this.#finish(serving, set).catch((error) => this.#giveUp(serving, error)));
+  }
+
+  /** By the caller's wish, or by the `-S` of whoever started the target. */
+  get #isPaused(): boolean {
+    return this.#options.paused === true || this.#info?.startsStopped === true;
   }
 
   /** Without a working set the guest's first faults are to be served, and seen, undisturbed. */
@@ -235,6 +244,7 @@ class Load {
   /** Opens the snapshot while the target starts, then holds the two against one another. */
   async #meet(): Promise<{ prepared: Prepared; plan: LoadPlan }> {
     const { snapshotOffset } = this.#options;
+    this.#lookForEarlier();
     // Told at once: a target that dies at its start must not leave an unhandled rejection behind.
     const connected = this.#target.connect();
     connected.catch(() => {});
@@ -246,7 +256,7 @@ class Load {
     const prepared = prepare(snapshot, this.#options.mode ?? "lazy", set);
     this.#prepared = prepared;
     this.#guard = new SnapshotGuard(snapshot);
-    const info = await connected;
+    const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;
     this.#times.qemuReadyMs = info.readyAtMs - this.#startedAtMs;
     const plan = planLoad(snapshot, info, {
@@ -262,6 +272,19 @@ class Load {
     }
     this.#plan = plan;
     return { prepared, plan };
+  }
+
+  /** Somebody else's target may hold what an earlier fsl has left in it. */
+  #lookForEarlier(): void {
+    const target = this.#target;
+    if (!target.isAttached) return;
+    const earlier = findEarlier(target.pid);
+    if (earlier === null) return;
+    this.#options.logger?.info(
+      `${target.description} holds what a dead fsl has left, which is undone first; if it does not ` +
+        `answer, its state was handed over already: fsl resume --pid ${target.pid}`,
+    );
+    target.forgetEarlier?.(earlier);
   }
 
   /**
@@ -284,7 +307,7 @@ class Load {
     const registered = registrations.flatMap((registration) => registration.registered);
     const { state, fd } = LoadState.create({
       target: this.#target.record(),
-      paused: this.#options.paused === true,
+      paused: this.#isPaused,
       snapshotPath: snapshot.path,
       snapshotIdentity: { ...snapshot.identity, streamOffset: snapshot.streamOffset },
       blocks: lazy.map((block) => stateBlock(block, movable)),
@@ -351,6 +374,7 @@ class Load {
 
   /** Gives the target its device state. Closes the seed. */
   async #handOver(seedFd: number, streamOffset: number): Promise<void> {
+    this.#options.cancel?.throwIfAborted();
     this.#handedOver = true;
     try {
       const capabilities = this.#prepared?.snapshot.capabilities ?? [];
@@ -383,6 +407,7 @@ class Load {
         return supplyFailed();
       },
       resume: () => this.#resume(),
+      hurry: () => this.#serving?.hurry(),
     };
   }
 
@@ -404,7 +429,7 @@ class Load {
     clearTimeout(timer);
     if (complete) {
       this.#times.residentMs = this.#now();
-      if (!this.#options.paused) {
+      if (!this.#isPaused) {
         this.#recordWorkingSet(set, recordedLength ?? this.#state?.faultLogLength ?? 0);
       }
       await serving.finish();
@@ -460,16 +485,27 @@ class Load {
    * to load: the guest has never run, and is ended before the userfaultfd goes.
    */
   async #undo(): Promise<void> {
-    if (this.#handedOver) {
-      this.#target.kill();
-      await this.#target.exited;
+    if (this.#handedOver && this.#target.isCommitted) {
+      await endInOrder(this.#target);
       await this.#serving?.stop();
     } else {
       await this.#serving?.stop();
+      if (this.#target.isAttached && this.#uffd !== undefined) this.#clearMemory();
       await this.#target.abandon().catch(() => {});
     }
     this.#crew?.dismiss();
     this.#closeOwn();
+  }
+
+  /** QEMU's own load leaves zero pages alone: they must be zero again for the next one who tries. */
+  #clearMemory(): void {
+    const touched = this.#plan?.blocks.filter(({ way }) => way !== "seed") ?? [];
+    try {
+      clearBrought(this.#target.pid, touched);
+    } catch (error) {
+      // The error that led here is the one to report.
+      this.#options.logger?.warn(`${(error as Error).message}; start ${this.#target.description} anew`);
+    }
   }
 
   #closeOwn(): void {
@@ -483,6 +519,30 @@ class Load {
 
   #now(): number {
     return performance.now() - this.#startedAtMs;
+  }
+}
+
+/** How long a target whose state cannot be loaded may take to end in order, before SIGKILL. */
+const END_GRACE_MS = 2000;
+
+/** It removes its sockets and its pid file. */
+async function endInOrder(target: Target): Promise<void> {
+  target.signal("SIGTERM");
+  const timer = setTimeout(() => target.kill(), END_GRACE_MS);
+  await target.exited;
+  clearTimeout(timer);
+}
+
+async function unlessCancelled<T>(work: Promise<T>, cancel: AbortSignal | undefined): Promise<T> {
+  if (cancel === undefined) return work;
+  cancel.throwIfAborted();
+  const cancelled = Promise.withResolvers<never>();
+  const reject = (): void => cancelled.reject(cancel.reason);
+  cancel.addEventListener("abort", reject);
+  try {
+    return await Promise.race([work, cancelled.promise]);
+  } finally {
+    cancel.removeEventListener("abort", reject);
   }
 }
 

@@ -158,6 +158,46 @@ function linkOf(path: string): string {
   }
 }
 
+/**
+ * What an earlier fsl, dead by now, has left in a target that may still wait for its state.
+ * @returns null when there is nothing
+ * @throws FslError TARGET_LOST when a living fsl serves it, or its load is to be gone on with
+ */
+export function findEarlier(pid: number): TargetRecord | null {
+  const stateNumber = descriptorsOf(pid, STATE_LINK)[0];
+  if (stateNumber === undefined) return null;
+  const fd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
+  try {
+    if (sys.flock(fd, LOCK_SH | LOCK_NB) !== 0) {
+      throw new FslError("TARGET_LOST", `process ${pid}: another fsl is at work on it`, { pid });
+    }
+    const state = adoptOrNull(fd);
+    if (state === null) return UNKNOWN_RECORD;
+    try {
+      const { phase, metadata } = state;
+      if (phase !== PHASE_STATE_LOADED && phase !== PHASE_RUNNING) return metadata.target;
+      throw new FslError(
+        "TARGET_LOST",
+        `process ${pid}: it was given its state by a fsl that died; go on with: fsl resume --pid ${pid}`,
+        { pid, snapshot: metadata.snapshotPath },
+      );
+    } finally {
+      state.unmap();
+    }
+  } finally {
+    closeSync(fd);
+  }
+}
+
+/** Of a state that another version of fsl has made, or has not finished. */
+const UNKNOWN_RECORD: TargetRecord = {
+  pid: 0,
+  controlPath: null,
+  isControlPrivate: false,
+  endsWithFsl: false,
+  undo: null,
+};
+
 export interface ResumeOptions extends ServingOptions {
   /** The target process. */
   readonly pid: number;
@@ -174,6 +214,8 @@ export interface ResumeHandle {
   readonly target: FoundTarget;
   progress(): LoadProgress;
   readonly supplyFailed: boolean;
+  /** Brings in the rest as fast as it can, whatever its limit. */
+  hurry(): void;
 }
 
 /**
@@ -242,6 +284,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
       get supplyFailed() {
         return serving.supplyFailed;
       },
+      hurry: () => serving.hurry(),
     };
   } catch (error) {
     // Nothing is unregistered: whoever waits goes on waiting, and another fsl can try again.

@@ -162,7 +162,7 @@ export class MemoryWriter {
       const addr = hostAddr + page * pageSize;
       const length = (runEnd - page) * pageSize;
       if (isData) this.#copy(pagesOffset + page * pageSize, addr, length);
-      else this.#zero(addr, length);
+      else this.zero(addr, length);
       page = runEnd;
     }
   }
@@ -187,7 +187,8 @@ export class MemoryWriter {
     }
   }
 
-  #zero(addr: number, length: number): void {
+  /** Zeros over memory that is there. */
+  zero(addr: number, length: number): void {
     for (let at = 0; at < length;) {
       const part = Math.min(MiB, length - at);
       this.#write(this.#zeros, part, addr + at);

@@ -211,6 +211,12 @@ export class Serving {
     else this.#goTimer = setTimeout(() => this.#state.letEagerGo(), delayMs);
   }
 
+  /** Somebody wants the load to be over: no pause and no limit any more. */
+  hurry(): void {
+    this.#state.hurry();
+    this.letEagerGo(0);
+  }
+
   /**
    * Waits until the rest is in.
    * @returns true when all RAM is in, false when the target has ended before
@@ -342,8 +348,7 @@ export class Serving {
 
   /** Somebody waits to write to the snapshot: the rest comes as fast as it can. */
   #hurry(leftMs: number): void {
-    this.#state.hurry();
-    this.letEagerGo(0);
+    this.hurry();
     const limit = Number.isFinite(leftMs)
       ? `for ${Math.round(leftMs / 1000)} s at most`
       : "until that is done";
