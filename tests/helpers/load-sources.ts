@@ -7,14 +7,15 @@
  *   later    reads like pread, but a page is never there when it is first asked for
  *   thread   pages come from another thread, which reads them one by one and says so by an eventfd
  *   dying    like pread, but throws once, in the Worker that asks for page `failPage` first
+ *   failing  like pread, but page `failPage` cannot be read until the file `marker` is there
  */
 import { closeSync, existsSync, openSync, readSync, writeFileSync } from "node:fs";
 import type { CreatePageSource, PageBytes, PageSource, SourceBlock } from "../../src/index.ts";
-import { EFD_NONBLOCK } from "../../src/sys/abi.ts";
+import { EFD_NONBLOCK, EIO } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";
 
 export interface TestSourceOptions {
-  readonly kind: "pread" | "pattern" | "later" | "thread" | "dying";
+  readonly kind: "pread" | "pattern" | "later" | "thread" | "dying" | "failing";
   readonly path: string;
   readonly failPage?: number;
   /** A file that says that it has thrown: Workers share no memory of ours. */
@@ -53,7 +54,9 @@ class TestSource implements PageSource {
     const block = this.blocks[blockIndex];
     if (block === undefined) throw new Error(`no block ${blockIndex}`);
     const { pageSize, pagesOffset } = block;
-    const pages = Math.min(pagesMax, PAGES_MAX);
+    const pages = this.#readable(pageIndex, Math.min(pagesMax, PAGES_MAX));
+    answer.state = pages > 0 ? "ready" : "failed";
+    answer.errno = pages > 0 ? 0 : EIO;
     for (let page = pageIndex; page < pageIndex + pages; page += 1) {
       if (this.options.kind === "dying" && page === this.options.failPage) this.#dieOnce();
       const at = (page - pageIndex) * pageSize;
@@ -61,10 +64,15 @@ class TestSource implements PageSource {
       if (this.options.kind === "pattern") part.set(patternPage(blockIndex, page, pageSize));
       else readSync(this.#fd, part, 0, pageSize, pagesOffset + page * pageSize);
     }
-    answer.state = "ready";
     answer.address = sys.ptrOf(this.#buffer);
     answer.pages = pages;
-    answer.errno = 0;
+  }
+
+  /** How many of the pages can be read. */
+  #readable(pageIndex: number, pages: number): number {
+    const { kind, failPage = -1, marker = "" } = this.options;
+    const isIn = failPage >= pageIndex && failPage < pageIndex + pages;
+    return kind !== "failing" || !isIn || existsSync(marker) ? pages : failPage - pageIndex;
   }
 
   #dieOnce(): void {
