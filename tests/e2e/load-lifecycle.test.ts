@@ -296,6 +296,71 @@ describe.skipIf(skip)("a QEMU after its load", () => {
   );
 
   test(
+    "can be saved by its user while it is still being loaded",
+    async () => {
+      const directory = mkdtempSync(join(tmpdir(), "fsl-load-test-"));
+      const path = join(directory, "early.snap");
+      try {
+        const snapshot = await bare();
+        await using first = await FslRun.start(snapshot, {
+          flags: ["--paused", "--eager-rate", "8M"],
+        });
+        const { qmp } = first;
+        await qmp.ready;
+        await qmp.waitMigrated(0);
+        const from = qmp.events.length;
+        // fsl has set what a mapped-ram file needs, and has not put it back yet.
+        await qmp.execute("migrate", { uri: `file:${path}` });
+        await qmp.waitMigrated(from);
+        await first.complete();
+        const saved = await dumpMemory({ pid: await first.qemuPid(), qmp });
+        await qmp.execute("quit");
+        expect(await first.end()).toBe(0);
+        const flags = ["--paused"];
+        await using second = await FslRun.start({ path, argv: snapshot.argv }, { flags });
+        await second.complete();
+        const loaded = await dumpMemory({ pid: await second.qemuPid(), qmp: second.qmp });
+        expect(memoryDifferences(loaded, saved)).toEqual([]);
+      } finally {
+        rmSync(directory, { recursive: true, force: true });
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "goes on when its user migrates it at the moment in which the load is over",
+    async () => {
+      const directory = mkdtempSync(join(tmpdir(), "fsl-load-test-"));
+      try {
+        await using run = await FslRun.start(await bare(), {
+          flags: ["--paused", "--eager-rate", "16M"],
+        });
+        const { qmp } = run;
+        await qmp.ready;
+        await qmp.waitMigrated(0);
+        await qmp.execute("migrate-set-parameters", { "max-bandwidth": 65_536 });
+        await qmp.execute("migrate", { uri: `file:${join(directory, "slow.snap")}` });
+        const report = await run.complete();
+        expect(report.complete).toBe(true);
+        expect(run.stderr.text).toMatch(
+          /migration settings: .*There's a migration process in progress/,
+        );
+        await qmp.execute("migrate_cancel");
+        await qmp.waitEvent("MIGRATION", ({ status }) => status === "cancelled");
+        await qmp.execute("cont");
+        expect((await run.serial.waitFor(/^tick /)).text).toMatch(/ ok$/);
+        await qmp.execute("quit");
+        expect(await run.end()).toBe(0);
+        expect(run.leftovers()).toEqual([]);
+      } finally {
+        rmSync(directory, { recursive: true, force: true });
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "can be saved again, and that snapshot loads",
     async () => {
       const snapshot = await bare();
