@@ -1,0 +1,351 @@
+/**
+ * Memory back ends and several blocks (docs/guests.md, "Memory"): all memory as QEMU's own load
+ * brings it, how each block came in, and what is said of those that could not be lazy.
+ */
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import {
+  closeSync,
+  ftruncateSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  readSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
+import { join } from "node:path";
+import { guestArgv, type Qemu, ramBlocks, whyNoGuests } from "../helpers/guests.ts";
+import { FslRun, whyNoExecutable } from "../helpers/load-runs.ts";
+import {
+  loadAndCompare,
+  MATRIX_TIMEOUT_MS,
+  matrixDirectory,
+  type MatrixSnapshot,
+  MIB,
+  PAGE,
+  saveGuest,
+  type Way,
+} from "../helpers/matrix-guests.ts";
+
+const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
+const READY = /^(tick|beat) /;
+const BARE = { guest: "bare", memoryBackend: "memory-backend-ram" } as const;
+/** On tmpfs, and on a disk. */
+const SHM = `/dev/shm/fsl-matrix-${process.pid}`;
+const DISK = join(import.meta.dir, "../../.cache", `fsl-matrix-${process.pid}`);
+
+let snapshot: MatrixSnapshot;
+let directory: ReturnType<typeof matrixDirectory>;
+beforeAll(async () => {
+  if (skip) return;
+  directory = matrixDirectory();
+  snapshot = await saveGuest(guestArgv(BARE), { ready: READY });
+}, MATRIX_TIMEOUT_MS);
+afterAll(async () => {
+  snapshot?.[Symbol.dispose]();
+  directory?.[Symbol.dispose]();
+  for (const path of [SHM, DISK])
+    await Bun.file(path)
+      .unlink()
+      .catch(() => {});
+});
+
+/** The same guest, its RAM from another backend. */
+function withBackend(backend: string): string[] {
+  return snapshot.argv.map((argument) => argument.replace(/^memory-backend-ram/, backend));
+}
+
+/** 64 MiB with old contents where the snapshot has data and where it has zeros. */
+function writeOldContents(path: string): void {
+  const fd = openSync(path, "w");
+  ftruncateSync(fd, 64 * MIB);
+  const junk = new Uint8Array(MIB).fill(0xa5);
+  for (const offset of [0, 5, 20, 47, 63]) writeSync(fd, junk, 0, MIB, offset * MIB);
+  closeSync(fd);
+}
+
+function hasOldContents(path: string): boolean {
+  const fd = openSync(path, "r");
+  const bytes = new Uint8Array(MIB);
+  readSync(fd, bytes, 0, MIB, 20 * MIB);
+  closeSync(fd);
+  return bytes.every((byte) => byte === 0xa5);
+}
+
+const HUGE = "/proc/sys/vm/nr_hugepages";
+
+/** Reserves huge pages of 2 MiB; `Symbol.dispose` puts the number back. */
+function hugePages(count: number): Disposable {
+  const before = readFileSync(HUGE, "utf8");
+  writeFileSync(HUGE, String(Number(before) + count));
+  const put = (): void => writeFileSync(HUGE, before);
+  if (Number(readFileSync(HUGE, "utf8")) === Number(before) + count)
+    return { [Symbol.dispose]: put };
+  put();
+  throw new Error(`the kernel has no ${count} huge pages`);
+}
+
+describe.skipIf(skip)("memory back ends", () => {
+  test.each<[string, string, Way]>([
+    ["private memory", "memory-backend-ram", "lazy"],
+    ["shared anonymous memory", "memory-backend-ram,share=on", "lazy"],
+    ["prealloc=on", "memory-backend-ram,prealloc=on", "lazy"],
+    ["not to be merged or dumped", "memory-backend-ram,merge=off,dump=off", "lazy"],
+    ["bound to a node", "memory-backend-ram,host-nodes=0,policy=bind", "lazy"],
+    ["memfd, share=on", "memory-backend-memfd,share=on", "lazy"],
+    ["memfd, share=off", "memory-backend-memfd,share=off", "lazy"],
+    ["memfd, share=on, prealloc=on", "memory-backend-memfd,share=on,prealloc=on", "lazy"],
+    ["new file on tmpfs, share=on", `memory-backend-file,share=on,mem-path=${SHM}`, "lazy"],
+    ["new file on tmpfs, share=off", `memory-backend-file,share=off,mem-path=${SHM}`, "lazy"],
+    ["new file on a disk, share=on", `memory-backend-file,share=on,mem-path=${DISK}`, "fill"],
+    ["new file on a disk, share=off", `memory-backend-file,share=off,mem-path=${DISK}`, "fill"],
+  ])(
+    "%s",
+    async (_, backend, way) => {
+      for (const path of [SHM, DISK])
+        await Bun.file(path)
+          .unlink()
+          .catch(() => {});
+      await using loaded = await loadAndCompare(snapshot, { argv: withBackend(backend) });
+      expect(loaded.ways["ram0"]).toBe(way);
+      expect(loaded.said.includes("loaded in full before resume")).toBe(way === "fill");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.each<[string, string, string, Way]>([
+    ["file on tmpfs with old contents, share=on", SHM, "share=on", "lazy"],
+    ["file on tmpfs with old contents, share=off", SHM, "share=off", "lazy"],
+    ["file on a disk with old contents, share=on", DISK, "share=on", "fill"],
+    ["file on a disk with old contents, share=off", DISK, "share=off", "fill"],
+  ])(
+    "%s",
+    async (_, path, share, way) => {
+      writeOldContents(path);
+      const argv = withBackend(`memory-backend-file,${share},mem-path=${path}`);
+      await using loaded = await loadAndCompare(snapshot, { argv });
+      expect(loaded.ways["ram0"]).toBe(way);
+      // What is private does not change the file.
+      expect(hasOldContents(path)).toBe(share === "share=off");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.each<[string, string, Way]>([
+    ["file opened for reading only, on tmpfs", SHM, "lazy"],
+    ["file opened for reading only, on a disk", DISK, "fill"],
+  ])(
+    "%s",
+    async (_, path, way) => {
+      writeOldContents(path);
+      const backend = `memory-backend-file,share=off,readonly=on,rom=off,mem-path=${path}`;
+      await using loaded = await loadAndCompare(snapshot, { argv: withBackend(backend) });
+      expect(loaded.ways["ram0"]).toBe(way);
+      expect(hasOldContents(path)).toBe(true);
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "part of a file on tmpfs, with old contents before and in it",
+    async () => {
+      writeOldContents(SHM);
+      const fd = openSync(SHM, "r+");
+      ftruncateSync(fd, 68 * MIB);
+      closeSync(fd);
+      const backend = `memory-backend-file,share=on,offset=4M,mem-path=${SHM}`;
+      await using loaded = await loadAndCompare(snapshot, { argv: withBackend(backend) });
+      expect(loaded.ways["ram0"]).toBe("lazy");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.each([["mem-lock=on"], ["mem-lock=on-fault"]])(
+    "-overcommit %s",
+    async (lock) => {
+      const argv = [...snapshot.argv, "-overcommit", lock];
+      await using loaded = await loadAndCompare(snapshot, { argv });
+      expect(loaded.ways["ram0"]).toBe("lazy");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "memory that another process maps too",
+    async () => {
+      writeOldContents(SHM);
+      const mapped = Bun.mmap(SHM, { shared: true });
+      // Mapped by a process that is neither fsl nor its QEMU: this one.
+      expect(mapped[20 * MIB]).toBe(0xa5);
+      const argv = withBackend(`memory-backend-file,share=on,mem-path=${SHM}`);
+      await using loaded = await loadAndCompare(snapshot, { argv });
+      expect(loaded.ways["ram0"]).toBe("fill");
+      expect(loaded.said).toMatch(/RAMBlock ram0 is loaded in full before resume: other processes/);
+      expect(mapped[20 * MIB]).not.toBe(0xa5);
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.each<[string, string, Way]>([
+    ["huge pages of a memfd, share=on", "memfd,hugetlb=on,hugetlbsize=2M,share=on", "lazy"],
+    ["huge pages of a memfd, share=off", "memfd,hugetlb=on,hugetlbsize=2M,share=off", "lazy"],
+    ["huge pages of a memfd, prealloc=on", "memfd,hugetlb=on,hugetlbsize=2M,prealloc=on", "lazy"],
+  ])(
+    "%s",
+    async (_, backend, way) => {
+      using _pages = hugePages(40);
+      const argv = withBackend(`memory-backend-${backend}`);
+      await using loaded = await loadAndCompare(snapshot, { argv });
+      expect(loaded.ways["ram0"]).toBe(way);
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.each<[string, string, boolean]>([
+    ["new file on hugetlbfs, share=on", "share=on", false],
+    ["new file on hugetlbfs, share=off", "share=off", false],
+    ["file on hugetlbfs with old contents, share=on", "share=on", true],
+    ["file on hugetlbfs with old contents, share=off", "share=off", true],
+  ])(
+    "%s",
+    async (_, share, hasContents) => {
+      using _pages = hugePages(72);
+      const mount = join(directory.path, "huge");
+      mkdirSync(mount, { recursive: true });
+      const mounted = Bun.spawnSync(["mount", "-t", "hugetlbfs", "none", mount]);
+      expect(mounted.exitCode).toBe(0);
+      try {
+        const path = join(mount, "ram");
+        if (hasContents) {
+          writeFileSync(path, "");
+          const fd = openSync(path, "r+");
+          ftruncateSync(fd, 64 * MIB);
+          closeSync(fd);
+          // By another process: this one would count as somebody who maps it.
+          const program = "Bun.mmap(process.argv[1], { shared: true }).fill(0xa5)";
+          expect(Bun.spawnSync([process.execPath, "-e", program, path]).exitCode).toBe(0);
+        }
+        const argv = withBackend(`memory-backend-file,${share},mem-path=${path}`);
+        await using loaded = await loadAndCompare(snapshot, { argv });
+        expect(loaded.ways["ram0"]).toBe("lazy");
+      } finally {
+        Bun.spawnSync(["umount", "-l", mount]);
+      }
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "transparent huge pages",
+    async () => {
+      await using loaded = await loadAndCompare(snapshot);
+      const smaps = readFileSync(`/proc/${await loaded.run.qemuPid()}/smaps_rollup`, "utf8");
+      expect(Number(/AnonHugePages:\s+(\d+)/.exec(smaps)?.[1])).toBeGreaterThan(16 * 1024);
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(skip)("several blocks", () => {
+  const numa = [
+    ...["-object", "memory-backend-ram,id=n0,size=40M"],
+    ...["-object", "memory-backend-memfd,id=n1,size=24M"],
+    ...["-numa", "node,nodeid=0,memdev=n0", "-numa", "node,nodeid=1,memdev=n1"],
+  ];
+
+  test(
+    "NUMA nodes with memory of their own",
+    async () => {
+      using own = await saveGuest(guestArgv({ guest: "bare", extraArgs: numa }), { ready: READY });
+      await using loaded = await loadAndCompare(own);
+      expect(loaded.ways).toMatchObject({ n0: "lazy", n1: "lazy" });
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "a machine without the dimm that was plugged in before the save is refused, with it it loads",
+    async () => {
+      const argv = guestArgv({ guest: "bare" }).map((argument, index, all) =>
+        all[index - 1] === "-m" ? "64,slots=2,maxmem=512M" : argument,
+      );
+      using own = await saveGuest(argv, {
+        ready: READY,
+        prepare: async ({ qmp }) => {
+          const backend = { "qom-type": "memory-backend-ram", id: "d1", size: 128 * MIB };
+          await qmp.execute("object-add", backend);
+          await qmp.execute("device_add", { driver: "pc-dimm", id: "dimm1", memdev: "d1" });
+        },
+      });
+      await using refused = await FslRun.start(own);
+      expect(await refused.end()).toBe(7);
+      expect(refused.stderr.text).toMatch(/RAMBlock d1: in the snapshot, not in QEMU/);
+      const dimm = ["-object", "memory-backend-ram,id=d1,size=128M"];
+      const withDimm = [...argv, ...dimm, "-device", "pc-dimm,id=dimm1,memdev=d1"];
+      await using loaded = await loadAndCompare({ ...own, argv: withDimm });
+      expect(loaded.ways).toMatchObject({ "pc.ram": "lazy", d1: "seed" });
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  /** Half of it plugged in by the guest's own driver. */
+  function virtioMem(backend: string): string[] {
+    const linux = guestArgv({ dataMiB: 16, memoryMiB: 192 });
+    const slots = linux.map((argument, index) =>
+      linux[index - 1] === "-m" ? "192,slots=1,maxmem=2G" : argument,
+    );
+    const device = "virtio-mem-pci,id=vm0,memdev=vmem,requested-size=64M,block-size=2M";
+    return [...slots, "-object", `${backend},id=vmem,size=512M`, "-device", device];
+  }
+
+  async function plugged({ qmp }: Qemu): Promise<void> {
+    const size = { path: "/machine/peripheral/vm0", property: "size" };
+    const isPlugged = async (): Promise<boolean> =>
+      (await qmp.execute<number>("qom-get", size)) === 64 * MIB;
+    for (let left = 600; !(await isPlugged()); left -= 1) {
+      if (left === 0) throw new Error("virtio-mem: nothing was plugged in");
+      await Bun.sleep(50); // The event of it comes before it is over.
+    }
+  }
+
+  /** Bytes that a RAMBlock has in memory, by the kernel's account. */
+  async function residentBytes(run: FslRun, name: string): Promise<number> {
+    const block = (await ramBlocks(run.qmp)).find((b) => b.name.endsWith(`/${name}`));
+    const pagemap = openSync(`/proc/${await run.qemuPid()}/pagemap`, "r");
+    const pages = (block?.used ?? 0) / PAGE;
+    const entries = Buffer.alloc(8 * pages);
+    readSync(pagemap, entries, 0, entries.length, ((block?.address ?? 0) / PAGE) * 8);
+    closeSync(pagemap);
+    let present = 0;
+    for (let page = 0; page < pages; page += 1) present += (entries[8 * page + 7] ?? 0) >>> 7;
+    return present * PAGE;
+  }
+
+  test.each<[string, string, readonly string[], Way]>([
+    ["virtio-mem in private memory", "memory-backend-ram", [], "lazy"],
+    ["virtio-mem in shared memory", "memory-backend-memfd,share=on", [], "fill"],
+    [
+      "virtio-mem in shared memory, by request",
+      "memory-backend-memfd,share=on",
+      ["--lazy-despite-discards"],
+      "lazy",
+    ],
+  ])(
+    "%s",
+    async (_, backend, flags, way) => {
+      const save = { ready: /^tick /, prepare: plugged };
+      using own = await saveGuest(virtioMem(backend), save);
+      let inMemory = 0;
+      const look = async (run: FslRun): Promise<void> => {
+        inMemory = await residentBytes(run, "vmem");
+      };
+      await using loaded = await loadAndCompare(own, { flags, look });
+      // What is not plugged in stays so.
+      expect(inMemory).toBeLessThanOrEqual(64 * MIB);
+      expect(loaded.ways["vmem"]).toBe(way);
+      const size = { path: "/machine/peripheral/vm0", property: "size" };
+      expect(await loaded.run.qmp.execute<number>("qom-get", size)).toBe(64 * MIB);
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+});

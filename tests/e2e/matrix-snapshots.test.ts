@@ -1,0 +1,182 @@
+/**
+ * Ways to save, and versions of QEMU (docs/guests.md, "Snapshots"): all memory as QEMU's own load
+ * brings it.
+ *
+ * FSL_QEMU_NEWER names a QEMU that is newer than the one that the tests use, 11.0 or later.
+ */
+import { describe, expect, test } from "bun:test";
+import { copyFileSync, openSync, closeSync, readFileSync, rmSync, writeSync } from "node:fs";
+import { guestArgv, type GuestSpec, QEMU, startQemu, whyNoGuests } from "../helpers/guests.ts";
+import { FSL, FslRun, whyNoExecutable } from "../helpers/load-runs.ts";
+import {
+  loadAndCompare,
+  MATRIX_TIMEOUT_MS,
+  type MatrixSave,
+  MIB,
+  saveGuest,
+} from "../helpers/matrix-guests.ts";
+
+const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
+const NEWER = process.env["FSL_QEMU_NEWER"];
+const READY = /^(tick|beat) /;
+const BARE: GuestSpec = { guest: "bare" };
+/** Changes pages while it is saved. */
+const CHURNING: GuestSpec = { guest: "bare", guestOptions: "churn=4096" };
+const FILE = `/dev/shm/fsl-matrix-snapshots-${process.pid}`;
+
+const multifd = { capabilities: ["multifd"], parameters: { "multifd-channels": 3 } };
+
+describe.skipIf(skip)("ways to save", () => {
+  test.each<[string, GuestSpec, Omit<MatrixSave, "ready">, readonly string[]]>([
+    ["stopped", BARE, {}, []],
+    ["live", CHURNING, { live: true, parameters: { "max-bandwidth": 40 * MIB } }, []],
+    ["multifd", BARE, multifd, []],
+    [
+      "multifd, live",
+      CHURNING,
+      { ...multifd, live: true, parameters: { "max-bandwidth": 40 * MIB } },
+      [],
+    ],
+    [
+      "multifd, direct-io",
+      BARE,
+      { ...multifd, parameters: { ...multifd.parameters, "direct-io": true } },
+      [],
+    ],
+    ["zero-page-detection=none", BARE, { parameters: { "zero-page-detection": "none" } }, []],
+    ["zero-page-detection=legacy", BARE, { parameters: { "zero-page-detection": "legacy" } }, []],
+    ["file:…,offset=N", BARE, { offset: 5 * MIB + 512 }, ["--offset", String(5 * MIB + 512)]],
+  ])(
+    "%s",
+    async (_, spec, save, flags) => {
+      using snapshot = await saveGuest(guestArgv(spec), { ready: READY, ...save });
+      await using loaded = await loadAndCompare(snapshot, { flags });
+      expect(loaded.ways["pc.ram"]).toBe("lazy");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "libvirt's sparse save image",
+    async () => {
+      const xml = "<domain type='qemu'><name>matrix</name></domain>\0";
+      const dataLength = 4096 - 92;
+      using snapshot = await saveGuest(guestArgv(BARE), { ready: READY, offset: 4096 });
+      const header = Buffer.alloc(92);
+      header.write("LibvirtQemudSave", "latin1");
+      for (const [index, value] of [2, dataLength, 1, 6, 0].entries()) {
+        header.writeUInt32LE(value, 16 + 4 * index);
+      }
+      const fd = openSync(snapshot.path, "r+");
+      writeSync(fd, Buffer.concat([header, Buffer.from(xml)]), 0, 92 + xml.length, 0);
+      closeSync(fd);
+      // Where the stream begins is found out.
+      await using loaded = await loadAndCompare(snapshot);
+      expect(loaded.ways["pc.ram"]).toBe("lazy");
+      const inspected = Bun.spawnSync([FSL, "inspect", snapshot.path]).stdout.toString();
+      expect(inspected).toContain("matrix");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(skip || NEWER === undefined)("versions of QEMU", () => {
+  const newer = (argv: readonly string[], machine?: string): string[] =>
+    [NEWER ?? "", ...argv.slice(1)].map((argument, index) =>
+      index > 0 && argv[index - 1] === "-machine" && machine !== undefined
+        ? argument.replace(/^\w+/, machine)
+        : argument,
+    );
+  const versioned = { pc: "pc-i440fx-10.0", q35: "pc-q35-10.0", microvm: "microvm" } as const;
+
+  async function machineOf(argv: readonly string[]): Promise<string> {
+    await using qemu = await startQemu([...argv, "-S"]);
+    const type = { path: "/machine", property: "type" };
+    return (await qemu.qmp.execute<string>("qom-get", type)).replace(/-machine$/, "");
+  }
+
+  test.each(["pc", "q35", "microvm"] as const)(
+    "%s saved by the older one, loaded by the newer one",
+    async (machine) => {
+      const argv = guestArgv({ guest: "bare", machine });
+      expect([versioned[machine], argv[0] ?? ""]).toEqual([await machineOf(argv), QEMU]);
+      using saved = await saveGuest(argv, { ready: READY });
+      const snapshot = { ...saved, argv: newer(argv, versioned[machine]) };
+      await using loaded = await loadAndCompare(snapshot);
+      expect(Object.values(loaded.ways)).toContain("lazy");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.each(["pc", "q35", "microvm"] as const)(
+    "%s saved and loaded by the newer one",
+    async (machine) => {
+      const argv = newer(guestArgv({ guest: "bare", machine }));
+      using snapshot = await saveGuest(argv, { ready: READY });
+      await using loaded = await loadAndCompare(snapshot);
+      expect(Object.values(loaded.ways)).toContain("lazy");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  const shared = {
+    ...BARE,
+    memoryBackend: `memory-backend-file,share=on,mem-path=${FILE}`,
+    // A second block, which is in the snapshot.
+    extraArgs: ["-device", "VGA"],
+  };
+  const ignoring = { ready: READY, capabilities: ["x-ignore-shared"] };
+
+  test(
+    "x-ignore-shared: shared memory stays as it is",
+    async () => {
+      rmSync(FILE, { force: true });
+      const argv = newer(guestArgv(shared));
+      using saved = await saveGuest(argv, ignoring);
+      const kept = `${FILE}-kept`;
+      copyFileSync(FILE, kept);
+      try {
+        await using run = await FslRun.start(saved);
+        await run.serial.waitFor(/^tick \d+ ok/);
+        const report = await run.complete();
+        expect(report.blocks.find(({ idstr }) => idstr === "ram0")?.way).toBe("ignored");
+        const found = await run.qmp.execute<{ capability: string; state: boolean }[]>(
+          "query-migrate-capabilities",
+        );
+        // Put back.
+        expect(found.find(({ capability }) => capability === "x-ignore-shared")?.state).toBe(false);
+        await run[Symbol.asyncDispose]();
+        copyFileSync(kept, FILE);
+        await using paused = await FslRun.start(saved, { flags: ["--paused"] });
+        await paused.complete();
+        expect(readFileSync(FILE).equals(readFileSync(kept))).toBe(true);
+      } finally {
+        for (const path of [FILE, kept]) rmSync(path, { force: true });
+      }
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "x-ignore-shared: a QEMU whose memory is private, or that is too old, is refused",
+    async () => {
+      rmSync(FILE, { force: true });
+      const argv = guestArgv(shared);
+      using saved = await saveGuest(newer(argv, "pc-q35-10.0"), ignoring);
+      try {
+        const isPrivate = newer(argv, "pc-q35-10.0").map((argument) =>
+          argument.replace("share=on", "share=off"),
+        );
+        await using first = await FslRun.start(saved, { argv: isPrivate });
+        expect(await first.end()).toBe(7);
+        expect(first.stderr.text).toMatch(/RAMBlock ram0: not in the snapshot/);
+        await using second = await FslRun.start(saved, { argv });
+        expect(await second.end()).toBe(7);
+        expect(second.stderr.text).toMatch(/x-ignore-shared: expected QEMU 11\.0 or later/);
+      } finally {
+        rmSync(FILE, { force: true });
+      }
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+});
