@@ -7,6 +7,7 @@ import { closeSync, constants, fstatSync, openSync, readdirSync, readlinkSync } 
 import { FslError, isFslError } from "../errors.ts";
 import { type GuardedFile, SnapshotGuard } from "./guard.ts";
 import { EAGAIN, O_CLOEXEC, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
+import { checkDescriptorLimit } from "../sys/limits.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { FoundTarget, TargetRecord } from "../vmm/target.ts";
@@ -227,6 +228,7 @@ export interface ResumeHandle {
  */
 export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> {
   const { pid } = options;
+  checkDescriptorLimit();
   const stateNumber = descriptorsOf(pid, STATE_LINK)[0];
   if (stateNumber === undefined) {
     throw new FslError("TARGET_LOST", `process ${pid}: has no load of fsl to go on with`, { pid });

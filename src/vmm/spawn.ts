@@ -11,6 +11,7 @@ import { basename, join } from "node:path";
 import { FslError } from "../errors.ts";
 import { MFD_CLOEXEC, O_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
+import { checkDescriptorLimit } from "../sys/limits.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { isGlibcInterpreter, readElfInterpreter } from "./elf.ts";
 import { preloadEnvironment } from "./preload-protocol.ts";
@@ -58,6 +59,7 @@ const NO_FD = -1;
  */
 export function spawnQemu(options: SpawnOptions): QemuTarget {
   checkQemuCommand(options.argv);
+  checkDescriptorLimit();
   const env = options.env ?? process.env;
   const program = findProgram(options.argv[0] ?? "", env);
   const directory = makeRuntimeDirectory();

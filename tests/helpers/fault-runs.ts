@@ -4,6 +4,7 @@
  * starts carries a mark in its environment, by which it is found and ended whatever has happened.
  */
 import {
+  chownSync,
   closeSync,
   existsSync,
   fstatSync,
@@ -37,8 +38,8 @@ export interface FaultOptions {
   readonly prefix?: readonly string[];
   /** Another program than the compiled executable, with its arguments before the snapshot. */
   readonly program?: readonly string[];
-  /** Who may use the run's directory besides root. */
-  readonly mode?: number;
+  /** Run by this user and group, who then owns the run's directory. */
+  readonly uid?: number;
 }
 
 export interface Ended {
@@ -132,8 +133,16 @@ export class FaultRun implements AsyncDisposable {
     mkdirSync(join(directory, "tmp"));
     const serial = await SerialConsole.listen(join(directory, "serial"));
     const qmp = await QmpClient.listen(join(directory, "qmp"));
+    const { uid } = options;
+    if (uid !== undefined) {
+      for (const name of [".", "run", "tmp", "serial", "qmp"])
+        chownSync(join(directory, name), uid, uid);
+    }
+    const user =
+      uid === undefined ? [] : ["setpriv", `--reuid=${uid}`, `--regid=${uid}`, "--clear-groups"];
     const argv = [
       ...(options.prefix ?? []),
+      ...user,
       ...(options.program ?? [FSL, "load"]),
       options.path ?? snapshot.path,
       "--report",

@@ -1,0 +1,235 @@
+/**
+ * What the host does not grant: userfaultfd, ptrace, descriptors, file sizes, disk space. Either it works all the same, or
+ * the message says what mends it; nothing is left behind, and no guest runs on half its memory.
+ */
+import { describe, expect, test } from "bun:test";
+import {
+  chmodSync,
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  statSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { type Ended, FaultRun } from "../helpers/fault-runs.ts";
+import { guestFile, type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
+import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { FSL, whyNoExecutable } from "../helpers/load-runs.ts";
+
+const TIMEOUT_MS = 60_000;
+const BARE = { guest: "bare" } as const;
+const NOBODY = 65_534;
+const reason =
+  whyNoExecutable() ?? whyNoGuests() ?? (process.getuid?.() === 0 ? null : "other users need root");
+
+/** Copies of fsl and of the snapshot that another user can read. */
+class Published implements Disposable {
+  readonly directory = mkdtempSync(join(tmpdir(), "fsl-fault-public-"));
+  readonly fsl = join(this.directory, "fsl");
+  readonly snapshot = join(this.directory, "guest.snap");
+  readonly device = join(this.directory, "userfaultfd");
+
+  /** QEMU's command line with a guest program that the other user can read. */
+  readonly argv: readonly string[];
+
+  constructor({ path: snapshotPath, argv }: GuestSnapshot) {
+    chmodSync(this.directory, 0o755);
+    const program = join(this.directory, "bare.elf");
+    copyFileSync(guestFile("bare.elf"), program);
+    this.argv = argv.map((argument) => (argument === guestFile("bare.elf") ? program : argument));
+    copyFileSync(FSL, this.fsl);
+    copyFileSync(snapshotPath, this.snapshot);
+    chmodSync(this.fsl, 0o755);
+    chmodSync(this.snapshot, 0o644);
+  }
+
+  [Symbol.dispose](): void {
+    rmSync(this.directory, { recursive: true, force: true });
+  }
+}
+
+async function shell(...argv: string[]): Promise<void> {
+  const child = Bun.spawn(argv, { stdout: "ignore", stderr: "pipe" });
+  if ((await child.exited) !== 0) throw new Error(await new Response(child.stderr).text());
+}
+
+/** For users without privilege, the kernel's default. */
+const isUserfaultfdRefused = (): boolean =>
+  readFileSync("/proc/sys/vm/unprivileged_userfaultfd", "latin1").trim() === "0" &&
+  existsSync("/dev/userfaultfd");
+
+describe.skipIf(reason !== null || !isUserfaultfdRefused())("an ordinary user", () => {
+  test(
+    "without access to /dev/userfaultfd is told what mends it",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      using published = new Published(snapshot);
+      await using run = await FaultRun.start(snapshot, {
+        path: published.snapshot,
+        argv: published.argv,
+        program: [published.fsl, "load"],
+        uid: NOBODY,
+      });
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain("/dev/userfaultfd cannot be opened (EACCES)");
+      expect(stderr).toMatch(/run: setfacl -m u:\S+:rw \/dev\/userfaultfd/);
+      expect(code).toBe(6);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "with access to /dev/userfaultfd loads every byte",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      using published = new Published(snapshot);
+      const { rdev } = statSync("/dev/userfaultfd");
+      const [major, minor] = [(rdev >> 8) & 0xfff, (rdev & 0xff) | ((rdev >> 12) & 0xfff00)];
+      await shell("mknod", "--mode=666", published.device, "c", String(major), String(minor));
+      // Seen by this fsl and its QEMU alone.
+      const prefix = ["unshare", "--mount", "sh", "-c"];
+      const script = 'mount --bind "$0" /dev/userfaultfd && exec "$@"';
+      await using run = await FaultRun.start(snapshot, {
+        path: published.snapshot,
+        argv: published.argv,
+        program: [published.fsl, "load"],
+        flags: ["--paused"],
+        prefix: [...prefix, script, published.device],
+        uid: NOBODY,
+      });
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+      expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "who may not read the snapshot is told so",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      using published = new Published(snapshot);
+      chmodSync(published.snapshot, 0o600);
+      await using run = await FaultRun.start(snapshot, {
+        path: published.snapshot,
+        argv: published.argv,
+        program: [published.fsl, "load"],
+        uid: NOBODY,
+      });
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain("snapshot: cannot open: EACCES");
+      expect(code).toBe(3);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+/** How fsl ended, or null when it has loaded all RAM. */
+async function endOrLoad(run: FaultRun): Promise<Ended | null> {
+  try {
+    await run.fsl.stderr.waitFor(/all RAM in after/);
+    return null;
+  } catch {
+    return await run.fsl.end();
+  }
+}
+
+describe.skipIf(reason !== null)("a limit", () => {
+  test.each([12, 24, 63])(
+    "of %d descriptors is told before anything is started",
+    async (limit) => {
+      const prefix = ["prlimit", `--nofile=${limit}:${limit}`];
+      await using run = await FaultRun.start(await snapshotOf(BARE), { prefix });
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain(`descriptor limit: expected at least 64, found ${limit}`);
+      expect(stderr).toContain("run: ulimit -n 1024");
+      expect(code).toBe(6);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "of 64 descriptors is enough, with eight eager Workers",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using run = await FaultRun.start(snapshot, {
+        flags: ["--paused", "--eager-workers", "8"],
+        prefix: ["prlimit", "--nofile=64:64"],
+      });
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+      expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "of the file size (RLIMIT_FSIZE): no signal ends fsl",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      for (const limit of [0, 100_000, 200_000_000]) {
+        await using run = await FaultRun.start(snapshot, {
+          flags: ["--paused", "--working-set", "none"],
+          prefix: ["prlimit", `--fsize=${limit}:${limit}`],
+        });
+        const end = await endOrLoad(run);
+        if (end !== null) {
+          expect(end.code).toBeOneOf([1, 2, 6, 8]);
+          expect(end.stderr).not.toBe("");
+        } else {
+          const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+          expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+          await run.qmp.execute("quit");
+          await run.fsl.end();
+        }
+        expect(await run.leftovers()).toEqual([]);
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "of the disk, full beside the snapshot: the guest loads all the same",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      const directory = mkdtempSync(join(tmpdir(), "fsl-fault-full-"));
+      const mount = join(directory, "mount");
+      mkdirSync(mount);
+      await shell("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", mount);
+      try {
+        const path = join(mount, "guest.snap");
+        copyFileSync(snapshot.path, path);
+        await shell(
+          "sh",
+          "-c",
+          'dd if=/dev/zero of="$0" bs=64k 2>/dev/null; true',
+          join(mount, "filler"),
+        );
+        await using run = await FaultRun.start(snapshot, { path });
+        await run.fsl.stderr.waitFor(/all RAM in after/);
+        await run.serial.waitForNext(/^tick \d+ ok/);
+        expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+        await run.qmp.execute("quit");
+        expect((await run.fsl.end()).code).toBe(0);
+        expect(await run.leftovers()).toEqual([]);
+      } finally {
+        await shell("umount", "--lazy", mount);
+        rmSync(directory, { recursive: true });
+      }
+    },
+    TIMEOUT_MS,
+  );
+});
