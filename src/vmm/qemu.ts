@@ -21,7 +21,7 @@ import {
   PARAMETERS_IN_THE_WAY,
 } from "./migration-settings.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
-import type { ExitStatus, StateLoaded, Target, TargetInfo, TargetRecord } from "./target.ts";
+import type { ExitStatus, Target, TargetInfo, TargetRecord } from "./target.ts";
 import {
   DEVICE_NAME,
   type TakenUserfaultfd,
@@ -101,6 +101,8 @@ export class QemuTarget implements Target {
   #phase: Phase = "new";
   /** The way that the userfaultfd was come by, for reports. */
   #way: UserfaultfdWay | null = null;
+  /** Takes the seed out of QEMU's descriptor sets. */
+  #dropSeedLater: (() => Promise<void>) | undefined;
   #keptNames = new Set<string>();
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
@@ -221,7 +223,7 @@ export class QemuTarget implements Target {
     seedFd: number,
     streamOffset: number,
     capabilities: readonly string[] = [],
-  ): Promise<StateLoaded> {
+  ): Promise<void> {
     const known = this.#known;
     assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
     if (capabilities.includes(IGNORE_SHARED)) this.#prepare(this.#ignoreShared(known));
@@ -237,11 +239,10 @@ export class QemuTarget implements Target {
       await this.#guard(this.#loadFrom(known, streamOffset));
     } finally {
       closeSync(readable);
-      added.then((reply) => this.#dropSeed(set, reply)).catch(() => {});
+      // Later, not now: QEMU does one command at a time, and the next should be `cont`.
+      this.#dropSeedLater = () => added.then((reply) => this.#dropSeed(set, reply)).catch(() => {});
     }
     this.#phase = "loaded";
-    const status = await this.#guard(this.#qmp.request("query-status"));
-    return { status: isRecord(status) ? String(status["status"]) : "unknown" };
   }
 
   async resume(): Promise<void> {
@@ -469,6 +470,7 @@ export class QemuTarget implements Target {
       this.#qmp.execute("closefd", { fdname: name }),
     );
     this.#keptNames.clear();
+    await this.#dropSeedLater?.();
     await Promise.all<QmpReply | void | undefined>([...dropped, this.#known?.settings.restore()]);
   }
 

@@ -61,12 +61,6 @@ export interface ExitStatus {
   readonly signal: string | null;
 }
 
-/** Outcome of loading the device state. */
-export interface StateLoaded {
-  /** Run state after the load as QMP `query-status` says it, e.g. `paused`. */
-  readonly status: string;
-}
-
 /**
  * What a later fsl needs in order to reach this target again, after this one has died. JSON, a few
  * KiB.
@@ -144,7 +138,7 @@ export interface Target extends ServedTarget {
     seedFd: number,
     streamOffset: number,
     capabilities?: readonly string[],
-  ): Promise<StateLoaded>;
+  ): Promise<void>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
 }

@@ -91,7 +91,7 @@ async function loadAll(taken: QemuTarget): Promise<void> {
   native.close(fd);
   const seed = openSync(snapshotPath, "r");
   try {
-    expect(await taken.loadState(seed, 0)).toEqual({ status: "paused" });
+    await taken.loadState(seed, 0);
   } finally {
     closeSync(seed);
   }
