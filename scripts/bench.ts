@@ -16,7 +16,7 @@
  *
  * The second benchmark, of the fault path alone, is scripts/bench/fault-path.ts; it runs at the end.
  */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -207,7 +207,10 @@ function writeAll(result: BenchResult, json: string | undefined, docs: boolean):
     writeFileSync(json, `${JSON.stringify(result, null, 1)}\n`);
     writeFileSync(json.replace(/(\.json)?$/, ".html"), htmlPage(result));
   }
-  if (docs) writeFileSync(join(ROOT, "docs", "performance.md"), performanceDocument(result));
+  if (docs) {
+    mkdirSync(join(ROOT, "docs"), { recursive: true });
+    writeFileSync(join(ROOT, "docs", "performance.md"), performanceDocument(result));
+  }
   process.stdout.write(terminalText(result));
 }
 

@@ -61,7 +61,7 @@ export async function dropFile(path: string): Promise<number> {
 
 const groups = new Set<ProcessGroup>();
 process.on("exit", () => {
-  for (const group of groups) group.kill();
+  for (const group of groups) group.closeNow();
 });
 
 /** The processes of one run: their CPU time, and their end. */
@@ -109,19 +109,35 @@ export class ProcessGroup {
     }
   }
 
-  /** Ends all of them, and waits until they are gone. */
+  /** Ends all of them, and waits until they are gone, their memory too. */
   async close(): Promise<void> {
     const deadline = performance.now() + EMPTY_MS;
     for (;;) {
       this.kill();
-      if (this.#tree().length === 0 || performance.now() > deadline) break;
-      await Bun.sleep(5);
+      if (this.#isGone() || performance.now() > deadline) break;
+      await Bun.sleep(5); // Nothing tells when the last thread has left a cgroup.
     }
     groups.delete(this);
+  }
+
+  /** The same for the end of this process, when nothing can be awaited any more. */
+  closeNow(): void {
+    const deadline = performance.now() + EMPTY_MS;
+    for (;;) {
+      this.kill();
+      if (this.#isGone() || performance.now() > deadline) return;
+      Bun.sleepSync(5);
+    }
+  }
+
+  /** A cgroup can be removed when the last thread in it has ended; a process is listed for less. */
+  #isGone(): boolean {
+    if (this.#path === null) return this.#tree().length === 0;
     try {
-      if (this.#path !== null) rmdirSync(this.#path);
+      rmdirSync(this.#path);
+      return true;
     } catch {
-      // Somebody is still ending in there; an empty cgroup does no harm.
+      return false;
     }
   }
 

@@ -5,7 +5,7 @@ import { type Summary, summarize } from "./statistics.ts";
 import { blockTitle, formatNumber, LEGEND, verdict } from "./text.ts";
 
 const WIDTH = 760;
-const LABEL_WIDTH = 210;
+const LABEL_WIDTH = 235;
 const VALUE_WIDTH = 150;
 const BAR = 18;
 const GAP = 6;
@@ -153,7 +153,7 @@ function tableHtml(block: TableBlock): string {
     return `<tr><th>${escape(MODES[mode])}</th>${cells.join("")}</tr>`;
   });
   return (
-    `<h3>${escape(blockTitle(block))}</h3><div class="wide"><table>` +
+    `<h3>${escape(blockTitle(block))}</h3><div class="wide"><table class="figures">` +
     `<tr>${head.map((text) => `<th>${escape(text)}</th>`).join("")}</tr>${rows.join("")}` +
     "</table></div>"
   );
@@ -192,6 +192,7 @@ svg .median { fill: var(--text); font-weight: 600; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; font-weight: normal; } tr:first-child th { font-weight: 600; }
+.figures tr:first-child th:not(:first-child) { text-align: right; }
 .number { text-align: right; font-variant-numeric: tabular-nums; } small { white-space: nowrap; }
 .goals td:last-child { white-space: nowrap; font-weight: 600; }
 .met { color: var(--met); } .missed { color: var(--missed); } .open { color: var(--soft); }

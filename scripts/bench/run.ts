@@ -128,12 +128,15 @@ interface Loaded {
 /** @throws Error when the guest's data is not what it was, or the run does not come to its end */
 export async function measureRun(options: RunOptions): Promise<Figures> {
   const directory = mkdtempSync(join(tmpdir(), "fsl-bench-"));
+  const removeDirectory = (): void => rmSync(directory, { recursive: true, force: true });
+  process.once("exit", removeDirectory);
   const group = new ProcessGroup();
   try {
     return await measure(options, group, directory);
   } finally {
     await group.close();
-    rmSync(directory, { recursive: true, force: true });
+    process.off("exit", removeDirectory);
+    removeDirectory();
   }
 }
 
@@ -161,13 +164,15 @@ async function measure(
     if (isIdle) await Bun.sleep(Math.max(0, origin + options.windowMs - performance.now()));
     const totalCpuMs = group.cpuMs();
     const { startCpuMs } = running;
+    // The floor's load came before, and is not what it is about.
+    const ofLoad = options.mode === "floor" ? {} : { readyMs, totalCpuMs };
+    const isResidentKnown = options.mode !== "floor" && !Number.isNaN(residentAt);
     return {
-      readyMs,
       resumeMs: resumedAt - origin,
       firstOutputMs: first.at - origin,
-      ...(Number.isNaN(residentAt) ? {} : { residentMs: residentAt - origin }),
+      ...(isResidentKnown ? { residentMs: residentAt - origin } : {}),
       ...work,
-      totalCpuMs,
+      ...ofLoad,
       ...(startCpuMs === undefined ? {} : { startCpuMs }),
       ...(report === null ? {} : reportFigures(report)),
       ...(peaks === null ? {} : await peaks.figures(running.qmp)),

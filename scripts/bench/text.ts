@@ -61,12 +61,16 @@ export function terminalText(result: BenchResult): string {
     const { faults, eager } = result.faultPath;
     parts.push([...faults.map(faultLine), ...eager.map(eagerLine)].join("\n"));
   }
-  parts.push(
-    align(result.goals.map((goal) => [goal.name, goal.goal, `${verdict(goal)}: ${goal.measured}`])),
-  );
+  const goals = result.goals.map((goal) => [
+    verdict(goal),
+    `${goal.name}: ${goal.measured}; goal ${goal.goal}`,
+  ]);
+  parts.push(goals.map(([word = "", text]) => `${word.padEnd(VERDICT_WIDTH)}  ${text}`).join("\n"));
   if (result.notes.length > 0) parts.push(result.notes.map((note) => `note: ${note}`).join("\n"));
   return `${parts.join("\n\n")}\n`;
 }
+
+const VERDICT_WIDTH = "not all measured".length;
 
 export function verdict({ met }: Goal): string {
   return met === null ? "not all measured" : met ? "met" : "not met";
