@@ -14,6 +14,7 @@ import {
   mkdirSync,
   mkdtempSync,
   openSync,
+  readdirSync,
   readFileSync,
   readSync,
   renameSync,
@@ -695,10 +696,24 @@ export async function snapshotOf(spec: SnapshotSpec): Promise<GuestSnapshot> {
         spec,
       };
     }
-    const made = await makeSnapshot(spec, `${base}.snap`, version);
+    removeStale(guest);
+    const made = { ...(await makeSnapshot(spec, `${base}.snap`, version)), guest };
     writeFileSync(`${base}.json`, `${JSON.stringify(made, null, 2)}\n`);
     return made;
   });
+}
+
+/** Removes what was made of guests that are no more; not the newest, which somebody may be using. */
+function removeStale(guest: string): void {
+  const hourAgo = Date.now() - 3_600_000;
+  for (const name of readdirSync(SNAPSHOT_DIR)) {
+    const path = join(SNAPSHOT_DIR, name);
+    if (!name.endsWith(".json") || statSync(path).mtimeMs > hourAgo) continue;
+    const { guest: madeOf } = JSON.parse(readFileSync(path, "utf8")) as { guest?: string };
+    if (madeOf === guest) continue;
+    const base = path.replace(/json$/, "");
+    for (const file of ["json", "snap", "snap.fslws"]) rmSync(`${base}${file}`, { force: true });
+  }
 }
 
 async function makeSnapshot(
