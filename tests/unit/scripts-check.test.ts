@@ -1,0 +1,27 @@
+import { describe, expect, test } from "bun:test";
+import { layerProblems } from "../../scripts/check.ts";
+
+describe("check.layerProblems", () => {
+  test.each([
+    ["the join may use its parts", "src/load/a.ts", 'import { x } from "../vmm/b.ts";'],
+    ["a neighbour", "src/vmm/a.ts", 'import { x } from "./b.ts";'],
+    ["a package", "src/cli/a.ts", 'import { x } from "citty";'],
+    ["types of the snapshot", "src/source/a.ts", 'import type { X } from "../snapshot/b.ts";'],
+    ["what is generated", "src/sys/a.ts", 'import x from "../../build/b.json";'],
+  ])("allows: %s", (_, path, text) => {
+    expect(layerProblems(path, text)).toEqual([]);
+  });
+
+  test.each([
+    ["parts of each other", "src/vmm/a.ts", 'import { x } from "../uffd/b.ts";'],
+    ["the snapshot the kernel", "src/snapshot/a.ts", 'import { x } from "../sys/b.ts";'],
+    ["values of the snapshot", "src/source/a.ts", 'import { x } from "../snapshot/b.ts";'],
+    ["the command line past the index", "src/cli/a.ts", 'import { x } from "../load/b.ts";'],
+    ["a re-export", "src/uffd/a.ts", 'export { x } from "../load/b.ts";'],
+    ["on several lines", "src/uffd/a.ts", 'import {\n  x,\n} from "../load/b.ts";'],
+    ["a dynamic import", "src/uffd/a.ts", 'const x = await import("../load/b.ts");'],
+    ["an unknown layer", "src/new/a.ts", ""],
+  ])("refuses: %s", (_, path, text) => {
+    expect(layerProblems(path, text)).toHaveLength(1);
+  });
+});
