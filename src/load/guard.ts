@@ -15,7 +15,7 @@
  * Runs on the main thread, off a timer.
  */
 import { fstatSync, readFileSync } from "node:fs";
-import { FslError } from "../errors.ts";
+import { FslError, isFslError } from "../errors.ts";
 import { EAGAIN, F_GETLEASE, F_RDLCK, F_SETLEASE, F_SETSIG, F_UNLCK } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 
@@ -55,6 +55,10 @@ export interface GuardEvents {
   onChanged(reason: string, isTooLate: boolean): void;
 }
 
+/** How long a snapshot that is still open for writing is waited for, and how often looked at, ms. */
+const WRITER_WAIT_MS = 1000;
+const WRITER_LOOK_MS = 5;
+
 export class SnapshotGuard {
   readonly #file: GuardedFile;
   readonly #fd: number;
@@ -87,7 +91,7 @@ export class SnapshotGuard {
       throw new FslError(
         "SNAPSHOT_OPEN",
         `${file.path}: another process has it open for writing; wait until it is saved`,
-        { path: file.path },
+        { path: file.path, isBeingWritten: true },
       );
     }
     this.#isLeased = leased === 0;
@@ -99,6 +103,24 @@ export class SnapshotGuard {
       throw new FslError("SNAPSHOT_OPEN", `${file.path}: ${this.#change.reason}`, {
         path: file.path,
       });
+    }
+  }
+
+  /**
+   * Waits a moment for a writer: a QEMU that has saved a snapshot closes the file shortly after it
+   * has said so.
+   * @throws FslError SNAPSHOT_OPEN as the constructor does
+   */
+  static async take(file: GuardedFile, waitMs = WRITER_WAIT_MS): Promise<SnapshotGuard> {
+    const endMs = performance.now() + waitMs;
+    for (;;) {
+      try {
+        return new SnapshotGuard(file);
+      } catch (error) {
+        const isWriting = isFslError(error) && error.details["isBeingWritten"] === true;
+        if (!isWriting || performance.now() >= endMs) throw error;
+        await Bun.sleep(WRITER_LOOK_MS);
+      }
     }
   }
 

@@ -255,7 +255,7 @@ class Load {
     const set = this.#readWorkingSet(snapshot);
     const prepared = prepare(snapshot, this.#options.mode ?? "lazy", set);
     this.#prepared = prepared;
-    this.#guard = new SnapshotGuard(snapshot);
+    this.#guard = await SnapshotGuard.take(snapshot);
     const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;
     this.#times.qemuReadyMs = info.readyAtMs - this.#startedAtMs;
