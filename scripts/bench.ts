@@ -7,8 +7,8 @@
  *
  *   --quick        a small guest and few rounds, less than three minutes
  *   --rounds N     rounds of each block; default 7, with --quick 2
- *   --only WORD    only runs whose name contains it: scenario, workload (idle, sum, random, busy),
- *                  cache (warm, cold), mode (scripts/bench/plan.ts), or fault-path; more than one
+ *   --only WORD    only runs of that scenario ('4 GiB'), workload (idle, sum, random, busy), page
+ *                  cache (warm, cold) or mode (scripts/bench/plan.ts), or fault-path; more than one
  *                  narrow it down
  *   --json FILE    all figures; a page with plots is written beside it (FILE with .html)
  *   --docs         writes docs/performance.md
@@ -61,6 +61,8 @@ async function measureAll(options: Options): Promise<BenchResult> {
   const { without, reasons } = missingModes();
   notes.push(...reasons);
   const directory = mkdtempSync(join(tmpdir(), "fsl-bench-sets-"));
+  const removeDirectory = (): void => rmSync(directory, { recursive: true, force: true });
+  process.once("exit", removeDirectory); // Also when it is interrupted.
   const cells: Cell[] = [];
   try {
     let previous: GuestSnapshot | null = null;
@@ -73,7 +75,7 @@ async function measureAll(options: Options): Promise<BenchResult> {
     }
     if (previous !== null) await dropFile(previous.path);
   } finally {
-    rmSync(directory, { recursive: true, force: true });
+    removeDirectory();
   }
   const faultPath = await measureFaults(options);
   const measured = withLoadCpu(cells);

@@ -92,7 +92,7 @@ export interface Block {
 export interface PlanOptions {
   readonly quick: boolean;
   readonly rounds: number;
-  /** Only blocks and modes whose `scenario workload cache mode` contains each of these words. */
+  /** Only runs whose name, `scenario workload cache mode`, has each of these at the start of a word. */
   readonly only: readonly string[];
   /** Modes that cannot be run here. */
   readonly without: readonly Mode[];
@@ -140,7 +140,7 @@ export function planBlocks(options: PlanOptions): Block[] {
   });
 
   function fits({ scenario, workload, cache }: Block, mode: Mode): boolean {
-    const words = `${scenario.name} ${workload} ${cache} ${mode} `.toLowerCase();
-    return options.only.every((word) => words.includes(word.toLowerCase()));
+    const words = ` ${scenario.name} ${workload} ${cache} ${mode} `.toLowerCase();
+    return options.only.every((word) => words.includes(` ${word.toLowerCase()}`));
   }
 }

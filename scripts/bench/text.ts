@@ -143,7 +143,7 @@ export function performanceDocument(result: BenchResult): string {
 const HOW_TO = [
   "```\nnpm run bench -- --json bench.json --docs     # all of it: about 1.5 hours, 6 GiB of disk\n" +
     "npm run bench -- --quick                      # small guests, less than three minutes\n" +
-    "npm run bench -- --only '4 GiB' --only sum    # what contains all of these words\n```",
+    "npm run bench -- --only '4 GiB' --only sum    # runs that all of these fit\n```",
   "It needs root (or a usable userfaultfd), QEMU and the test guests (`npm run setup`), memory for " +
     "the largest guest beside its snapshot in the page cache (7 GiB), and a machine that does " +
     "nothing else. Snapshots are made once and kept in `.cache/snapshots`. A page with plots is " +
