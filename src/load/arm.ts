@@ -190,11 +190,15 @@ export function clearBrought(pid: number, plans: readonly BlockPlan[]): void {
   try {
     for (const { block, region, bitmap } of plans) {
       const { pageSize, pageCount } = block;
-      const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
+      const words = new Int32Array(
+        bitmap.words.buffer,
+        bitmap.words.byteOffset,
+        bitmap.words.length,
+      );
       for (const range of residentRanges(pid, region.hostAddr, block.usedLength)) {
         const { startAddr, endAddr } = range;
         const { first, end } = pagesOf(startAddr, endAddr, region.hostAddr, pageSize, pageCount);
-        for (let page = nextBit(words, first, end, true); page < end; ) {
+        for (let page = nextBit(words, first, end, true); page < end;) {
           const runEnd = nextBit(words, page, end, false);
           writer.zero(region.hostAddr + page * pageSize, (runEnd - page) * pageSize);
           page = nextBit(words, runEnd, end, true);

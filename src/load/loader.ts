@@ -504,7 +504,9 @@ class Load {
       clearBrought(this.#target.pid, touched);
     } catch (error) {
       // The error that led here is the one to report.
-      this.#options.logger?.warn(`${(error as Error).message}; start ${this.#target.description} anew`);
+      this.#options.logger?.warn(
+        `${(error as Error).message}; start ${this.#target.description} anew`,
+      );
     }
   }
 

@@ -8,7 +8,7 @@ import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
 import { hex, KiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
-import { EFD_CLOEXEC, EFD_NONBLOCK, ENODATA } from "../sys/abi.ts";
+import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
@@ -324,8 +324,14 @@ export class Serving {
     const { registered } = this.#state.metadata;
     for (let index = 0; index + 1 < registered.length; index += 2) {
       const start = registered[index] ?? 0;
-      // A target that ended meanwhile has nothing left to unregister.
-      if (!this.#uffd.unregister(start, (registered[index + 1] ?? 0) - start)) return;
+      try {
+        // A target that ended meanwhile has nothing left to unregister.
+        if (!this.#uffd.unregister(start, (registered[index + 1] ?? 0) - start)) return;
+      } catch (error) {
+        // A memory device that was unplugged meanwhile has taken its range along. Should a part of
+        // it still be there, it is complete, and goes with the descriptor.
+        if (!isFslError(error) || error.details["errno"] !== EINVAL) throw error;
+      }
     }
   }
 

@@ -201,7 +201,8 @@ export class Uffd {
    * Lets a range go. Pages that are missing then are zero pages, without any error: only for ranges
    * that are complete or meant to be zero.
    * @returns false when the target has ended (ESRCH; ENOMEM when its address space is gone)
-   * @throws FslError INTERNAL for a range that was never registrable
+   * @throws FslError INTERNAL, errno EINVAL: nothing is mapped there any more, or what is could
+   * never be registered
    */
   unregister(addr: number, length: number): boolean {
     const result = sys.uffdUnregister(this.fd, addr, length);

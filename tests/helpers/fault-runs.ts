@@ -309,7 +309,8 @@ function linkOf(path: string): string {
   }
 }
 
-async function collect(stream: ReadableStream<Uint8Array>, into: Watched): Promise<void> {
+/** Appends what a stream says until it ends. */
+export async function collect(stream: ReadableStream<Uint8Array>, into: Watched): Promise<void> {
   const decoder = new TextDecoder();
   try {
     for await (const chunk of stream) into.append(decoder.decode(chunk, { stream: true }));

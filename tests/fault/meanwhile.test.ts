@@ -1,0 +1,204 @@
+/** What people do with a guest while its RAM still comes in: all of it is served right. */
+import { describe, expect, test } from "bun:test";
+import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { PHASE_RUNNING } from "../../src/load/state.ts";
+import { collect, FaultRun } from "../helpers/fault-runs.ts";
+import { ordinaryLoad, snapshotOf, type SnapshotSpec, whyNoGuests } from "../helpers/guests.ts";
+import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { Watched, whyNoExecutable, within } from "../helpers/load-runs.ts";
+
+const TIMEOUT_MS = 120_000;
+const reason = whyNoExecutable() ?? whyNoGuests();
+const SLOW = ["--eager-rate", "256K"];
+const MIB = 1 << 20;
+
+class Directory implements Disposable {
+  readonly path = mkdtempSync(join(tmpdir(), "fsl-fault-meanwhile-"));
+  file(name: string): string {
+    return join(this.path, name);
+  }
+  [Symbol.dispose](): void {
+    rmSync(this.path, { recursive: true, force: true });
+  }
+}
+
+/** A guest whose RAM hardly comes in by itself. */
+async function loading(spec: SnapshotSpec, flags: readonly string[] = []): Promise<FaultRun> {
+  const run = await FaultRun.start(await snapshotOf(spec), { flags: [...SLOW, ...flags] });
+  await run.reached(PHASE_RUNNING);
+  return run;
+}
+
+async function expectRightData(run: FaultRun, spec: SnapshotSpec): Promise<void> {
+  const { checksum } = await snapshotOf(spec);
+  const [verdict, , found] = await run.serial.command("sum");
+  expect([verdict, found]).toEqual(["ok", checksum]);
+  expect((await run.serial.command("verify"))[0]).toBe("ok");
+}
+
+/** The load was going on all the while. */
+async function expectStillLoading(run: FaultRun): Promise<void> {
+  expect(await run.status()).toMatchObject({ served: true, phase: "running" });
+}
+
+describe.skipIf(reason !== null)("while RAM comes in", () => {
+  test(
+    "stop and cont",
+    async () => {
+      await using run = await loading({});
+      for (let round = 0; round < 3; round += 1) {
+        await run.qmp.execute("stop");
+        expect(await run.qmp.execute<object>("query-status")).toMatchObject({ running: false });
+        await run.qmp.execute("cont");
+        await run.serial.waitForNext(/^tick /);
+      }
+      await expectStillLoading(run);
+      await expectRightData(run, {});
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "pmemsave: the file has the snapshot's memory",
+    async () => {
+      using directory = new Directory();
+      const snapshot = await snapshotOf({ guest: "bare" });
+      await using run = await loading({ guest: "bare" }, ["--paused"]);
+      const [ours, theirs] = [directory.file("ours"), directory.file("theirs")];
+      const range = { val: 0, size: 64 * MIB };
+      await expectStillLoading(run);
+      await run.qmp.execute("pmemsave", { ...range, filename: ours });
+      const { qemu } = await ordinaryLoad(snapshot, { paused: true });
+      await using _ = qemu;
+      await qemu.qmp.execute("pmemsave", { ...range, filename: theirs });
+      expect(readFileSync(ours).equals(readFileSync(theirs))).toBe(true);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "dump-guest-memory: the dump has the snapshot's memory",
+    async () => {
+      using directory = new Directory();
+      const snapshot = await snapshotOf({ guest: "bare" });
+      await using run = await loading({ guest: "bare" }, ["--paused"]);
+      const { qemu } = await ordinaryLoad(snapshot, { paused: true });
+      await using _ = qemu;
+      const dumps: Buffer[] = [];
+      for (const qmp of [run.qmp, qemu.qmp]) {
+        const path = directory.file(`dump-${dumps.length}`);
+        await qmp.execute("dump-guest-memory", { paging: false, protocol: `file:${path}` });
+        dumps.push(readFileSync(path));
+      }
+      expect(dumps[0]?.length).toBeGreaterThan(64 * MIB);
+      expect(dumps[0]?.equals(dumps[1] ?? Buffer.alloc(0))).toBe(true);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "another migration to a file: QEMU's own load of it has the snapshot's memory",
+    async () => {
+      using directory = new Directory();
+      const snapshot = await snapshotOf({ guest: "bare" });
+      await using run = await loading({ guest: "bare" }, ["--paused"]);
+      const path = directory.file("again.snap");
+      await run.qmp.setCapabilities(["mapped-ram"]);
+      await run.qmp.execute("migrate-set-parameters", { "max-bandwidth": 0 });
+      const from = run.qmp.events.length;
+      await run.qmp.execute("migrate", { uri: `file:${path}` });
+      await run.qmp.waitMigrated(from);
+      expect(statSync(path).size).toBeGreaterThan(32 * MIB);
+      const { qemu } = await ordinaryLoad({ path, argv: snapshot.argv }, { paused: true });
+      await using _ = qemu;
+      expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.skipIf(Bun.which("strace") === null)(
+    "a debugger attached and detached again (ptrace)",
+    async () => {
+      await using run = await loading({});
+      await run.serial.waitFor(/^tick /);
+      const sum = run.serial.command("sum");
+      for (let round = 0; round < 3; round += 1) {
+        const argv = ["strace", "-f", "-o", "/dev/null", "-p", String(await run.qemuPid())];
+        const tracer = Bun.spawn(argv, { stdout: "ignore", stderr: "pipe", stdin: "ignore" });
+        const errors = new Watched();
+        const reading = collect(tracer.stderr, errors);
+        await errors.waitFor(/attached/);
+        tracer.kill("SIGINT");
+        await tracer.exited;
+        await reading;
+        expect(errors.text).toContain("detached");
+      }
+      const { checksum } = await snapshotOf({});
+      const [verdict, , found] = await sum;
+      expect([verdict, found]).toEqual(["ok", checksum]);
+      await expectRightData(run, {});
+    },
+    TIMEOUT_MS,
+  );
+
+  const disk = join(tmpdir(), "fsl-fault-guest-disk.img");
+  const pattern = Buffer.alloc(24 * MIB, "what the disk has ");
+  const md5 = new Bun.CryptoHasher("md5").update(pattern).digest("hex");
+  test.each(["native", "io_uring", "threads"])(
+    "a disk with aio=%s and cache=none reads into RAM that is missing",
+    async (aio) => {
+      // In place, so that the command line of source and destination is the same.
+      writeFileSync(disk, pattern);
+      try {
+        const drive = `file=${disk},if=none,id=disk0,format=raw,cache=none,aio=${aio}`;
+        const spec = { extraArgs: ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0"] };
+        await using run = await loading(spec);
+        await run.serial.waitFor(/^tick /);
+        run.serial.send("shell\n");
+        const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/, 60_000);
+        run.serial.send("md5sum /dev/vda\n");
+        expect((await line).text.slice(0, 32)).toBe(md5);
+        run.serial.send("exit\n");
+        await run.serial.waitForNext(/^tick /);
+        await expectStillLoading(run);
+        await expectRightData(run, spec);
+      } finally {
+        rmSync(disk, { force: true });
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a dimm is unplugged: the load comes to its end without it",
+    async () => {
+      const memory = "-m 256,slots=2,maxmem=1G";
+      const backend = "memory-backend-ram,id=more,size=128M";
+      const spec = {
+        extraArgs: [
+          ...memory.split(" "),
+          "-object",
+          backend,
+          "-device",
+          "pc-dimm,id=dimm1,memdev=more",
+        ],
+        guestOptions: "movable_node memhp_default_state=online_movable",
+      };
+      await using run = await FaultRun.start(await snapshotOf(spec), {
+        flags: ["--eager-rate", "8M"],
+      });
+      await run.reached(PHASE_RUNNING);
+      await run.serial.waitFor(/^tick /);
+      await run.qmp.execute("device_del", { id: "dimm1" });
+      await run.qmp.waitEvent("DEVICE_DELETED", ({ device }) => device === "dimm1", 30_000);
+      await run.qmp.execute("object-del", { id: "more" });
+      await run.fsl.stderr.waitFor(/all RAM in after/, 60_000);
+      await expectRightData(run, spec);
+      await run.qmp.execute("quit");
+      expect(await within(run.fsl.exited, 10_000, "the end")).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+});
