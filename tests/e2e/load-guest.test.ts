@@ -167,6 +167,18 @@ describe.skipIf(skip)("the bare guest", () => {
     TIMEOUT_MS,
   );
 
+  test(
+    "finds zeros where nothing was saved, and its pattern elsewhere",
+    async () => {
+      const spec: SnapshotSpec = { guest: "bare", memoryMiB: 256, guestOptions: "zero=upper" };
+      const [report] = await rounds(spec, 1);
+      // Long runs of zeros are the kernel's own business: hardly a fault in 127 MiB of them.
+      expect(report.pages.zero).toBeLessThan(4096);
+      expect(report.pages.fault).toBeGreaterThan(20_000);
+    },
+    TIMEOUT_MS,
+  );
+
   test.skipIf(whyNoKvm() !== null)(
     "verifies its pattern while every page comes by fault, on KVM",
     async () => {

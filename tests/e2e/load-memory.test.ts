@@ -11,6 +11,7 @@ import {
 } from "node:fs";
 import {
   type GuestSnapshot,
+  ramBlocks,
   type SnapshotSpec,
   snapshotOf,
   whyNoGuests,
@@ -39,6 +40,42 @@ const CACHED: readonly [string, SnapshotSpec][] = [
   ["a guest saved live, with stale pages in the file", LIVE],
   ["a guest saved by multifd", { guest: "bare", multifd: 2 }],
 ];
+
+const TINY: SnapshotSpec = {
+  machine: "microvm",
+  machineOptions: "acpi=off",
+  memoryMiB: 3,
+  guestOptions: "beat=64",
+};
+
+/** Backends m0, m1 … of so many MiB. */
+function backends(...sizes: readonly number[]): string[] {
+  return sizes.flatMap((size, index) => [
+    "-object",
+    `memory-backend-ram,id=m${index},size=${size}M`,
+  ]);
+}
+
+function numaNodes(count: number): string[] {
+  return Array.from({ length: count }, (_, index) => ["-numa", `node,memdev=m${index}`]).flat();
+}
+
+/** How many virtual memory areas each writable RAMBlock of a MiB and more consists of. */
+async function ramAreas(run: FslRun): Promise<[string, number][]> {
+  const maps = readFileSync(`/proc/${await run.qemuPid()}/maps`, "latin1").split("\n");
+  const blocks = (await ramBlocks(run.qmp)).filter(
+    ({ used, readOnly }) => used >= MIB && !readOnly,
+  );
+  return blocks.map(({ name, address, used }) => {
+    const areas = maps.filter((line) => {
+      const [start = 0, end = 0] = (line.split(" ")[0] ?? "")
+        .split("-")
+        .map((text) => Number.parseInt(text, 16));
+      return start < address + used && end > address;
+    });
+    return [name, areas.length];
+  });
+}
 
 interface Loaded extends AsyncDisposable {
   readonly run: FslRun;
@@ -111,6 +148,36 @@ describe.skipIf(skip)("fsl load --paused", () => {
         loaded.report.blocks.map(({ idstr, way }) => [idstr.replace(/^.*\//, ""), way]),
       );
       expect([ways.get("pc.ram"), ways.get("vga.vram")]).toEqual(["lazy", "seed"]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each<[string, SnapshotSpec]>([
+    ["on two NUMA nodes", { extraArgs: [...backends(32, 32), ...numaNodes(2)] }],
+    [
+      "with a memory device",
+      {
+        extraArgs: [
+          "-m",
+          "64M,slots=2,maxmem=512M",
+          ...backends(64),
+          "-device",
+          "pc-dimm,memdev=m0",
+        ],
+      },
+    ],
+    ["whose memory is locked by QEMU", { extraArgs: ["-overcommit", "mem-lock=on"] }],
+    ["with four vCPUs and a balloon", { smp: 4, extraArgs: ["-device", "virtio-balloon-pci"] }],
+    ["with much more memory than data", { memoryMiB: 1024, dataMiB: 48 }],
+    ["that is so small that QEMU loads all of it", TINY],
+  ])(
+    "brings in all memory of a guest %s",
+    async (_, spec) => {
+      using snapshot = await specialSnapshot({ guest: "bare", ...spec }, {});
+      await using loaded = await expectEqualMemory(snapshot);
+      const areas = await ramAreas(loaded.run);
+      // One area for each block: what was split while it was loaded has merged again.
+      expect(areas.filter(([, count]) => count !== 1)).toEqual([]);
     },
     TIMEOUT_MS,
   );
