@@ -1,7 +1,7 @@
 /**
- * `npm run bench`: how fast a snapshot is loaded, by QEMU itself, by fsl, by the kernel, and against
- * RAM that is there already; a real Linux guest on TCG. Only reports: no figure makes it fail, wrong
- * data in the guest does.
+ * `npm run bench`: how fast a snapshot is loaded, by QEMU itself, by fsl, by the kernel, and beside
+ * RAM that is there already; a real Linux guest on TCG. It only reports: no figure makes it fail,
+ * wrong data in the guest does.
  *
  *   bun scripts/bench.ts [--quick] [--rounds N] [--only WORD]… [--json FILE] [--docs]
  *
@@ -14,7 +14,7 @@
  *   --docs         writes docs/performance.md
  *   --render FILE  runs nothing: makes table, page and, with --docs, the document from a JSON
  *
- * The second benchmark, of the fault path alone, is scripts/bench/fault-path.ts; it runs at the end.
+ * The second benchmark, of the fault path alone, is scripts/bench/fault-path.ts; it runs last.
  */
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -39,7 +39,7 @@ import { ROOT } from "./build-shim.ts";
 const MIB = 1024 * 1024;
 const ROUNDS = 7;
 const QUICK_ROUNDS = 2;
-/** Beside the guest's RAM: QEMU's own, fsl's, and the second copy that a load may need for a while. */
+/** Beside the guest's RAM: QEMU's own, fsl's, and what a load needs twice for a while. */
 const EXTRA_MIB = 512;
 
 interface Options {

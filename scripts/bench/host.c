@@ -43,8 +43,8 @@ static int launch(char **arguments) {
 }
 
 static int touch(uint64_t length) {
-  uint8_t *memory =
-      mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  int access = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  uint8_t *memory = mmap(NULL, length, access, flags, -1, 0);
   if (memory == MAP_FAILED) fail("mmap");
   madvise(memory, length, MADV_HUGEPAGE);
   for (uint64_t at = 0; at < length; at += PAGE) memory[at] = 1;

@@ -1,6 +1,5 @@
 /**
- * What the benchmark does to this machine and reads from it: memory, page cache, CPU time and memory
- * of processes. Linux only; CPU time wants cgroup 2 (then every thread and child counts to the
+ * What the benchmark does to this machine and reads from it: page cache, memory, CPU time. Linux only; CPU time wants cgroup 2 (then every thread and child counts to the
  * microsecond) and falls back to /proc (steps of 10 ms).
  */
 import {

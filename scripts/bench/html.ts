@@ -29,8 +29,8 @@ export function htmlPage(result: BenchResult): string {
     `<style>${STYLE}</style></head><body>`,
     `<h1>fsl benchmark${result.quick ? " (quick)" : ""}</h1><p class="about">${escape(about)}</p>`,
     goalsHtml(result),
-    `<h2>Plots</h2><p>Medians, ms from the moment at which QEMU can take the state; the thin line ` +
-      `goes from minimum to maximum.</p><div class="plots">`,
+    `<h2>Plots</h2><p>Medians, ms from the moment at which QEMU can take the state; the thin ` +
+      `line goes from minimum to maximum.</p><div class="plots">`,
     ...plots(result.cells),
     ...faultPathPlots(result),
     "</div><h2>All figures</h2>",
@@ -51,7 +51,8 @@ function goalsHtml({ goals }: BenchResult): string {
     return `<tr>${cells.join("")}<td class="${kind}">${word}</td></tr>`;
   });
   const head = "<tr><th>goal</th><th>wanted</th><th>measured</th><th></th></tr>";
-  return `<h2>Goals</h2><div class="wide"><table class="goals">${head}${rows.join("")}</table></div>`;
+  const table = `<table class="goals">${head}${rows.join("")}</table>`;
+  return `<h2>Goals</h2><div class="wide">${table}</div>`;
 }
 
 // -- plots ----------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ export interface Block {
 export interface PlanOptions {
   readonly quick: boolean;
   readonly rounds: number;
-  /** Only runs whose name, `scenario workload cache mode`, has each of these at the start of a word. */
+  /** Only runs in whose `scenario workload cache mode` each of these begins a word. */
   readonly only: readonly string[];
   /** Modes that cannot be run here. */
   readonly without: readonly Mode[];

@@ -95,8 +95,8 @@ export class Cells {
 }
 
 /**
- * CPU time that a load costs beyond starting QEMU: the total less what QEMU alone needs until it can
- * take the state. fsl's own start counts in full. Idle runs only: they all end at the same time.
+ * CPU time that a load costs beyond starting QEMU: the total less what QEMU alone needs until it
+ * can take the state. fsl's own start counts in full. Idle runs only: they all end at the same time.
  */
 export function withLoadCpu(cells: readonly Cell[]): Cell[] {
   return cells.map((cell) => {
@@ -328,7 +328,7 @@ export interface TableBlock {
   }[];
 }
 
-/** One table for each scenario, workload and state of the page cache; columns with no value left out. */
+/** A table for each scenario, workload and state of the page cache; empty columns left out. */
 export function tablesOf(cells: readonly Cell[]): TableBlock[] {
   const groups = Map.groupBy(cells, (cell) => `${cell.scenario} ${cell.workload} ${cell.cache}`);
   return [...groups.values()].map((group) => {

@@ -1,5 +1,5 @@
 /**
- * One run: a QEMU is started, takes the state in one of the ways, the guest works, and everything is
+ * One run: a QEMU is started, takes the state in one of the ways, the guest works, and all of it is
  * measured from the outside. Nothing is polled while it counts: QMP, the serial line and the
  * report's file tell when something has happened.
  *
@@ -64,7 +64,7 @@ export interface Figures {
   readonly startCpuMs?: number;
   readonly qemuPeakMiB?: number;
   readonly fslPeakMiB?: number;
-  /** Memory of fsl that is nobody else's: anonymous and shmem; and mapped files, which are page cache. */
+  /** fsl's own memory: anonymous and shmem. And its mapped files, which are page cache. */
   readonly fslOwnMiB?: number;
   readonly fslFileMiB?: number;
   readonly faults?: number;

@@ -117,7 +117,7 @@ export function performanceDocument(result: BenchResult): string {
   );
   return `${[
     "# Performance",
-    "This file is written by `npm run bench -- --docs`; its figures are of one machine and one day.",
+    "This file is written by `npm run bench -- --docs`; its figures are of one machine and day.",
     [
       `- Commit ${result.commit}, ${result.date.slice(0, 10)}`,
       `- ${host.cpu}, ${host.cpus} CPUs, ${Math.round(host.memoryMiB / 1024)} GiB; ` +
@@ -141,17 +141,17 @@ export function performanceDocument(result: BenchResult): string {
 }
 
 const HOW_TO = [
-  "```\nnpm run bench -- --json bench.json --docs     # all of it: about 1.5 hours, 6 GiB of disk\n" +
+  "```\nnpm run bench -- --json bench.json --docs     # all: about 1.5 hours, 6 GiB of disk\n" +
     "npm run bench -- --quick                      # small guests, less than three minutes\n" +
     "npm run bench -- --only '4 GiB' --only sum    # runs that all of these fit\n```",
-  "It needs root (or a usable userfaultfd), QEMU and the test guests (`npm run setup`), memory for " +
-    "the largest guest beside its snapshot in the page cache (7 GiB), and a machine that does " +
+  "It needs root (or a usable userfaultfd), QEMU and the test guests (`npm run setup`), memory " +
+    "for the largest guest beside its snapshot in the page cache (7 GiB), and a machine that does " +
     "nothing else. Snapshots are made once and kept in `.cache/snapshots`. A page with plots is " +
     "written beside the JSON. `FSL_BENCH_UPSTREAM` names a QEMU that has upstream's fast " +
     "snapshot load, `FSL_QEMU` another QEMU than the one in the path, `FSL_BENCH_FSL` another fsl.",
-  "Rounds interleave: each runs every mode once, beginning with another one each time. Before each " +
-    "run as much memory as it will use is touched and freed (on a virtual machine the first touch " +
-    "of a page that the host has taken back costs more than all that is measured), and the " +
+  "Rounds interleave: each runs every mode once, beginning with another one each time. Before " +
+    "each run as much memory as it will use is touched and freed (on a virtual machine the first " +
+    "touch of a page that the host has taken back costs more than all that is measured), and the " +
     "snapshot's data is read into the page cache or dropped from it. Ratios are taken pair by " +
     "pair, of runs of the same round, and the median of them is given.",
 ];
