@@ -113,17 +113,32 @@ export class EagerLoop {
   /** Takes chunks until none is left and every page that was put off has come too. */
   run(): EagerEnd {
     const { state, order } = this.#options;
-    if (this.#replay() === GONE) return "gone";
-    while (!state.eagerGo && !state.stopped) this.#sleep(PARK_MS);
-    this.#startedMs = performance.now();
     const putOff: number[] = [];
-    let turn = -1;
-    while (turn < order.length && !this.#isOver()) {
-      // Where the guest is now comes first, and what lies behind it; then the order.
-      const hot = state.takeHotChunk();
-      if (hot < 0) turn = state.takeChunk();
-      const chunk = hot < 0 ? order[turn] : hot;
-      if (chunk === undefined) continue;
+    let isReplaying = true;
+    let isGoing = false;
+    this.#startedMs = performance.now();
+    while (!this.#isOver()) {
+      if (!isGoing && state.eagerGo) {
+        isGoing = true;
+        this.#startedMs = performance.now();
+        this.#bytes = 0;
+      }
+      // Where the guest is now comes first, and what lies behind it; then the working set; then
+      // the order.
+      const hot = isGoing ? state.takeHotChunk() : -1;
+      let chunk: number | undefined = hot;
+      if (hot < 0 && isReplaying) {
+        const outcome = this.#replayNext();
+        if (outcome === GONE) return "gone";
+        isReplaying = outcome !== null;
+        continue;
+      }
+      if (hot < 0 && !isGoing) {
+        this.#sleep(PARK_MS);
+        continue;
+      }
+      if (hot < 0) chunk = order[state.takeChunk()];
+      if (chunk === undefined) break;
       let outcome = this.#bringChunk(chunk);
       if (outcome === SUPPLIED && hot >= 0) outcome = this.#bringChunk(hot + 1);
       if (outcome === GONE) return "gone";
@@ -142,25 +157,26 @@ export class EagerLoop {
     this.#supply.close();
   }
 
-  /** The working set. A run that cannot be had now comes with its chunk. */
-  #replay(): Outcome {
+  /**
+   * The next run of the working set. What cannot be had now comes with its chunk.
+   * @returns null when the set is through
+   */
+  #replayNext(): Outcome | null {
     const { state: load, replay } = this.#options;
-    for (
-      let at = 3 * load.takeRun();
-      at < replay.length && !load.stopped;
-      at = 3 * load.takeRun()
-    ) {
-      const state = load.blocks[replay[at] ?? -1];
-      const end = (replay[at + 1] ?? 0) + (replay[at + 2] ?? 0);
-      if (state === undefined) continue;
-      let page = nextMissing(state.data, state.done, replay[at + 1] ?? 0, end, true);
-      while (page < end) {
-        const chunkEnd = Math.min(end, state.chunkEnd(state.chunkOf(page)));
-        const outcome = state.splitChunk(page) ? this.#bringPiece(state, page, chunkEnd) : SUPPLIED;
-        if (outcome === GONE) return GONE;
-        page =
-          outcome === SUPPLIED ? nextMissing(state.data, state.done, page + 1, end, true) : end;
-      }
+    const at = 3 * load.takeRun();
+    if (at >= replay.length) return null;
+    const state = load.blocks[replay[at] ?? -1];
+    const start = replay[at + 1] ?? 0;
+    const pages = replay[at + 2] ?? 0;
+    if (state === undefined) return SUPPLIED;
+    if (pages === 0) return this.#bringChunk(state.firstChunk + state.chunkOf(start));
+    const end = start + pages;
+    let page = nextMissing(state.data, state.done, start, end, true);
+    while (page < end) {
+      const chunkEnd = Math.min(end, state.chunkEnd(state.chunkOf(page)));
+      const outcome = state.splitChunk(page) ? this.#bringPiece(state, page, chunkEnd) : SUPPLIED;
+      if (outcome !== SUPPLIED) return outcome;
+      page = nextMissing(state.data, state.done, page + 1, end, true);
     }
     return SUPPLIED;
   }

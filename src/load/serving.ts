@@ -45,7 +45,7 @@ export interface EagerOptions {
   readonly pieceLength?: number;
   /** Limit of the eager load in bytes per second; 0 or absent = none. */
   readonly bytesPerSecond?: number;
-  /** Nice value of the eager Workers, 0..19. Default 10. */
+  /** Nice value of the eager Workers, 0..19. Default 5. */
   readonly nice?: number;
 }
 
@@ -352,7 +352,7 @@ export class Serving {
       helper: this.#helpers.records[index] ?? null,
       fileFd: this.#helpers.fileFd,
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
-      nice: eager.nice ?? 10,
+      nice: eager.nice ?? 5,
     }));
   }
 

@@ -176,24 +176,40 @@ export function identityFits(a: WorkingSetIdentity, b: WorkingSetIdentity): bool
   return a.size === b.size && a.mtimeNs === b.mtimeNs && a.streamOffset === b.streamOffset;
 }
 
+/** A chunk with so many pages in the set comes as a whole, which costs no more. */
+const DENSE_PAGES = 8;
+
 /**
- * What of a set is to be brought in: pages that the state knows as data, in the set's order;
- * touching ones become one run.
- * @returns block index, first page, number of pages; three numbers a run
+ * What of a set is to be brought in, in the set's order: pages that the state knows as data, touching
+ * ones as one run; chunks that hold many of them as a whole.
+ * @returns block index, first page, number of pages (0 = the whole chunk); three numbers a run
  */
 export function planReplay(set: WorkingSet, state: LoadState): Int32Array {
-  const runs: number[] = [];
+  const blocks = new Map(state.blocks.map((block) => [block.block.idstr, block]));
   const wanted = state.blocks.map(() => new Set<number>());
+  const chunkPages = state.blocks.map((block) => new Uint16Array(block.chunks.length));
   for (const { idstr, pageIndex } of set.pages) {
-    const block = state.blocks.find((candidate) => candidate.block.idstr === idstr);
-    if (block !== undefined && pageIndex < block.pageCount && testBit(block.data, pageIndex)) {
-      wanted[block.index]?.add(pageIndex);
-    }
+    const block = blocks.get(idstr);
+    const pages = block === undefined ? undefined : wanted[block.index];
+    if (block === undefined || pageIndex >= block.pageCount) continue;
+    if (pages === undefined || pages.has(pageIndex) || !testBit(block.data, pageIndex)) continue;
+    pages.add(pageIndex);
+    const counts = chunkPages[block.index];
+    const chunk = block.chunkOf(pageIndex);
+    if (counts !== undefined) counts[chunk] = (counts[chunk] ?? 0) + 1;
   }
+  const runs: number[] = [];
   for (const { idstr, pageIndex } of set.pages) {
-    const block = state.blocks.find((candidate) => candidate.block.idstr === idstr);
+    const block = blocks.get(idstr);
     const pages = block === undefined ? undefined : wanted[block.index];
     if (block === undefined || !pages?.has(pageIndex)) continue;
+    const chunk = block.chunkOf(pageIndex);
+    if ((chunkPages[block.index]?.[chunk] ?? 0) >= DENSE_PAGES) {
+      runs.push(block.index, pageIndex, 0);
+      const end = block.chunkEnd(chunk);
+      for (let page = block.chunkStart(chunk); page < end; page += 1) pages.delete(page);
+      continue;
+    }
     let start = pageIndex;
     while (pages.has(start - 1)) start -= 1;
     let end = start;
