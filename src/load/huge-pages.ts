@@ -9,6 +9,7 @@ import { EAGAIN, MADV_COLLAPSE } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import type { ServedTarget } from "../vmm/target.ts";
 import { nextBit } from "./bits.ts";
+import { residentRanges } from "./resident.ts";
 import { type BlockState, CHUNK_DONE, CHUNK_LENGTH, type LoadState } from "./state.ts";
 
 /** One chunk takes about 1 ms; so long is waited before the next. */
@@ -44,7 +45,7 @@ export async function giveHugePagesBack(
   for (const block of state.blocks) {
     if (!block.block.movable) continue;
     for (let chunk = 0; chunk < block.chunks.length && !isOver(); chunk += 1) {
-      if (block.chunks[chunk] !== CHUNK_DONE || !mayCollapse(state, block, chunk)) continue;
+      if (block.chunks[chunk] !== CHUNK_DONE || !mayCollapse(target, state, block, chunk)) continue;
       if (collapse(target, block, chunk)) collapsed += 1;
       await Bun.sleep(PAUSE_MS);
     }
@@ -52,12 +53,33 @@ export async function giveHugePagesBack(
   return collapsed;
 }
 
-/** A whole chunk; and where the guest can give memory back, one that holds nothing but data. */
-function mayCollapse(state: LoadState, block: BlockState, chunk: number): boolean {
+/**
+ * A whole chunk; and where the guest can give memory back, one that holds nothing but data and of
+ * which it has given nothing back: the kernel would fill that in again.
+ */
+function mayCollapse(
+  target: ServedTarget,
+  state: LoadState,
+  block: BlockState,
+  chunk: number,
+): boolean {
   const start = block.chunkStart(chunk);
   const end = block.chunkEnd(chunk);
   if ((end - start) * block.block.pageSize !== CHUNK_LENGTH) return false;
-  return !state.metadata.canDiscard || nextBit(block.data, start, end, false) === end;
+  if (!state.metadata.canDiscard) return true;
+  if (nextBit(block.data, start, end, false) !== end) return false;
+  const { hostAddr, pageSize } = block.block;
+  return isWhole(target.pid, hostAddr + start * pageSize);
+}
+
+function isWhole(pid: number, address: number): boolean {
+  try {
+    const [first, ...rest] = residentRanges(pid, address, CHUNK_LENGTH);
+    if (first === undefined || rest.length > 0) return false;
+    return first.startAddr <= address && first.endAddr >= address + CHUNK_LENGTH;
+  } catch {
+    return false; // The target has ended.
+  }
 }
 
 function collapse(target: ServedTarget, block: BlockState, chunk: number): boolean {

@@ -17,6 +17,7 @@ import { join } from "node:path";
 import { guestArgv, type Qemu, ramBlocks, whyNoGuests } from "../helpers/guests.ts";
 import { FslRun, whyNoExecutable } from "../helpers/load-runs.ts";
 import {
+  hugePages,
   loadAndCompare,
   MATRIX_TIMEOUT_MS,
   matrixDirectory,
@@ -25,6 +26,7 @@ import {
   PAGE,
   saveGuest,
   type Way,
+  withArgument,
 } from "../helpers/matrix-guests.ts";
 
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
@@ -35,6 +37,7 @@ const SHM = `/dev/shm/fsl-matrix-${process.pid}`;
 const DISK = join(import.meta.dir, "../../.cache", `fsl-matrix-${process.pid}`);
 
 let snapshot: MatrixSnapshot;
+let virtioMemSnapshot: MatrixSnapshot | undefined;
 let directory: ReturnType<typeof matrixDirectory>;
 beforeAll(async () => {
   if (skip) return;
@@ -43,6 +46,7 @@ beforeAll(async () => {
 }, MATRIX_TIMEOUT_MS);
 afterAll(async () => {
   snapshot?.[Symbol.dispose]();
+  virtioMemSnapshot?.[Symbol.dispose]();
   directory?.[Symbol.dispose]();
   for (const path of [SHM, DISK])
     await Bun.file(path)
@@ -70,19 +74,6 @@ function hasOldContents(path: string): boolean {
   readSync(fd, bytes, 0, MIB, 20 * MIB);
   closeSync(fd);
   return bytes.every((byte) => byte === 0xa5);
-}
-
-const HUGE = "/proc/sys/vm/nr_hugepages";
-
-/** Reserves huge pages of 2 MiB; `Symbol.dispose` puts the number back. */
-function hugePages(count: number): Disposable {
-  const before = readFileSync(HUGE, "utf8");
-  writeFileSync(HUGE, String(Number(before) + count));
-  const put = (): void => writeFileSync(HUGE, before);
-  if (Number(readFileSync(HUGE, "utf8")) === Number(before) + count)
-    return { [Symbol.dispose]: put };
-  put();
-  throw new Error(`the kernel has no ${count} huge pages`);
 }
 
 describe.skipIf(skip)("memory back ends", () => {
@@ -289,13 +280,13 @@ describe.skipIf(skip)("several blocks", () => {
   );
 
   /** Half of it plugged in by the guest's own driver. */
-  function virtioMem(backend: string): string[] {
+  function virtioMem(): string[] {
     const linux = guestArgv({ dataMiB: 16, memoryMiB: 192 });
     const slots = linux.map((argument, index) =>
       linux[index - 1] === "-m" ? "192,slots=1,maxmem=2G" : argument,
     );
     const device = "virtio-mem-pci,id=vm0,memdev=vmem,requested-size=64M,block-size=2M";
-    return [...slots, "-object", `${backend},id=vmem,size=512M`, "-device", device];
+    return [...slots, "-object", "memory-backend-ram,id=vmem,size=512M", "-device", device];
   }
 
   async function plugged({ qmp }: Qemu): Promise<void> {
@@ -333,13 +324,17 @@ describe.skipIf(skip)("several blocks", () => {
   ])(
     "%s",
     async (_, backend, flags, way) => {
-      const save = { ready: /^tick /, prepare: plugged };
-      using own = await saveGuest(virtioMem(backend), save);
+      const argv = virtioMem();
+      virtioMemSnapshot ??= await saveGuest(argv, { ready: /^tick /, prepare: plugged });
       let inMemory = 0;
       const look = async (run: FslRun): Promise<void> => {
         inMemory = await residentBytes(run, "vmem");
       };
-      await using loaded = await loadAndCompare(own, { flags, look });
+      await using loaded = await loadAndCompare(virtioMemSnapshot, {
+        flags,
+        look,
+        argv: withArgument(argv, "memory-backend-ram", backend),
+      });
       // What is not plugged in stays so.
       expect(inMemory).toBeLessThanOrEqual(64 * MIB);
       expect(loaded.ways["vmem"]).toBe(way);

@@ -3,7 +3,14 @@
  * `fsl load --paused`, and all of its memory compared with QEMU's own load of the same file.
  */
 import { expect } from "bun:test";
-import { copyFileSync, existsSync, mkdtempSync, rmSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { BUILD, modifiedMs, ROOT } from "../../scripts/build-shim.ts";
@@ -129,6 +136,19 @@ export function waysOf(report: LoadReport): Record<string, Way> {
 export function withArgument(argv: readonly string[], from: string, to: string): string[] {
   expect(argv.some((argument) => argument.includes(from))).toBe(true);
   return argv.map((argument) => argument.replace(from, to));
+}
+
+const HUGE = "/proc/sys/vm/nr_hugepages";
+
+/** Reserves huge pages of 2 MiB; `Symbol.dispose` puts the number back. */
+export function hugePages(count: number): Disposable {
+  const before = readFileSync(HUGE, "utf8");
+  writeFileSync(HUGE, String(Number(before) + count));
+  const put = (): void => writeFileSync(HUGE, before);
+  if (Number(readFileSync(HUGE, "utf8")) === Number(before) + count)
+    return { [Symbol.dispose]: put };
+  put();
+  throw new Error(`the kernel has no ${count} huge pages`);
 }
 
 // -- firmware and other architectures -------------------------------------------------------------

@@ -1,0 +1,151 @@
+/**
+ * Memory that the guest gives back while it is loaded (docs/guests.md, "Discards"), by a Linux guest
+ * with the real drivers: it never gets the snapshot's bytes back, and the rest of it stays right.
+ */
+import { describe, expect, test } from "bun:test";
+import { join } from "node:path";
+import { guestArgv, whyNoGuests } from "../helpers/guests.ts";
+import { FslRun, openFiles, until, whyNoExecutable } from "../helpers/load-runs.ts";
+import { discarded, lookAtDiscarded, traceArgs } from "../helpers/matrix-discards.ts";
+import {
+  type MatrixSave,
+  MATRIX_TIMEOUT_MS,
+  type MatrixSnapshot,
+  MIB,
+  saveGuest,
+  withArgument,
+  hugePages,
+} from "../helpers/matrix-guests.ts";
+
+const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
+/** Slow enough that most of it is missing when the guest begins to give back. */
+const FLAGS = ["--eager-rate", "12M", "--eager-workers", "2"];
+
+const SMALL = { memoryMiB: 160, dataMiB: 16 };
+
+/** A guest whose free memory holds data: it was filled and freed. */
+const SAVE: MatrixSave = {
+  ready: /^tick /,
+  prepare: async ({ serial }) => {
+    await serial.command("fill 64");
+    await serial.command("free 64");
+  },
+};
+
+interface Given {
+  readonly snapshot: MatrixSnapshot;
+  readonly run: FslRun;
+  readonly trace: string;
+}
+
+/** Loads it slowly, has the guest give memory back, and looks at every page of that. */
+async function giveBack(
+  argv: readonly string[],
+  give: (given: Given) => Promise<void>,
+  parameters: MatrixSave["parameters"] = {},
+): Promise<void> {
+  using snapshot = await saveGuest(argv, { ...SAVE, parameters });
+  const trace = join(snapshot.directory, "trace");
+  await using run = await FslRun.start(snapshot, { flags: FLAGS, qemuArgs: traceArgs(trace) });
+  await run.serial.waitFor(/^tick /);
+  await give({ snapshot, run, trace });
+  expect(run.stderr.text).not.toMatch(/all RAM in after/);
+  await run.qmp.execute("stop");
+  const report = await run.complete(MATRIX_TIMEOUT_MS);
+  // Until fsl has nothing left to do: huge pages may have been given back meanwhile.
+  await until(
+    () => (openFiles(run.pid).includes(snapshot.path) ? null : true),
+    MATRIX_TIMEOUT_MS,
+    "the end of the load",
+  );
+  const found = await lookAtDiscarded(run, snapshot.path, trace);
+  // Long zero extents are not registered: no event comes from there.
+  expect(report.removedPages).toBeGreaterThanOrEqual(found.dataPages);
+  expect(found.dataPages).toBeGreaterThan(4096);
+  expect(found.revived).toBe(0);
+  // They are still the host's: nothing has brought zeros there either.
+  expect(found.absent).toBeGreaterThan(0.97 * found.pages);
+  await run.qmp.execute("cont");
+  expect((await run.serial.command("verify"))[0]).toBe("ok");
+}
+
+describe.skipIf(skip)("memory given back while it is loaded", () => {
+  test(
+    "balloon inflated",
+    async () => {
+      const argv = guestArgv({ ...SMALL, extraArgs: ["-device", "virtio-balloon-pci"] });
+      const inflate = async ({ run, trace }: Given): Promise<void> => {
+        await run.qmp.execute("balloon", { value: 112 * MIB });
+        await discarded(trace, 46 * MIB);
+      };
+      // Every page counts as data, so that whole chunks are.
+      await giveBack(argv, inflate, { "zero-page-detection": "none" });
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "free pages reported",
+    async () => {
+      const device = "virtio-balloon-pci,free-page-reporting=on";
+      // The driver reports only while 64 MiB and more are free.
+      const argv = guestArgv({ dataMiB: 16, extraArgs: ["-device", device] });
+      await giveBack(argv, async ({ run, trace }) => {
+        await run.serial.command("fill 48");
+        await run.serial.command("free 48");
+        await discarded(trace, 32 * MIB);
+      });
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "virtio-mem unplugged",
+    async () => {
+      const linux = guestArgv({ dataMiB: 16, memoryMiB: 160 });
+      const argv = linux.map((argument, index) =>
+        linux[index - 1] === "-m" ? "160,slots=1,maxmem=1G" : argument,
+      );
+      const device = "virtio-mem-pci,id=vm0,memdev=vmem,requested-size=128M,block-size=2M";
+      const backend = "memory-backend-ram,id=vmem,size=256M";
+      await giveBack([...argv, "-object", backend, "-device", device], async ({ run, trace }) => {
+        const path = "/machine/peripheral/vm0";
+        await run.qmp.execute("qom-set", { path, property: "requested-size", value: 0 });
+        // All that is not plugged in when the state is loaded, and then some.
+        await discarded(trace, (128 + 48) * MIB);
+      });
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.each([
+    ["shared memory", "memory-backend-memfd,share=on", 0],
+    ["huge pages", "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on", 136],
+  ])(
+    "free pages reported in %s, which was loaded in full before resume",
+    async (_, backend, pages) => {
+      using _reserved = hugePages(pages);
+      const extraArgs = ["-device", "virtio-balloon-pci,free-page-reporting=on"];
+      const memory = { dataMiB: 16, memoryBackend: "memory-backend-ram" };
+      const argv = guestArgv({ ...memory, extraArgs });
+      using snapshot = await saveGuest(argv, SAVE);
+      const trace = join(snapshot.directory, "trace");
+      const other = withArgument(argv, "memory-backend-ram", backend);
+      const options = { flags: FLAGS, argv: other, qemuArgs: traceArgs(trace) };
+      await using run = await FslRun.start(snapshot, options);
+      await run.serial.waitFor(/^tick /);
+      const report = await run.complete();
+      expect(report.blocks.find(({ idstr }) => idstr === "ram0")?.way).toBe("fill");
+      expect(run.stderr.text).toContain("ram0 is loaded in full before resume: the guest can give");
+      await run.serial.command("fill 64");
+      await run.serial.command("free 64");
+      await discarded(trace, 32 * MIB);
+      await run.qmp.execute("stop");
+      const found = await lookAtDiscarded(run, snapshot.path, trace);
+      expect([found.revived, found.dataPages > 4096]).toEqual([0, true]);
+      await run.qmp.execute("cont");
+      expect((await run.serial.command("verify"))[0]).toBe("ok");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+});
