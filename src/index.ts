@@ -31,6 +31,12 @@ export { SnapshotPageSource, type SnapshotSourceOptions } from "./source/snapsho
 export { allocatedBytes } from "./source/allocation.ts";
 export { checkHost, type HostSupport } from "./uffd/support.ts";
 export { attachQemu, type AttachOptions } from "./vmm/attach.ts";
+export {
+  type Background,
+  type BackgroundRole,
+  startBackground,
+  takeBackgroundRole,
+} from "./vmm/background.ts";
 export { findQemus, type FoundQemu } from "./vmm/find-qemu.ts";
 export { reattachQemu } from "./vmm/reattach.ts";
 export { saveSnapshot, type SaveOptions, type SaveProgress } from "./vmm/save.ts";
@@ -40,7 +46,6 @@ export type {
   FoundTarget,
   GuestRegion,
   ServedTarget,
-  StateLoaded,
   Target,
   TargetInfo,
   TargetRecord,

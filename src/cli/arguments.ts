@@ -43,6 +43,9 @@ export function checkArguments(own: readonly string[], args: ArgsDef): void {
   if (surplus !== undefined) throw new FslError("USAGE", `unexpected argument '${surplus}'`);
 }
 
+/** Linux's limit, /proc/sys/kernel/pid_max. */
+export const PID_MAX = 4_194_304;
+
 /** A whole number within bounds. @throws FslError USAGE */
 export function wholeNumber(text: string, flag: string, minimum: number, maximum: number): number {
   const value = /^\d{1,15}$/.test(text) ? Number(text) : Number.NaN;

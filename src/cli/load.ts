@@ -2,6 +2,9 @@
 import { writeFileSync } from "node:fs";
 import { type ArgsDef, defineCommand } from "citty";
 import {
+  attachQemu,
+  type BackgroundRole,
+  EXIT_CODES,
   FslError,
   isFslError,
   type LoadHandle,
@@ -9,8 +12,10 @@ import {
   type LoadReport,
   loadSnapshot,
   spawnQemu,
+  takeBackgroundRole,
 } from "../index.ts";
-import { byteSize } from "./arguments.ts";
+import { byteSize, PID_MAX, wholeNumber } from "./arguments.ts";
+import { letForegroundGo, loadInBackground } from "./detach.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
 import { startProgress } from "./progress.ts";
@@ -18,9 +23,11 @@ import {
   exitCodeOf,
   forwardSignals,
   graceMs,
+  heedSignals,
   servingArgs,
   type ServingFlags,
   servingOptions,
+  type SignalHeed,
 } from "./serve.ts";
 
 const args = {
@@ -35,7 +42,24 @@ const args = {
     default: "lazy",
     description: "lazy: run at once. copy: QEMU's own load of everything first",
   },
-  paused: { type: "boolean", description: "leave the guest stopped after its state is loaded" },
+  paused: {
+    type: "boolean",
+    description: "leave the guest stopped after its state is loaded; so does QEMU's own -S",
+  },
+  qmp: {
+    type: "string",
+    valueHint: "path",
+    description: "load into the QEMU that listens there, started with -incoming defer",
+  },
+  pid: {
+    type: "string",
+    valueHint: "pid",
+    description: "with --qmp: its process, where the socket is behind a relay",
+  },
+  detach: {
+    type: "boolean",
+    description: "return when the guest runs; a background process goes on, see fsl status",
+  },
   offset: {
     type: "string",
     valueHint: "bytes",
@@ -59,50 +83,137 @@ export const loadCommand = defineCommand({
   meta: {
     name: "load",
     description:
-      "Starts a QEMU guest from a snapshot at once: fsl load SNAP [options] -- qemu-system-… args",
+      "Starts a QEMU guest from a snapshot at once: fsl load SNAP [options] -- qemu-system-… args, " +
+      "or fsl load SNAP --qmp PATH [options] for a QEMU that waits",
   },
   args,
   async run({ args: flags, data }) {
-    const qemu = (data as { behind: string[] | null }).behind;
-    if (qemu === null || qemu.length === 0) {
-      throw new FslError("USAGE", "no QEMU command line: expected it behind --, found none");
-    }
     setQuiet(flags.quiet === true);
-    const options = loadOptions(flags);
+    const place = placeOf(flags, (data as { behind: string[] | null }).behind);
+    const run: Run = {
+      options: loadOptions(flags),
+      grace: graceMs(flags),
+      quiet: flags.quiet === true,
+      reportPath: flags.report,
+      background: flags.detach === true ? takeBackgroundRole() : null,
+    };
     if (flags.report !== undefined) checkWritable(flags.report);
-    // One a Worker; QEMU's own load has no use for any.
-    const helperTasks = options.mode === "copy" ? 0 : (options.eager?.workers ?? 2);
-    const forwarding = forwardSignals(graceMs(flags));
-    try {
-      const target = spawnQemu({ argv: qemu, helperTasks });
-      forwarding.to(target);
-      const handle = await loadSnapshot({ ...options, target });
-      process.exitCode = await stay(handle, target.pid, flags.quiet === true, flags.report);
-    } catch (error) {
-      // Who asked for the end knows why there is no guest.
-      if (forwarding.received === null || !isLost(error)) throw error;
-      log.info(`ended by ${forwarding.received} before the guest ran`);
-      process.exitCode = exitCodeOf({ exitCode: null, signal: forwarding.received }, false);
-    } finally {
-      forwarding.stop();
+    if (flags.detach === true && run.background === null) {
+      process.exitCode = await loadInBackground();
+    } else if (place.qemu === null) {
+      process.exitCode = await loadAttached(run, place);
+    } else {
+      process.exitCode = await loadSpawned(run, place.qemu);
     }
   },
 });
 
+/** What all ways of loading need. */
+interface Run {
+  readonly options: Omit<LoadOptions, "target">;
+  readonly grace: number;
+  readonly quiet: boolean;
+  readonly reportPath: string | undefined;
+  /** This process is the one in the background. */
+  readonly background: BackgroundRole | null;
+}
+
+/** Where the guest is to come up. */
+type Place =
+  | { readonly qemu: readonly string[] }
+  | { readonly qemu: null; readonly qmpPath: string; readonly pid?: number };
+
+interface PlaceFlags {
+  readonly qmp?: string | undefined;
+  readonly pid?: string | undefined;
+}
+
+/** @throws FslError USAGE unless exactly one place is named */
+function placeOf({ qmp, pid }: PlaceFlags, behind: readonly string[] | null): Place {
+  if (qmp !== undefined) {
+    if (behind !== null) {
+      const message = "--qmp loads into a QEMU that is there: nothing is to follow behind --";
+      throw new FslError("USAGE", message);
+    }
+    if (pid === undefined) return { qemu: null, qmpPath: qmp };
+    return { qemu: null, qmpPath: qmp, pid: wholeNumber(pid, "pid", 1, PID_MAX) };
+  }
+  if (pid !== undefined) throw new FslError("USAGE", "--pid goes with --qmp only");
+  if (behind === null || behind.length === 0) {
+    const message = "no QEMU command line: expected it behind --, found none; or give --qmp PATH";
+    throw new FslError("USAGE", message);
+  }
+  return { qemu: behind };
+}
+
+/** Starts QEMU, and stays until it has ended; in the background until all RAM is in. */
+async function loadSpawned(run: Run, qemu: readonly string[]): Promise<number> {
+  const { options, background } = run;
+  // One a Worker; QEMU's own load has no use for any.
+  const helperTasks = options.mode === "copy" ? 0 : (options.eager?.workers ?? 2);
+  const forwarding = forwardSignals(run.grace);
+  try {
+    const target = spawnQemu({ argv: qemu, helperTasks, detached: background !== null });
+    forwarding.to(target);
+    const handle = await loadSnapshot({ ...options, target });
+    if (background === null) return await stay(handle, target.pid, run);
+    forwarding.stop();
+    const heed = heedSignals();
+    letForegroundGo(background, target.pid);
+    const code = await seeThrough(handle, heed, run);
+    target.close();
+    return code;
+  } catch (error) {
+    // Who asked for the end knows why there is no guest.
+    if (forwarding.received === null || !isLost(error)) throw error;
+    return givenUp(forwarding.received);
+  } finally {
+    forwarding.stop();
+  }
+}
+
+/** Takes a QEMU of somebody else's, and leaves it when all RAM is in. */
+async function loadAttached(run: Run, place: { qmpPath: string; pid?: number }): Promise<number> {
+  const heed = heedSignals();
+  let target: ReturnType<typeof attachQemu> | undefined;
+  try {
+    target = attachQemu(place);
+    const handle = await loadSnapshot({ ...run.options, target, cancel: heed.cancel });
+    if (run.background !== null) letForegroundGo(run.background, target.pid);
+    return await seeThrough(handle, heed, run);
+  } catch (error) {
+    if (heed.received === null || error !== heed.cancel.reason) throw error;
+    return givenUp(heed.received);
+  } finally {
+    heed.stop();
+    target?.close();
+  }
+}
+
+function givenUp(signal: NodeJS.Signals): number {
+  log.info(`ended by ${signal} before the guest ran`);
+  return exitCodeOf({ exitCode: null, signal }, false);
+}
+
+/** Until QEMU needs fsl no more. @returns the exit code */
+async function seeThrough(handle: LoadHandle, heed: SignalHeed, run: Run): Promise<number> {
+  heed.seeThrough(() => handle.hurry());
+  const { complete } = await follow(handle, run);
+  if (!complete) return EXIT_CODES[handle.supplyFailed ? "SUPPLY_FAILED" : "TARGET_LOST"];
+  // Huge pages are nothing to wait for when somebody wants fsl to end.
+  await Promise.race([handle.tidied, heed.first]);
+  return handle.supplyFailed ? EXIT_CODES.SUPPLY_FAILED : 0;
+}
+
 /** Until QEMU has ended, whatever happens. @returns the exit code */
-async function stay(
-  handle: LoadHandle,
-  pid: number,
-  quiet: boolean,
-  reportPath: string | undefined,
-): Promise<number> {
-  const failure = await follow(handle, quiet, reportPath).catch((error: unknown) => {
+async function stay(handle: LoadHandle, pid: number, run: Run): Promise<number> {
+  const end = await follow(handle, run).catch((error: unknown) => {
     const message = error instanceof Error ? error.message : String(error);
     log.warn(`${message}; to go on: fsl resume --pid ${pid}`);
     return { error };
   });
   const exit = await handle.exited;
-  if (failure !== undefined) throw failure.error;
+  if ("error" in end) throw end.error;
   return exitCodeOf(exit, handle.supplyFailed);
 }
 
@@ -143,12 +254,11 @@ function isLost(error: unknown): boolean {
 }
 
 /** Shows the load as it goes, and writes its report when it is over. */
-async function follow(
-  handle: LoadHandle,
-  quiet: boolean,
-  reportPath: string | undefined,
-): Promise<void> {
-  const progress = quiet ? undefined : startProgress(() => handle.progress());
+async function follow(handle: LoadHandle, run: Run): Promise<LoadReport> {
+  const { quiet, reportPath, background } = run;
+  // A log is no place for a line a second.
+  const isShown = !quiet && background === null;
+  const progress = isShown ? startProgress(() => handle.progress()) : undefined;
   let report: LoadReport;
   try {
     report = await handle.done;
@@ -158,6 +268,7 @@ async function follow(
   if (reportPath !== undefined) writeFileSync(reportPath, `${JSON.stringify(report, null, 2)}\n`);
   if (report.complete) log.info(summary(report));
   else log.warn("QEMU ended before all RAM was in");
+  return report;
 }
 
 function summary(report: LoadReport): string {

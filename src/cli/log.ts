@@ -13,6 +13,11 @@ export function setQuiet(quiet: boolean): void {
   log.level = quiet ? LogLevels.error : LogLevels.info;
 }
 
+/** Nobody reads it. */
+export function setSilent(): void {
+  log.level = LogLevels.silent;
+}
+
 /** What the library says while it loads. */
 export const loadLogger: Logger = {
   info: (message) => log.info(message),

@@ -1,13 +1,25 @@
 /** `fsl resume`: goes on with a load whose fsl has died. */
+import { resolve } from "node:path";
 import { defineCommand } from "citty";
-import { findLoads, FslError, reattachQemu, resumeLoad } from "../index.ts";
-import { wholeNumber } from "./arguments.ts";
+import {
+  findLoads,
+  FslError,
+  reattachQemu,
+  resumeLoad,
+  type ResumeHandle,
+  type TargetRecord,
+} from "../index.ts";
+import { PID_MAX, wholeNumber } from "./arguments.ts";
 import { log, setQuiet } from "./log.ts";
 import { startProgress } from "./progress.ts";
-import { exitCodeOf, forwardSignals, graceMs, servingArgs, servingOptions } from "./serve.ts";
-
-/** Linux's limit, /proc/sys/kernel/pid_max. */
-const PID_MAX = 4_194_304;
+import {
+  exitCodeOf,
+  forwardSignals,
+  graceMs,
+  heedSignals,
+  servingArgs,
+  servingOptions,
+} from "./serve.ts";
 
 export const resumeCommand = defineCommand({
   meta: { name: "resume", description: "Goes on with a load whose fsl has died" },
@@ -18,6 +30,7 @@ export const resumeCommand = defineCommand({
       description: "the QEMU; default: the only one whose load nobody serves",
     },
     snapshot: { type: "string", valueHint: "path", description: "the snapshot, if it was moved" },
+    qmp: { type: "string", valueHint: "path", description: "the QMP socket, if it was moved" },
     ...servingArgs,
   },
   async run({ args: flags }) {
@@ -27,12 +40,11 @@ export const resumeCommand = defineCommand({
       flags.pid === undefined ? onlyUnserved() : wholeNumber(flags.pid, "pid", 1, PID_MAX);
     const handle = await resumeLoad({
       pid,
-      reattach: reattachQemu,
+      reattach: (record) => reattachQemu(reachedBy(record, flags.qmp)),
       ...(flags.snapshot === undefined ? {} : { snapshot: flags.snapshot }),
       ...servingOptions(flags),
     });
-    const forwarding = forwardSignals(graceMs(flags));
-    forwarding.to(handle.target);
+    const signals = followSignals(handle, graceMs(flags));
     const progress = quiet ? undefined : startProgress(() => handle.progress());
     try {
       const complete = await handle.done;
@@ -42,10 +54,28 @@ export const resumeCommand = defineCommand({
       process.exitCode = exitCodeOf({ exitCode: 0, signal: null }, handle.supplyFailed);
     } finally {
       progress?.end();
-      forwarding.stop();
+      signals.stop();
+      handle.target.close();
     }
   },
 });
+
+/** Passed on to a QEMU that was to end with its fsl; kept from one that is somebody else's. */
+function followSignals(handle: ResumeHandle, grace: number): { stop(): void } {
+  if (!handle.target.endsWithFsl) {
+    const heed = heedSignals();
+    heed.seeThrough(() => handle.hurry());
+    return heed;
+  }
+  const forwarding = forwardSignals(grace);
+  forwarding.to(handle.target);
+  return forwarding;
+}
+
+function reachedBy(record: TargetRecord, qmpPath: string | undefined): TargetRecord {
+  if (qmpPath === undefined) return record;
+  return { ...record, controlPath: resolve(qmpPath), isControlPrivate: false };
+}
 
 function onlyUnserved(): number {
   const waiting = findLoads().filter(({ served }) => !served);

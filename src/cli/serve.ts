@@ -101,8 +101,7 @@ export function forwardSignals(grace: number): SignalForwarding {
       target?.kill();
     }, grace);
   };
-  const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
-  for (const signal of signals) process.on(signal, forward);
+  for (const signal of SIGNALS) process.on(signal, forward);
   return {
     get received() {
       return received;
@@ -113,7 +112,7 @@ export function forwardSignals(grace: number): SignalForwarding {
     },
     stop() {
       clearTimeout(timer);
-      for (const signal of signals) process.off(signal, forward);
+      for (const signal of SIGNALS) process.off(signal, forward);
     },
   };
 }
@@ -125,6 +124,58 @@ export interface SignalForwarding {
   to(target: ServedTarget): void;
   stop(): void;
 }
+
+/** What signals do where QEMU is not fsl's to end: see `heedSignals`. */
+export interface SignalHeed {
+  /** The first signal that came, if any did. */
+  readonly received: NodeJS.Signals | null;
+  /** Aborted by a signal: whoever has not gone too far yet gives up. */
+  readonly cancel: AbortSignal;
+  /** Resolves with the first signal. */
+  readonly first: Promise<void>;
+  /** From now on the load is to be seen through: a signal makes it hurry. */
+  seeThrough(hurry: () => void): void;
+  stop(): void;
+}
+
+/**
+ * Signals where QEMU is somebody else's, or lives on by itself: it gets none of them. Its pages need
+ * fsl all the same, so once it has its state fsl ends only when they are all there.
+ */
+export function heedSignals(): SignalHeed {
+  const cancel = new AbortController();
+  const first = Promise.withResolvers<void>();
+  let hurry: (() => void) | undefined;
+  let received: NodeJS.Signals | null = null;
+  const heed = (signal: NodeJS.Signals): void => {
+    received ??= signal;
+    first.resolve();
+    if (hurry === undefined) {
+      cancel.abort(new FslError("TARGET_LOST", `the load was given up on ${signal}`, { signal }));
+      return;
+    }
+    log.info(`${signal}: QEMU needs fsl until all its RAM is in, which comes without a limit now`);
+    hurry();
+  };
+  for (const signal of SIGNALS) process.on(signal, heed);
+  return {
+    get received() {
+      return received;
+    },
+    cancel: cancel.signal,
+    first: first.promise,
+    seeThrough(toHurry) {
+      hurry = toHurry;
+      if (received !== null) heed(received);
+    },
+    stop() {
+      for (const signal of SIGNALS) process.off(signal, heed);
+    },
+  };
+}
+
+/** Who presses keys, stops services or closes terminals sends these. */
+export const SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
 
 /** QEMU's own exit code; 9 when pages stayed unreadable and that is why. */
 export function exitCodeOf({ exitCode, signal }: ExitStatus, supplyFailed: boolean): number {

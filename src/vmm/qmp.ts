@@ -406,6 +406,6 @@ function rawIntegers(_key: string, value: unknown): unknown {
 const rawJson = (JSON as unknown as { rawJSON(text: string): unknown }).rawJSON;
 
 /** Bun.connect takes a connected descriptor; its types do not say so. */
-const connectDescriptor = Bun.connect as unknown as (
+export const connectDescriptor = Bun.connect as unknown as (
   options: Bun.SocketOptions<undefined> & { fd: number },
 ) => Promise<Bun.Socket<undefined>>;

@@ -301,7 +301,7 @@ export function layOutDescriptors(
  * Descriptors from 3 on that this process was started with to hand on: everything of its own is
  * close-on-exec.
  */
-function inheritedDescriptors(): number[] {
+export function inheritedDescriptors(): number[] {
   const numbers = readdirSync("/proc/self/fd").map(Number);
   return numbers.filter(
     (number) => number >= 3 && number <= INHERITED_FD_MAX && !isCloseOnExec(number),
