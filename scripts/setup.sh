@@ -41,7 +41,7 @@ qemu_ready() {
 
 guest_ready() {
   made=.cache/guest/guest.json
-  [ -f $made ] && [ -z "$(find scripts/guest -newer $made -type f)" ]
+  [ -f .cache/packages/matrix-tried ] && [ -f $made ] && [ -z "$(find scripts/guest -newer $made -type f)" ]
 }
 
 # -- apt, without touching the machine's configuration ---------------------------------------------
@@ -160,9 +160,27 @@ fetch_guest_packages() {
   : >.cache/packages/complete
 }
 
+# Firmware and a second architecture for the tests of docs/guests.md, which skip what is not there.
+# Tried once.
+fetch_matrix_packages() {
+  [ ! -f .cache/packages/matrix-tried ] || return 0
+  mkdir -p .cache/packages
+  prepare_apt
+  suite=
+  case $(. /etc/os-release && echo "${VERSION_CODENAME:-}") in
+  bookworm) suite=/bookworm-backports ;;
+  esac
+  for package in "ovmf ovmf" "qemu-system-arm$suite qemu-arm"; do
+    name=${package% *}
+    (unpack "$name" ".cache/packages/${package#* }") || say "going on without $name"
+  done
+  : >.cache/packages/matrix-tried
+}
+
 set_up_guest() {
   guest_ready && return
   fetch_guest_packages
+  fetch_matrix_packages
   say "building the test guests (a minute when zig has to build its C library first)"
   bun scripts/guest/build.ts .cache/packages/kernel .cache/packages/busybox
 }
