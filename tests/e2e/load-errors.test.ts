@@ -1,4 +1,6 @@
-/** What `fsl load` refuses or cannot do: exit codes and messages, and that nothing is left behind. */
+/**
+ * What `fsl load` refuses or cannot do: exit codes and messages, and that nothing is left behind.
+ */
 import { beforeAll, describe, expect, test } from "bun:test";
 import { chmodSync, copyFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

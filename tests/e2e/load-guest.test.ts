@@ -1,4 +1,7 @@
-/** The guest's own verdict: it checks its memory while that is still coming in, by faults and by the eager load. */
+/**
+ * The guest's own verdict: it checks its memory while that is still coming in, by faults and by the
+ * eager load.
+ */
 import { describe, expect, test } from "bun:test";
 import {
   type GuestSnapshot,
@@ -26,7 +29,9 @@ function lastNumber(snapshot: GuestSnapshot): number {
   return Number(/\d+/.exec(snapshot.lastLine)?.[0]);
 }
 
-/** Starts a load, and waits until the guest runs: what its serial port is sent before that is lost. */
+/**
+ * Starts a load, and waits until the guest runs: what its serial port is sent before that is lost.
+ */
 async function startRunning(
   snapshot: GuestSnapshot,
   flags: readonly string[] = [],
@@ -85,7 +90,8 @@ describe.skipIf(skip)("a Linux guest", () => {
       expect(await run.end()).toBe(0);
       const report = run.report();
       expect(report.complete).toBe(false);
-      // Neighbours come along, 16 pages at most: every 16th page of the data must have faulted, or come eagerly.
+      // Neighbours come along, 16 pages at most: every 16th page of the data must have faulted, or
+      // come eagerly.
       expect(report.faults * 16 + report.pages.eager + report.pages.zero).toBeGreaterThan(
         (64 * MIB) / PAGE,
       );
@@ -138,7 +144,10 @@ describe.skipIf(skip)("a Linux guest", () => {
 });
 
 describe.skipIf(skip)("the bare guest", () => {
-  /** Runs it until it has seen all its pages `rounds` times, at an eager rate that brings next to nothing. */
+  /**
+   * Runs it until it has seen all its pages `rounds` times, at an eager rate that brings next to
+   * nothing.
+   */
   async function rounds(spec: SnapshotSpec, count: number): Promise<[LoadReport, number]> {
     const snapshot = await snapshotOf(spec);
     const flags = ["--eager-rate", "4K", "--eager-workers", "1"];

@@ -1,4 +1,7 @@
-/** The library as others use it: from the packed package, by `bun`, compiled, and with page sources of their own. */
+/**
+ * The library as others use it: from the packed package, by `bun`, compiled, and with page sources
+ * of their own.
+ */
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { copyFileSync, existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -15,7 +18,10 @@ const HELPERS = join(ROOT, "tests/helpers");
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
 
 let snapshot: GuestSnapshot;
-/** A project of somebody else's, with the package installed; and a folder with nothing in it but the compiled script. */
+/**
+ * A project of somebody else's, with the package installed; and a folder with nothing in it but the
+ * compiled script.
+ */
 let project: string;
 let elsewhere: string;
 

@@ -1,4 +1,7 @@
-/** From the start of `fsl load` to its end: exit codes, signals, terminals, progress, and what stays in QEMU. */
+/**
+ * From the start of `fsl load` to its end: exit codes, signals, terminals, progress, and what stays
+ * in QEMU.
+ */
 import { describe, expect, test } from "bun:test";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -189,7 +192,9 @@ function quoted(words: readonly string[]): string {
 }
 
 describe.skipIf(skip)("fsl load on a terminal", () => {
-  /** Says terminal modes before and after, and the exit code in between; Ctrl-C ends the load only. */
+  /**
+   * Says terminal modes before and after, and the exit code in between; Ctrl-C ends the load only.
+   */
   function script(path: string, flags: string, argv: readonly string[]): string {
     const load = `${FSL} load ${path} --working-set none ${flags} -- ${quoted(argv)}`;
     return `trap : INT; echo before $(stty -g); ${load}; echo code $?; echo after $(stty -g)`;

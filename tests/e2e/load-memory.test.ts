@@ -1,4 +1,7 @@
-/** All memory that `fsl load` brings in equals, byte for byte, what QEMU's own load of the same file brings in. */
+/**
+ * All memory that `fsl load` brings in equals, byte for byte, what QEMU's own load of the same file
+ * brings in.
+ */
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import {
   closeSync,

@@ -1,4 +1,7 @@
-/** A script that loads a snapshot by the library, as a user's would: load-library.test.ts runs it in several ways. */
+/**
+ * A script that loads a snapshot by the library, as a user's would: load-library.test.ts runs it in
+ * several ways.
+ */
 import { writeFileSync } from "node:fs";
 import { FslError, loadSnapshot, openSnapshot, spawnQemu } from "fsl";
 

@@ -1,6 +1,6 @@
 /**
- * fsl's real Workers on the real userfaultfd of a process of ours (load-toucher.c): no QEMU, no snapshot, but a file of pages
- * whose every word says where it belongs.
+ * fsl's real Workers on the real userfaultfd of a process of ours (load-toucher.c): no QEMU, no
+ * snapshot, but a file of pages whose every word says where it belongs.
  */
 import { join } from "node:path";
 import { BUILD, compileProgram, modifiedMs, ROOT } from "../../scripts/build-shim.ts";
@@ -171,7 +171,9 @@ export class Rig implements AsyncDisposable {
     return { wrong: wrong ?? -1, first: first ?? -1, discards: discards ?? 0 };
   }
 
-  /** Begins the eager load. @returns when all is in: true; false when the toucher has ended before */
+  /**
+   * Begins the eager load. @returns when all is in: true; false when the toucher has ended before
+   */
   bringRest(): Promise<boolean> {
     this.serving.startEager(new Int32Array(0));
     this.serving.letEagerGo(0);

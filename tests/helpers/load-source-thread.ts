@@ -1,4 +1,6 @@
-/** The thread of load-sources.ts' kind `thread`: reads what is asked for, and says when it is there. */
+/**
+ * The thread of load-sources.ts' kind `thread`: reads what is asked for, and says when it is there.
+ */
 import { openSync, readSync } from "node:fs";
 import * as sys from "../../src/sys/native.ts";
 

@@ -1,6 +1,6 @@
 /**
- * A page source that fsl does not know: a module as a user would write it, named by `source: { module, options }`. It is
- * several of them, by `kind`:
+ * A page source that fsl does not know: a module as a user would write it, named by
+ * `source: { module, options }`. It is several of them, by `kind`:
  *
  *   pread    reads the snapshot's pages into a buffer of its own
  *   pattern  makes pages up: each is filled with words that say which page it is

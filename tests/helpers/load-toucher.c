@@ -1,17 +1,25 @@
 /*
- * load-toucher.c: a process whose memory is loaded by fsl's Workers in the kernel tests. Many threads touch that memory and
- * judge every word of it. Started as: load-toucher anon|shmem|hugetlb BYTES FEATURES, a socket on descriptor 3, over which
- * region and userfaultfd go (as kernel-target.c does it). Then commands by lines on stdin, answers on stdout:
+ * load-toucher.c: a process whose memory is loaded by fsl's Workers in the kernel tests. Many
+ * threads touch that memory and judge every word of it. Started as
  *
- *   touch ID THREADS ORDER SEED    every thread reads all pages: ORDER same (ascending), random (each its own way) or parts
- *                                  (each its own part, ascending)       -> touch ID WRONG FIRST
- *   write ID THREADS SEED          like touch random, but a thread also writes a word into the pages of its part, which must
- *                                  stay                                 -> write ID WRONG FIRST
- *   discard ID THREADS ROUNDS SEED every thread gives pages of its part back, which must be zero from then on, and looks at
- *                                  others, which must be as they were   -> discard ID WRONG FIRST PAGES_GIVEN_BACK
- *   sweep ID                       all pages once more: those given back zero, all others as they were  -> sweep ID WRONG FIRST
+ *   load-toucher anon|shmem|hugetlb BYTES FEATURES
  *
- * Page p (of 4096 bytes, also in huge pages) has data when has_data(p); its word w is then WORD(p, w), else 0.
+ * with a socket on descriptor 3, over which region and userfaultfd go (as kernel-target.c does it).
+ * Then commands by lines on stdin, answers on stdout:
+ *
+ *   touch ID THREADS ORDER SEED     -> touch ID WRONG FIRST
+ *       Every thread reads all pages. ORDER: same (ascending), random (each its own way) or parts
+ *       (each its own part, ascending).
+ *   write ID THREADS SEED           -> write ID WRONG FIRST
+ *       A thread writes a word into each page of its part, and that must stay.
+ *   discard ID THREADS ROUNDS SEED  -> discard ID WRONG FIRST GIVEN_BACK
+ *       Every thread gives pages of its part back, which must be zero from then on, and looks at
+ *       others, which must be as they were.
+ *   sweep ID                        -> sweep ID WRONG FIRST
+ *       All pages once more: those given back zero, all others as they were.
+ *
+ * Page p (of 4096 bytes, also in huge pages) has data when has_data(p); its word w is WORD(p, w)
+ * then, else 0.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -130,7 +138,8 @@ static void run(const char *name, int id, void *(*work)(void *), int threads, co
   struct task tasks[THREADS_MAX];
   if (threads > THREADS_MAX) threads = THREADS_MAX;
   for (int t = 0; t < threads; t++) {
-    tasks[t] = (struct task){order, t, threads, rounds, seed * 7919 + (uint64_t)t * 104729 + 1, 0, 0, 0};
+    uint64_t random = seed * 7919 + (uint64_t)t * 104729 + 1;
+    tasks[t] = (struct task){order, t, threads, rounds, random, 0, 0, 0};
     if (pthread_create(&handles[t], NULL, work, &tasks[t]) != 0) fail("pthread_create");
   }
   size_t wrong = 0, first = 0, discards = 0;
@@ -154,8 +163,10 @@ static void send_region(int fd, size_t length) {
     char bytes[CMSG_SPACE(sizeof(int))];
   } control;
   memset(&control, 0, sizeof(control));
-  struct msghdr header = {
-      .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+  struct msghdr header = {.msg_iov = &part,
+                          .msg_iovlen = 1,
+                          .msg_control = &control,
+                          .msg_controllen = sizeof(control)};
   control.header.cmsg_len = CMSG_LEN(sizeof(int));
   control.header.cmsg_level = SOL_SOCKET;
   control.header.cmsg_type = SCM_RIGHTS;

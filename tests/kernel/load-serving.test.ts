@@ -1,4 +1,7 @@
-/** The fault loop and the eager load in their Workers, on a real userfaultfd: contents and fault counts. */
+/**
+ * The fault loop and the eager load in their Workers, on a real userfaultfd: contents and fault
+ * counts.
+ */
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -224,7 +227,7 @@ describe("page sources of somebody else's", () => {
     expect(await rig.order("sweep")).toEqual(RIGHT);
   });
 
-  test("leave a thread waiting while a page cannot be read, and serve it when it can be", async () => {
+  test("leave a thread waiting while a page cannot be read, and serve it later", async () => {
     const flag = join(directory, "readable");
     const source = { module, options: { kind: "failing", failPage: 100, marker: flag } };
     await using rig = await Rig.start({ pages: PAGES, source });

@@ -170,7 +170,7 @@ describe("EagerLoop.run", () => {
     expect(b.bytes(4)).toBe(1);
   });
 
-  test("copies page by page where a run crosses two areas, and goes past what is not mapped", () => {
+  test("copies page by page where a run crosses areas, and goes past what is not mapped", () => {
     const b = bench([{ pages: 4 }]);
     b.uffd.answers.push(-ENOENT, () => undefined, -ENOENT);
     expect(b.run()).toBe("finished");

@@ -283,7 +283,7 @@ describe("FaultLoop.run", () => {
     expect(b.uffd.calls).toEqual([]);
   });
 
-  test("leaves a page that cannot be read unserved, reports it, and serves it when it can be read", () => {
+  test("leaves a page that cannot be read unserved, tells, and serves it when it can be", () => {
     const b = bench([[fault(3), fault(4)]], { pages: 8, pagesOffset: 0x20000 });
     const source = new FakeSource();
     b.source = source;

@@ -181,7 +181,7 @@ describe("plan.planLoad", () => {
     expect(error.message).toContain("RAMBlock rom");
   });
 
-  test("warns of writable memory that the snapshot does not have, and of nothing small or read-only", () => {
+  test("warns of writable memory that is not in the snapshot, not of small or read-only blocks", () => {
     const regions = [
       region(),
       region({ idstr: "extra", length: MiB }),
