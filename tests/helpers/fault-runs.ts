@@ -6,7 +6,6 @@
 import {
   chownSync,
   closeSync,
-  existsSync,
   fstatSync,
   mkdirSync,
   mkdtempSync,
@@ -319,9 +318,12 @@ export async function collect(stream: ReadableStream<Uint8Array>, into: Watched)
   }
 }
 
+/** Set by tests/soak/faults.test.ts. */
+export const MANY = "FSL_FAULT_MANY";
+
 /** How often a random test is repeated: a few times in the tier, many times in the long run. */
 export function repetitions(few: number, many: number): number {
-  return process.env["FSL_SOAK"] === "1" ? many : few;
+  return process.env[MANY] === "1" ? many : few;
 }
 
 /**
@@ -340,7 +342,3 @@ export function randomNumbers(seed: number): () => number {
 
 /** Seed of this process's random tests. */
 export const SEED = Number(process.env["FSL_SEED"] ?? Date.now() % 1_000_000);
-
-export function fileExists(path: string): boolean {
-  return existsSync(path);
-}
