@@ -1,5 +1,6 @@
 /** QEMU's sets of descriptors (`add-fd`), opened as `/dev/fdset/N`. */
-import { type QmpReply, isRecord } from "./qmp.ts";
+import { readlinkSync } from "node:fs";
+import { type QmpClient, type QmpReply, isRecord } from "./qmp.ts";
 
 /** Numbers below are for people, who count from 0 or 1. */
 const FDSET_MIN = 64;
@@ -14,4 +15,28 @@ export function freeFdset(reply: QmpReply): number {
     if (typeof id === "number" && id >= free && id < FDSET_END) free = id + 1;
   }
   return free;
+}
+
+/** Link text of a seed, in /proc/PID/fd. */
+const SEED_LINK = "/memfd:fsl-seed (deleted)";
+
+/** Takes a seed out of QEMU that a dead fsl has left in one of its sets; nothing else. */
+export async function dropLeftSeeds(qmp: QmpClient, pid: number): Promise<void> {
+  const sets = await qmp.request("query-fdsets");
+  for (const set of Array.isArray(sets) ? sets : []) {
+    if (!isRecord(set) || !Array.isArray(set["fds"])) continue;
+    for (const entry of set["fds"]) {
+      const fd: unknown = isRecord(entry) ? entry["fd"] : undefined;
+      if (typeof fd !== "number" || !isSeed(pid, fd)) continue;
+      await qmp.execute("remove-fd", { "fdset-id": set["fdset-id"], fd });
+    }
+  }
+}
+
+function isSeed(pid: number, fd: number): boolean {
+  try {
+    return readlinkSync(`/proc/${pid}/fd/${fd}`) === SEED_LINK;
+  } catch {
+    return false;
+  }
 }

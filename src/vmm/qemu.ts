@@ -13,6 +13,7 @@ import { FslError, assert, isFslError } from "../errors.ts";
 import { MFD_CLOEXEC } from "../sys/abi.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
+import { dropLeftSeeds } from "./fdset.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
@@ -200,6 +201,7 @@ export class QemuTarget implements Target {
       }
     } catch (error) {
       native.close(taken.fd);
+      if (taken.remoteFd !== null) closeRemote(this.#request(), taken.remoteFd);
       throw error;
     }
     return taken.fd;
@@ -301,6 +303,7 @@ export class QemuTarget implements Target {
     if (!this.isAttached) return known;
     const dropped = LEFT_NAMES.map((fdname) => this.#qmp.execute("closefd", { fdname }));
     await Promise.all(dropped); // Refused where there is none.
+    await dropLeftSeeds(this.#qmp, this.pid);
     if (this.#earlier === null) return known;
     await MigrationSettings.changedBefore(this.#qmp, undoOf(this.#earlier)).restore();
     const settings = await MigrationSettings.read(this.#qmp);
@@ -408,7 +411,8 @@ export class QemuTarget implements Target {
       await stopped;
       if (!reply.ok) {
         await this.#takeNothing();
-        throw loadFailed(this.description, reply.description);
+        const message = `${this.description} refused to take the state: ${reply.description}`;
+        throw new FslError("TARGET_LOST", message, { description: reply.description });
       }
       await outcome.ended;
     } finally {

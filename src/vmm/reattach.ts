@@ -6,6 +6,7 @@ import { constants } from "node:os";
 import { FslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
 import { type ExitWatch, watchExit } from "./exit-watch.ts";
+import { dropLeftSeeds } from "./fdset.ts";
 import { type MigrationChanges, MigrationSettings } from "./migration-settings.ts";
 import { connectQmp } from "./qmp-connect.ts";
 import { isRecord, type QmpClient } from "./qmp.ts";
@@ -78,6 +79,7 @@ class ReattachedQemu implements FoundTarget {
   async release(): Promise<void> {
     const qmp = this.#control();
     await qmp.execute("closefd", { fdname: USERFAULTFD_NAME });
+    await dropLeftSeeds(qmp, this.pid);
     await MigrationSettings.changedBefore(qmp, this.#record.undo as MigrationChanges).restore();
     qmp.close();
     this.#qmp = null;

@@ -134,11 +134,7 @@ export interface Target extends ServedTarget {
    * @param streamOffset file offset in bytes at which the stream begins
    * @param capabilities migration capabilities that the stream was saved with; absent: mapped-ram
    */
-  loadState(
-    seedFd: number,
-    streamOffset: number,
-    capabilities?: readonly string[],
-  ): Promise<void>;
+  loadState(seedFd: number, streamOffset: number, capabilities?: readonly string[]): Promise<void>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
 }

@@ -189,7 +189,10 @@ function fetchUserfaultfd(
   way: UserfaultfdWay,
 ): TakenUserfaultfd {
   const fd = native.pidfdGetfd(request.pidfd, remoteFd);
-  if (fd < 0) throw refused(request, "pidfd_getfd", fd);
+  if (fd < 0) {
+    closeRemote(request, remoteFd);
+    throw refused(request, "pidfd_getfd", fd);
+  }
   // A borrowed thread that had other things to do once returned a system call's number as a
   // descriptor.
   if (isUserfaultfd(fd)) return { fd, way, remoteFd, helpers: [] };

@@ -1,0 +1,297 @@
+/** `fsl load --qmp`: a QEMU of somebody else's gets its state, and lives on as if nothing had been. */
+import { beforeAll, describe, expect, test } from "bun:test";
+import { createConnection } from "node:net";
+import { dirname } from "node:path";
+import { AttachRun, socketExists } from "../helpers/attach-runs.ts";
+import { openLoadState } from "../helpers/fault-runs.ts";
+import { type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
+import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { until, whyNoExecutable } from "../helpers/load-runs.ts";
+import { askQmp } from "../helpers/qemu-vmm.ts";
+
+const TIMEOUT_MS = 60_000;
+const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
+const isRoot = process.getuid?.() === 0;
+
+let snapshot: GuestSnapshot;
+/** The same machine with other memory. */
+let other: GuestSnapshot;
+
+beforeAll(async () => {
+  if (skip) return;
+  snapshot = await snapshotOf({ guest: "bare" });
+  other = await snapshotOf({
+    guest: "bare",
+    guestOptions: "churn=4096",
+    live: true,
+    bandwidthMiB: 20,
+  });
+}, TIMEOUT_MS);
+
+const inmigrate = { status: "inmigrate" };
+
+describe.skipIf(skip)("fsl load --qmp", () => {
+  test.each<[string, string, readonly string[], (path: string) => readonly string[]]>([
+    ["an ordinary QEMU", "user", [], () => []],
+    ["one in a sandbox", "user", ["-sandbox", "on,elevateprivileges=deny,spawn=deny"], () => []],
+    ["one that went into the background", "user", ["-daemonize"], () => []],
+    ["one of another user", "root", ["-run-with", "user=nobody"], () => []],
+    [
+      "one that cannot see the snapshot",
+      "root",
+      [],
+      (path) => {
+        const script = 'mount -t tmpfs none "$0" && exec "$@"';
+        return ["unshare", "--mount", "sh", "-c", script, dirname(path)];
+      },
+    ],
+  ])(
+    "brings in all memory of %s and leaves it",
+    async (_, who, qemuArgs, prefix) => {
+      if (who === "root" && !isRoot) return;
+      await using run = await AttachRun.start(snapshot, {
+        qemuArgs,
+        prefix: prefix(snapshot.path),
+      });
+      const before = await run.traits();
+      const { code, stderr } = await run.attach(snapshot, "--paused").end();
+      expect({ code, stderr }).toEqual({
+        code: 0,
+        stderr: expect.stringContaining("all RAM in after") as unknown as string,
+      });
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+      expect(await run.status(run.pid)).toBeNull();
+      // Its monitor is free again.
+      expect(await askQmp(run.qmpPath, "query-status")).toMatchObject({ running: false });
+      await run.qmp.execute("cont");
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.files()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "lets the guest run at once, shown by fsl status, and one with -S wait",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const load = run.attach(snapshot, "--eager-rate", "8M");
+      await run.serial.waitFor(/^tick \d+ ok/);
+      expect(await run.status(run.pid)).toMatchObject({ served: true, phase: "running" });
+      // Nobody is to wait for the limit.
+      load.signal("SIGTERM");
+      const { code, stderr } = await load.end();
+      expect([code, stderr]).toEqual([0, expect.stringMatching(/SIGTERM: QEMU needs fsl/)]);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+      await using stopped = await AttachRun.start(snapshot, { qemuArgs: ["-S"] });
+      expect((await stopped.attach(snapshot).end()).code).toBe(0);
+      expect(await stopped.qmp.execute("query-status")).toMatchObject({ status: "paused" });
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "--mode copy lets QEMU load everything itself",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      expect((await run.attach(snapshot, "--mode", "copy", "--paused").end()).code).toBe(0);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "killed: the guest waits, and fsl resume goes on and keeps QEMU's own socket",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const load = run.attach(snapshot, "--paused", "--eager-rate", "4M");
+      const phase = async (): Promise<string | undefined> => (await run.status(run.pid))?.phase;
+      while ((await phase()) !== "running") await Bun.sleep(20);
+      await load.kill();
+      expect(await run.status(run.pid)).toMatchObject({ served: false });
+      const again = await run.attach(snapshot).end();
+      expect(again.stderr).toContain(`go on with: fsl resume --pid ${run.pid}`);
+      expect(again.code).toBe(8);
+      const resumed = await run.run("resume", "--pid", String(run.pid));
+      expect([resumed.code, resumed.stderr]).toEqual([0, expect.stringContaining("all RAM is in")]);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+      expect(socketExists(run.qmpPath)).toBe(true);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "takes a QEMU in which a fsl died before it had handed over the state",
+    async () => {
+      let isArmed = false;
+      for (let round = 0; round < 10 && !isArmed; round += 1) {
+        await using run = await AttachRun.start(snapshot);
+        const before = await run.traits();
+        const load = run.attach(other, "--paused");
+        await until(() => openLoadState(run.pid), 20_000, "a load state");
+        await load.kill();
+        if (!(await run.qmp.execute<typeof inmigrate>("query-status")).status.includes("inmigrate"))
+          continue;
+        const status = await run.status(run.pid);
+        if (status?.phase !== "armed") continue;
+        isArmed = true;
+        expect(await run.traits()).not.toEqual(before);
+        const { code, stderr } = await run.attach(snapshot, "--paused").end();
+        expect([code, stderr]).toEqual([0, expect.stringContaining("a dead fsl has left")]);
+        expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+        expect(await run.traits()).toEqual(before);
+      }
+      expect(isArmed).toBe(true);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
+  /** Whoever started it can still give it a state, here one of other memory. */
+  async function loadOrdinarily(run: AttachRun): Promise<void> {
+    await run.qmp.execute("stop");
+    await run.qmp.setCapabilities(["mapped-ram"]);
+    const from = run.qmp.events.length;
+    await run.qmp.execute("migrate-incoming", { uri: `file:${other.path}` });
+    await run.qmp.waitMigrated(from);
+    expect(await differencesFromOracle(other, run)).toEqual([]);
+  }
+
+  test(
+    "when it has too few descriptors, however far the load came",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const reasons = new Set<string>();
+      for (let limit = run.openCount(); limit < 60; limit += 1) {
+        await Bun.$`prlimit --pid ${run.pid} --nofile=${limit}:1024`.quiet();
+        const { code, stderr } = await run.attach(snapshot, "--paused").end();
+        if (code === 0) break;
+        reasons.add(stderr.replace(/^.*?fsl: /s, "").trim());
+        expect([6, 8], stderr).toContain(code);
+        expect(await run.traits()).toEqual(before);
+        expect(await run.qmp.execute("query-status")).toMatchObject(inmigrate);
+        if (reasons.size > 2) break;
+      }
+      expect(reasons.size).toBeGreaterThan(1);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "when the last step before the hand-over fails",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      // The seed is the last descriptor of all: one too many.
+      const open = run.openCount();
+      for (let limit = open + 3; ; limit -= 1) {
+        await Bun.$`prlimit --pid ${run.pid} --nofile=${limit}:1024`.quiet();
+        const { code, stderr } = await run.attach(snapshot, "--paused").end();
+        expect(code).not.toBe(0);
+        if (stderr.includes("add-fd") || limit < open) break;
+      }
+      await Bun.$`prlimit --pid ${run.pid} --nofile=1024:1024`.quiet();
+      expect(await run.traits()).toEqual(before);
+      await loadOrdinarily(run);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "when the snapshot does not fit",
+    async () => {
+      const argv = snapshot.argv.with(snapshot.argv.indexOf("-m") + 1, "128");
+      await using run = await AttachRun.start(snapshot, { argv });
+      const before = await run.traits();
+      const { code, stderr } = await run.attach(snapshot).end();
+      expect([code, stderr]).toEqual([7, expect.stringContaining("start QEMU with -m 64M")]);
+      expect(await run.traits()).toEqual(before);
+      expect(await run.qmp.execute("query-status")).toMatchObject(inmigrate);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "when a signal comes first",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const busy = createConnection(run.qmpPath);
+      await new Promise((resolve) => busy.once("data", resolve));
+      const load = run.attach(snapshot);
+      await Bun.sleep(300);
+      load.signal("SIGTERM");
+      const { code, stderr } = await load.end(5000);
+      expect([code, stderr]).toEqual([143, expect.stringContaining("ended by SIGTERM before")]);
+      busy.destroy();
+      expect(await run.traits()).toEqual(before);
+      await loadOrdinarily(run);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(skip)("fsl load --qmp refuses", () => {
+  test(
+    "a QEMU that is not waiting",
+    async () => {
+      await using run = await AttachRun.start(snapshot, { incoming: [] });
+      const { code, stderr } = await run.attach(snapshot).end();
+      expect(stderr).toMatch(/^fsl: QEMU is not waiting for a state: .* found running/m);
+      expect(code).toBe(7);
+      await run.serial.waitForNext(/^tick \d+ ok/);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a monitor that is busy, after a bounded time",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const busy = createConnection(run.qmpPath);
+      await new Promise((resolve) => busy.once("data", resolve));
+      const { code, stderr } = await run.attach(snapshot).end(20_000);
+      expect(stderr).toMatch(/no QMP greeting within \d+ ms; another client may be connected/);
+      expect(code).toBe(8);
+      busy.destroy();
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a pid that is another process's",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      await using second = await AttachRun.start(snapshot);
+      const before = await second.traits();
+      for (const pid of [second.pid, process.pid]) {
+        const { code, stderr } = await run.attach(snapshot, "--pid", String(pid)).end();
+        expect(stderr).toMatch(/QEMU says it is at|is not the QEMU that answers/);
+        expect(code).toBe(7);
+      }
+      expect(await second.traits()).toEqual(before);
+      expect((await run.attach(snapshot, "--pid", String(run.pid)).end()).code).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "the second of two loaders, whichever monitor it has",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const loads = [run.attach(snapshot, "--paused"), run.attach(snapshot, "--paused")];
+      const ends = await Promise.all(loads.map((load) => load.end()));
+      expect(ends.map(({ code }) => code).sort()).toEqual([0, 8]);
+      const refusal = ends.find(({ code }) => code === 8)?.stderr;
+      expect(refusal).toContain("another fsl is at work on it");
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
