@@ -68,6 +68,15 @@ export class MarkedRun implements AsyncDisposable {
     return (JSON.parse(stdout) as FoundLoad[]).find((load) => load.pid === pid) ?? null;
   }
 
+  /** Waits until `fsl status` says that a load has come so far. */
+  async reachedBy(pid: number, phase: FoundLoad["phase"]): Promise<void> {
+    const endMs = performance.now() + 20_000;
+    while ((await this.status(pid))?.phase !== phase) {
+      if (performance.now() > endMs) throw new Error(`QEMU ${pid} never was ${phase}`);
+      await Bun.sleep(20);
+    }
+  }
+
   /** Living processes of this run whose program begins with `name`. */
   processes(name: string): number[] {
     return marked(this.#mark).filter((pid) => programOf(pid).startsWith(name));
@@ -138,6 +147,10 @@ export class AttachRun extends MarkedRun {
     const [found = this.#pid] = this.processes("qemu-system");
     this.#pid = found;
     return found;
+  }
+
+  reached(phase: FoundLoad["phase"]): Promise<void> {
+    return this.reachedBy(this.pid, phase);
   }
 
   /** `fsl load SNAP --qmp PATH …`. */
