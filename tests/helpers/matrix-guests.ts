@@ -140,12 +140,13 @@ export function withArgument(argv: readonly string[], from: string, to: string):
 
 const HUGE = "/proc/sys/vm/nr_hugepages";
 
-/** Reserves huge pages of 2 MiB; `Symbol.dispose` puts the number back. */
+/** Reserves huge pages of 2 MiB; `Symbol.dispose` gives them back. */
 export function hugePages(count: number): Disposable {
   const before = readFileSync(HUGE, "utf8");
   writeFileSync(HUGE, String(Number(before) + count));
-  const put = (): void => writeFileSync(HUGE, before);
-  if (Number(readFileSync(HUGE, "utf8")) === Number(before) + count)
+  // Others may have reserved some meanwhile.
+  const put = (): void => writeFileSync(HUGE, String(Number(readFileSync(HUGE, "utf8")) - count));
+  if (Number(readFileSync(HUGE, "utf8")) >= Number(before) + count)
     return { [Symbol.dispose]: put };
   put();
   throw new Error(`the kernel has no ${count} huge pages`);
