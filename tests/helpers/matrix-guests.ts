@@ -148,7 +148,7 @@ export function hugePages(count: number): Disposable {
   const put = (): void => writeFileSync(HUGE, String(Number(readFileSync(HUGE, "utf8")) - count));
   if (Number(readFileSync(HUGE, "utf8")) >= Number(before) + count)
     return { [Symbol.dispose]: put };
-  put();
+  writeFileSync(HUGE, before);
   throw new Error(`the kernel has no ${count} huge pages`);
 }
 
