@@ -94,6 +94,12 @@ export class FslProcess {
   }
 }
 
+/** Marks of runs that were not disposed yet: a test that ran into its time limit leaves them. */
+const living = new Set<string>();
+process.on("exit", () => {
+  for (const mark of living) for (const pid of marked(mark)) killQuietly(pid);
+});
+
 export class FaultRun implements AsyncDisposable {
   readonly directory: string;
   readonly serial: SerialConsole;
@@ -114,6 +120,7 @@ export class FaultRun implements AsyncDisposable {
     this.serial = serial;
     this.qmp = qmp;
     this.#mark = mark;
+    living.add(mark);
     this.#env = plainEnvironment({
       [MARK]: mark,
       XDG_RUNTIME_DIR: join(directory, "run"),
@@ -222,6 +229,7 @@ export class FaultRun implements AsyncDisposable {
     // fsl may have a signal to pass on or a child to reap: QEMU first.
     for (const pid of marked(this.#mark)) killQuietly(pid);
     await until(() => (marked(this.#mark).length === 0 ? true : null), 5000, "the end of the run");
+    living.delete(this.#mark);
     this.serial.close();
     this.qmp.close();
     rmSync(this.directory, { recursive: true, force: true });
