@@ -1,6 +1,6 @@
 /**
- * Memory that the guest gives back while its RAM comes in (its real balloon driver) is zero afterwards, never the snapshot's
- * bytes; also when fsl is killed in between.
+ * Memory that the guest gives back while its RAM comes in (its real balloon driver) is zero
+ * afterwards, never the snapshot's bytes; also when fsl is killed in between.
  */
 import { describe, expect, test } from "bun:test";
 import { closeSync, openSync, readSync } from "node:fs";
@@ -21,7 +21,7 @@ const SOAK_MS = 3_600_000;
 const reason = whyNoExecutable() ?? whyNoGuests();
 const MIB = 1 << 20;
 const PAGE = 4096;
-/** Guest memory that is full of data first, then free: what the balloon takes has bytes in the snapshot. */
+/** Memory that was full of data and is free: what the balloon takes has bytes in the snapshot. */
 const SPEC = {
   extraArgs: ["-device", "virtio-balloon-pci,id=balloon0"],
   commands: ["fill 64", "free 64"],
@@ -39,7 +39,7 @@ async function balloonTo(run: FaultRun, bytes: number): Promise<void> {
   }
 }
 
-/** Addresses of pages that have data in the snapshot, count as done, and are not in memory: given back. */
+/** Pages with data in the snapshot that count as done and are not in memory: given back. */
 function discardedPages(pid: number): number[] {
   const state = openLoadState(pid);
   if (state === null) throw new Error("the load is over");

@@ -1,4 +1,7 @@
-/** Signals at any time, and a QEMU that dies or is stopped while it is loaded: fsl serves until QEMU has ended, and leaves nothing. */
+/**
+ * Signals at any time, and a QEMU that dies or is stopped while it is loaded: fsl serves until
+ * QEMU has ended, and leaves nothing.
+ */
 import { describe, expect, test } from "bun:test";
 import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

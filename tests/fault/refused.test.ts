@@ -1,6 +1,7 @@
 /**
- * What the host does not grant: userfaultfd, ptrace, descriptors, file sizes, disk space. Either it works all the same, or
- * the message says what mends it; nothing is left behind, and no guest runs on half its memory.
+ * What the host does not grant: userfaultfd, ptrace, descriptors, file sizes, disk space. Either
+ * it works all the same, or the message says what mends it; nothing is left behind, and no guest
+ * runs on half its memory.
  */
 import { describe, expect, test } from "bun:test";
 import {

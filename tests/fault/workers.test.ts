@@ -1,4 +1,7 @@
-/** Workers that throw or end while faults wait: replaced, and who waits is served; too often: said, and the guest waits. */
+/**
+ * Workers that throw or end while faults wait: replaced, and who waits is served; too often: said,
+ * and the guest waits.
+ */
 import { describe, expect, test } from "bun:test";
 import { mkdtempSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

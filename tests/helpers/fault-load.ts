@@ -1,6 +1,6 @@
 /**
  * A program that loads a snapshot with the library, with a page source of its own:
- * `bun fault-load.ts JSON SNAP --report PATH -- QEMU …`, where JSON is what fault-source.ts wants.
+ * `bun fault-load.ts JSON SNAP --report PATH -- QEMU …`; JSON: what fault-source.ts wants.
  */
 import { join } from "node:path";
 import { loadSnapshot, spawnQemu } from "../../src/index.ts";

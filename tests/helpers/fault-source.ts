@@ -1,6 +1,6 @@
 /**
- * A page source that goes wrong on purpose: the snapshot's own, which throws or ends its Worker at certain pages as long as
- * a file exists.
+ * A page source that goes wrong on purpose: the snapshot's own, which throws or ends its Worker at
+ * certain pages as long as a file exists.
  */
 import { appendFileSync, existsSync, openSync, statSync } from "node:fs";
 import type { PageBytes, PageSource, SourceBlock } from "../../src/source/page-source.ts";
