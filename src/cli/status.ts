@@ -29,7 +29,8 @@ export const statusCommand = defineCommand({
 
 /** What to do about a load that nobody serves. */
 const WHAT_NOW: Readonly<Record<FoundLoad["phase"], string>> = {
-  armed: "waits for its state, which its fsl did not live to give: end it, or load again with --qmp",
+  armed:
+    "waits for its state, which its fsl did not live to give: end it, or load again with --qmp",
   "handing over": "waits for its pages: fsl resume --pid PID",
   loaded: "waits for its pages: fsl resume --pid PID",
   running: "waits for its pages: fsl resume --pid PID",
