@@ -1,6 +1,7 @@
 /**
- * What the benchmark does to this machine and reads from it: page cache, memory, CPU time. Linux only; CPU time wants cgroup 2 (then every thread and child counts to the
- * microsecond) and falls back to /proc (steps of 10 ms).
+ * What the benchmark does to this machine and reads from it: page cache, memory, CPU time. Linux
+ * only; CPU time wants cgroup 2 (then every thread and child counts to the microsecond) and falls
+ * back to /proc (steps of 10 ms).
  */
 import {
   existsSync,

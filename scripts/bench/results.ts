@@ -96,7 +96,8 @@ export class Cells {
 
 /**
  * CPU time that a load costs beyond starting QEMU: the total less what QEMU alone needs until it
- * can take the state. fsl's own start counts in full. Idle runs only: they all end at the same time.
+ * can take the state. fsl's own start counts in full. Idle runs only: they all end at the same
+ * time.
  */
 export function withLoadCpu(cells: readonly Cell[]): Cell[] {
   return cells.map((cell) => {
