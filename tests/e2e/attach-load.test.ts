@@ -1,4 +1,6 @@
-/** `fsl load --qmp`: a QEMU of somebody else's gets its state, and lives on as if nothing had been. */
+/**
+ * `fsl load --qmp`: a QEMU of somebody else's gets its state, and lives on as if nothing had been.
+ */
 import { beforeAll, describe, expect, test } from "bun:test";
 import { createConnection } from "node:net";
 import { dirname } from "node:path";

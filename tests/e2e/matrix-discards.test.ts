@@ -1,6 +1,7 @@
 /**
- * Memory that the guest gives back while it is loaded (docs/guests.md, "Discards"), by a Linux guest
- * with the real drivers: it never gets the snapshot's bytes back, and the rest of it stays right.
+ * Memory that the guest gives back while it is loaded (docs/guests.md, "Discards"), by a Linux
+ * guest with the real drivers: it never gets the snapshot's bytes back, and the rest of it stays
+ * right.
  */
 import { describe, expect, test } from "bun:test";
 import { join } from "node:path";

@@ -1,4 +1,7 @@
-/** Fresh snapshots of the installed QEMU, parsed by us and held against QEMU's own account of itself. */
+/**
+ * Fresh snapshots of the installed QEMU, parsed by us and held against QEMU's own account of
+ * itself.
+ */
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import {
   closeSync,
@@ -58,7 +61,9 @@ async function save(
   return { path, machineType: await qemu.machineType(), blocks: await qemu.blocks() };
 }
 
-/** Names of the device sections by the description at the end of the file, found by a plain search. */
+/**
+ * Names of the device sections by the description at the end of the file, found by a plain search.
+ */
 function describedDevices(path: string): string[] {
   const tail = readFileSync(path).subarray(-2_000_000);
   const { devices } = JSON.parse(
@@ -296,7 +301,10 @@ describe.skipIf(version === null)("a snapshot is refused", () => {
 });
 
 describe.skipIf(version === null)("a seed", () => {
-  /** Loads a file into a new QEMU, by QEMU's own loader. @returns the first MiB of its memory, and its run state */
+  /**
+   * Loads a file into a new QEMU, by QEMU's own loader. @returns the first MiB of its memory, and
+   * its run state
+   */
   async function loadBy(path: string): Promise<{ memory: Uint8Array; status: unknown }> {
     await using qemu = await QemuOracle.start([...TCG, ...MICROVM, "-incoming", "defer"]);
     await qemu.load(path);

@@ -1,4 +1,6 @@
-/** Saving a real guest: what is there afterwards, and that everything is as before when it fails. */
+/**
+ * Saving a real guest: what is there afterwards, and that everything is as before when it fails.
+ */
 import {
   afterAll,
   afterEach,
@@ -73,7 +75,9 @@ async function capabilitiesOn(): Promise<string[]> {
   return list.filter(({ state }) => state).map(({ capability }) => capability);
 }
 
-/** What must hold after every failure: the guest runs, nothing is left, QEMU's settings are its own. */
+/**
+ * What must hold after every failure: the guest runs, nothing is left, QEMU's settings are its own.
+ */
 async function expectUndone(files: string[] = []): Promise<void> {
   expect(readdirSync(directory)).toEqual(files);
   expect(await runState()).toBe("running");
@@ -180,7 +184,8 @@ describe("saveSnapshot that fails", () => {
   ])("is undone when it is aborted in the middle, %s", async (_how, live) => {
     await using big = await OwnQemu.start(scratch, [
       ...guestArgv("pc", "-m", "1536", ...bootDrive(disk)),
-      // Not zero, so it is written: a file mapped as RAM again and again would be shared, this is not.
+      // Not zero, so it is written: a file mapped as RAM again and again would be shared, this is
+      // not.
       ...Array.from({ length: 64 }, (_, index) => [
         "-device",
         `loader,file=${noise},addr=${0x10000000 + index * 65_536},force-raw=on`,

@@ -34,7 +34,9 @@ function spawn(way: UserfaultfdWay | undefined, ...extra: string[]): QemuTarget 
   return target;
 }
 
-/** True when `fd` is of the address space that `info` tells of: registering and unregistering work. */
+/**
+ * True when `fd` is of the address space that `info` tells of: registering and unregistering work.
+ */
 function isOf(fd: number, info: TargetInfo): boolean {
   const out = new BigUint64Array(2);
   const region = info.regions.find(({ idstr }) => idstr === "microvm.ram");

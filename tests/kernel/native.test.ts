@@ -1,4 +1,6 @@
-/** The binding itself: loading, the ABI table, memory, sockets with descriptors, polling, leases. */
+/**
+ * The binding itself: loading, the ABI table, memory, sockets with descriptors, polling, leases.
+ */
 import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

@@ -1,6 +1,6 @@
 /**
- * The same code in every way of running: plain bun, a program of somebody else's compiled with
- * `bun build --compile` (which names no extra entry points), and one bundled to a folder. In each the
+ * The same code in every way of running: plain bun, a program of somebody else's compiled with `bun
+ * build --compile` (which names no extra entry points), and one bundled to a folder. In each the
  * shim loads in the main thread and in Workers, and nothing is written to a temporary directory.
  */
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";

@@ -118,7 +118,10 @@ describe("openSnapshot of a sparse 64 GiB guest", () => {
   const usedLength = 64 * 1024 ** 3;
   const bitmapLength = usedLength / 4096 / 8;
 
-  /** Block record, then a hole of bitmap and pages with one bit set, then the tail of a small snapshot. */
+  /**
+   * Block record, then a hole of bitmap and pages with one bit set, then the tail of a small
+   * snapshot.
+   */
   function writeSparse(path: string): void {
     const small = buildSnapshot({ blocks: [{ idstr: "pc.ram", pages: "." }] });
     const bitmapOffset = fieldOffset(small, "pc.ram.bitmap");
