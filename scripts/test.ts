@@ -50,8 +50,8 @@ const TIERS: readonly Tier[] = [
   { name: "unit", missing: () => null, testSeconds: 10, tierSeconds: 120 },
   { name: "property", missing: () => null, testSeconds: 60, tierSeconds: 180 },
   { name: "kernel", missing: whyNoUserfaultfd, testSeconds: 30, tierSeconds: 180 },
-  { name: "e2e", missing: whyNoEnd2End, testSeconds: 120, tierSeconds: 600 },
-  { name: "fault", missing: whyNoEnd2End, testSeconds: 120, tierSeconds: 420 },
+  { name: "e2e", missing: whyNoEnd2End, testSeconds: 120, tierSeconds: 900 },
+  { name: "fault", missing: whyNoEnd2End, testSeconds: 120, tierSeconds: 600 },
 ];
 
 /** Runs only with --soak. */
