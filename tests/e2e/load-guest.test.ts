@@ -38,8 +38,9 @@ async function startRunning(
 ): Promise<FslRun> {
   const run = await FslRun.start(snapshot, { flags });
   try {
-    await run.qmp.ready;
-    await run.qmp.waitEvent("RESUME");
+    await run.hasState();
+    const { running } = await run.qmp.execute<{ running: boolean }>("query-status");
+    if (!running) await run.qmp.waitEvent("RESUME");
     return run;
   } catch (error) {
     await run[Symbol.asyncDispose]();
@@ -223,9 +224,7 @@ describe.skipIf(skip)("the bare guest", () => {
     async () => {
       const snapshot = await snapshotOf({ guest: "bare" });
       await using run = await FslRun.start(snapshot, { flags: ["--paused", "--eager-rate", "4K"] });
-      await run.qmp.ready;
-      // Its state is loaded when QEMU has left inmigrate.
-      await run.qmp.waitEvent("MIGRATION", ({ status }) => status === "completed");
+      await run.hasState();
       const { status } = await run.qmp.execute<{ status: string }>("query-status");
       expect(["paused", "prelaunch"]).toContain(status);
       expect(run.serial.lines).toEqual([]);

@@ -74,6 +74,7 @@ describe.skipIf(skip)("fsl load and signals", () => {
       await using run = await FslRun.start(await bare(), { flags });
       await run.serial.waitFor(/^tick \d+ ok/);
       if (flags.length === 0) await run.complete();
+      await run.qmp.ready;
       run.signal(signal);
       await run.qmp.waitEvent("SHUTDOWN");
       expect(await run.end()).toBe(0);
@@ -311,8 +312,7 @@ describe.skipIf(skip)("a QEMU after its load", () => {
           flags: ["--paused", "--eager-rate", "8M"],
         });
         const { qmp } = first;
-        await qmp.ready;
-        await qmp.waitMigrated(0);
+        await first.hasState();
         const from = qmp.events.length;
         // fsl has set what a mapped-ram file needs, and has not put it back yet.
         await qmp.execute("migrate", { uri: `file:${path}` });
@@ -342,8 +342,7 @@ describe.skipIf(skip)("a QEMU after its load", () => {
           flags: ["--paused", "--eager-rate", "16M"],
         });
         const { qmp } = run;
-        await qmp.ready;
-        await qmp.waitMigrated(0);
+        await run.hasState();
         await qmp.execute("migrate-set-parameters", { "max-bandwidth": 65_536 });
         await qmp.execute("migrate", { uri: `file:${join(directory, "slow.snap")}` });
         const report = await run.complete();

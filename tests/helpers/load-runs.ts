@@ -227,6 +227,21 @@ export class FslRun implements AsyncDisposable {
     );
   }
 
+  /**
+   * Waits until QEMU has its state: it runs, or is stopped. Asked for, because events that came
+   * before the test's own QMP was ready are lost.
+   */
+  async hasState(): Promise<void> {
+    await this.qmp.ready;
+    const endMs = performance.now() + 30_000;
+    for (;;) {
+      const { status } = await this.qmp.execute<{ status: string }>("query-status");
+      if (status !== "inmigrate") return;
+      if (performance.now() > endMs) throw new Error(`still in migration: ${this.stderr.text}`);
+      await Bun.sleep(2);
+    }
+  }
+
   /** The summary line that fsl prints when its report is written. */
   async complete(ms = 60_000): Promise<LoadReport> {
     await this.stderr.waitFor(/all RAM in after|ended before all RAM/, ms);
