@@ -183,7 +183,7 @@ class Load {
     const { prepared, plan } = await this.#meet();
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
-    const { state, serving } = await this.#arm(this.#crew, prepared, lazy, fill);
+    const { state, serving, served } = await this.#arm(this.#crew, prepared, lazy, fill);
     const seedFd = takeSeed(prepared, [...lazy, ...fill]);
     state.phase = PHASE_HANDING_OVER;
     const handedOver = this.#handOver(seedFd, prepared.snapshot.streamOffset);
@@ -191,7 +191,7 @@ class Load {
     const { set } = prepared;
     // Comes in while QEMU loads its devices.
     serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
-    await handedOver;
+    await Promise.all([handedOver, served]);
     state.phase = PHASE_STATE_LOADED;
     if (!this.#isPaused) await this.#resume();
     state.phase = PHASE_RUNNING;
@@ -296,7 +296,7 @@ class Load {
     prepared: Prepared,
     lazy: BlockPlan[],
     fill: BlockPlan[],
-  ): Promise<{ state: LoadState; serving: Serving }> {
+  ): Promise<{ state: LoadState; serving: Serving; served: Promise<void> }> {
     const { snapshot } = prepared;
     const canDiscard = this.#info?.canDiscard ?? false;
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
@@ -354,9 +354,11 @@ class Load {
       registrations.map(({ zero }) => zero),
     );
     await fillBlocks(pid, snapshot, fill);
-    await Promise.all([served, kept]);
+    // The default source cannot fail to start. Events wait in the kernel until the Worker reads
+    // them, and `loadState` itself waits for QEMU's answer about the kept descriptor.
+    if (this.#options.source !== undefined) await Promise.all([served, kept]);
     this.#times.armedMs = this.#now();
-    return { state, serving };
+    return { state, serving, served };
   }
 
   /**

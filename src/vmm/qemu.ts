@@ -212,7 +212,9 @@ export class QemuTarget implements Target {
   }
 
   async keepDescriptor(name: string, fd: number): Promise<void> {
-    await this.#guard(this.#qmp.request("getfd", { fdname: name }, { fd }));
+    const kept = this.#qmp.request("getfd", { fdname: name }, { fd });
+    if (this.#phase === "connected") this.#prepare(kept);
+    await this.#guard(kept);
     this.#keptNames.add(name);
   }
 
