@@ -131,6 +131,7 @@ export class EagerLoop {
         const outcome = this.#replayNext();
         if (outcome === GONE) return "gone";
         isReplaying = outcome !== null;
+        if (!isReplaying) this.#releaseSource();
         continue;
       }
       if (hot < 0 && !isGoing) {
@@ -145,6 +146,13 @@ export class EagerLoop {
       if (outcome !== SUPPLIED) putOff.push(chunk);
     }
     return this.#isOver() ? "stopped" : this.#bringPutOff(putOff);
+  }
+
+  /** What the working set had mapped: its chunks may be copied by another Worker. */
+  #releaseSource(): void {
+    const { source, state, replay } = this.#options;
+    if (replay.length === 0) return;
+    for (const { index, pageCount } of state.blocks) source.release?.(index, 0, pageCount);
   }
 
   /** Told to end, or nothing more can come. */

@@ -45,6 +45,9 @@ const FAULTS_PAUSE_MAX = 1024;
 /** In the event buffer: a place that nothing was read into. */
 const NO_EVENT = 0;
 
+/** After so many faults the source lets go of what it has mapped: 64 KiB a fault, 16 MiB in all. */
+const RELEASE_FAULTS = 256;
+
 /** How the loop ended. */
 export type LoopEnd = "stopped" | "gone";
 
@@ -98,6 +101,7 @@ export class FaultLoop {
   #eventsRead = 0;
   #lastBlock: BlockState | undefined;
   #faults = 0;
+  #faultsAtRelease = 0;
 
   constructor(options: FaultLoopOptions) {
     this.#options = options;
@@ -232,7 +236,15 @@ export class FaultLoop {
     state.eventCount = 0;
     state.busy = false;
     if (this.#faults >= FAULTS_PAUSE_MAX) state.letEagerGo();
+    if (this.#faults - this.#faultsAtRelease >= RELEASE_FAULTS) this.#releaseSource();
     return this.#options.clusterPages > 1 ? this.#bringNeighbours() : SUPPLIED;
+  }
+
+  /** The source need not hold what was copied: a mapped file would count as fsl's memory. */
+  #releaseSource(): void {
+    const { source, state } = this.#options;
+    this.#faultsAtRelease = this.#faults;
+    for (const { index, pageCount } of state.blocks) source.release?.(index, 0, pageCount);
   }
 
   /** Starts the reads of a whole batch before the first is waited for. */
