@@ -87,6 +87,10 @@ const EXIT_NOTICE_MS = 1_000;
 const ABANDON_GRACE_MS = 2_000;
 /** In case an event is lost: how often the progress of a load is asked for. */
 const LOAD_CHECK_MS = 2_000;
+/** After SHUTDOWN: how long QEMU is watched, how often, and how long it may take for an answer. */
+const END_WATCH_MS = 10_000;
+const END_LOOK_MS = 200;
+const END_ANSWER_MS = 1_000;
 
 type Phase = "new" | "connected" | "loading" | "loaded" | "released" | "abandoned";
 
@@ -108,6 +112,7 @@ export class QemuTarget implements Target {
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
   #earlier: TargetRecord | null = null;
+  #isEndWatched = false;
 
   /** @param qmp connected, not necessarily greeted yet; owned by the target from now on */
   constructor(process: QemuProcess, qmp: QmpClient, options: QemuTargetOptions = {}) {
@@ -115,6 +120,9 @@ export class QemuTarget implements Target {
     this.#qmp = qmp;
     this.#options = options;
     this.exited = process.exited;
+    qmp.onEvent(({ name }) => {
+      if (name === "SHUTDOWN") this.#watchEnd();
+    });
     // Asked at once: the answers are there a moment after QEMU is able to give them.
     this.#inventory = takeInventory(qmp);
     this.#inventory.catch(() => {});
@@ -283,6 +291,27 @@ export class QemuTarget implements Target {
 
   kill(): void {
     this.#signal(constants.signals.SIGKILL);
+  }
+
+  /**
+   * A QEMU in its end can wait for ever for a QMP command that came in that very moment: the
+   * clean-up of its monitors sleeps until the command is done, and nothing wakes it to run it
+   * (10.0.2; one end in thirty where the guest powered off just when fsl let go). SIGTERM asks for
+   * what is under way anyway, and wakes it. One that is to stay (-no-shutdown) answers.
+   */
+  #watchEnd(): void {
+    if (this.#isEndWatched) return;
+    this.#isEndWatched = true;
+    const endMs = performance.now() + END_WATCH_MS;
+    const timer = setInterval(() => {
+      const hangs = this.#qmp.unansweredMs > END_ANSWER_MS;
+      if (hangs) this.signal("SIGTERM");
+      if (hangs || this.#qmp.isClosed || performance.now() > endMs) {
+        clearInterval(timer);
+        this.#isEndWatched = false;
+      }
+    }, END_LOOK_MS);
+    timer.unref();
   }
 
   signal(signal: NodeJS.Signals): void {

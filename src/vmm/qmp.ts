@@ -65,6 +65,8 @@ const ID_START_MAX = 100_000;
 /** A command on its way. */
 interface Pending {
   readonly command: string;
+  /** On the clock of `performance.now()`. */
+  readonly sinceMs: number;
   readonly bytes: Uint8Array;
   readonly fd: number | undefined;
   readonly resolve: (reply: QmpReply) => void;
@@ -162,6 +164,12 @@ export class QmpClient {
     );
   }
 
+  /** For how long the oldest command has been waiting for its answer, ms; 0 when none is. */
+  get unansweredMs(): number {
+    const [oldest] = this.#pending.values();
+    return oldest === undefined ? 0 : performance.now() - oldest.sinceMs;
+  }
+
   /** @returns a function that takes the listener off again. Listeners must not throw. */
   onEvent(listener: (event: QmpEvent) => void): () => void {
     this.#listeners.add(listener);
@@ -219,6 +227,7 @@ export class QmpClient {
     const bytes = Buffer.from(JSON.stringify(message, rawIntegers), "utf8");
     const pending = {
       command,
+      sinceMs: performance.now(),
       bytes,
       fd: options.fd,
       resolve,
