@@ -307,7 +307,7 @@ async function armedLoad(
   length: number,
   options: ConstructorParameters<typeof Serving>[4],
 ): Promise<ArmedLoad> {
-  const crew = new Crew(options.eager?.workers ?? 1);
+  const crew = new Crew();
   const { fd, addr } = receiveRegion(toucher.socket);
   const uffd = new Uffd(fd);
   uffd.api(0);

@@ -1,7 +1,7 @@
 /** `--detach`: the load runs in the background from its first moment on; this waits for the guest. */
 import { type BackgroundRole, startBackground } from "../index.ts";
 import { formatMs } from "./format.ts";
-import { log, setSilent } from "./log.ts";
+import { log, setQuiet } from "./log.ts";
 import { SIGNALS } from "./serve.ts";
 
 /** What the process in the background says when the guest runs. */
@@ -34,7 +34,7 @@ export async function loadInBackground(): Promise<number> {
 /** In the background: the guest runs, and nobody reads what is printed from now on, but for a log. */
 export function letForegroundGo(role: BackgroundRole, qemuPid: number): void {
   role.announce({ qemuPid, resumedMs: performance.now() } satisfies Announcement);
-  if (!role.isLogged) setSilent();
+  if (!role.isLogged) setQuiet(true);
 }
 
 /** Lets everything through that has arrived by now. */

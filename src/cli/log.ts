@@ -1,25 +1,34 @@
 /**
  * Messages for people, on stderr. The only import of consola, with arguments.ts and main.ts the
- * only readers of flags.
+ * only readers of flags. It is loaded with the first message that is shown: it touches the standard
+ * streams, which takes 12 ms, and by then QEMU is starting.
  */
-import { createConsola, LogLevels } from "consola";
+import type { ConsolaInstance } from "consola";
 import type { Logger } from "../index.ts";
 
-/** stdout carries results only; consola would write `info` there. */
-export const log = createConsola({ stdout: process.stderr, stderr: process.stderr });
+let isQuiet = false;
+let instance: ConsolaInstance | undefined;
 
-/** @param quiet only errors are shown */
-export function setQuiet(quiet: boolean): void {
-  log.level = quiet ? LogLevels.error : LogLevels.info;
+function consola(): ConsolaInstance {
+  if (instance === undefined) {
+    const { createConsola } = require("consola") as typeof import("consola");
+    // stdout carries results only; consola would write `info` there.
+    instance = createConsola({ stdout: process.stderr, stderr: process.stderr });
+  }
+  return instance;
 }
 
-/** Nobody reads it. */
-export function setSilent(): void {
-  log.level = LogLevels.silent;
-}
-
-/** What the library says while it loads. */
-export const loadLogger: Logger = {
-  info: (message) => log.info(message),
-  warn: (message) => log.warn(message),
+/** Also what the library says while it loads. */
+export const log: Logger = {
+  info(message) {
+    if (!isQuiet) consola().info(message);
+  },
+  warn(message) {
+    if (!isQuiet) consola().warn(message);
+  },
 };
+
+/** @param quiet nobody wants, or reads, remarks; errors are not printed here */
+export function setQuiet(quiet: boolean): void {
+  isQuiet = quiet;
+}

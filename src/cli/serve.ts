@@ -13,7 +13,7 @@ import {
 } from "../index.ts";
 import { byteSize, wholeNumber } from "./arguments.ts";
 import { formatMs } from "./format.ts";
-import { loadLogger, log } from "./log.ts";
+import { log } from "./log.ts";
 
 /**
  * After a signal to end, a QEMU that cannot (a vCPU waits for a page that cannot be read) is
@@ -68,7 +68,7 @@ export function servingOptions(flags: ServingFlags): ServingOptions {
   return {
     onError: onErrorOf(flags["on-error"] ?? "wait"),
     errorLimitMs: wholeNumber(limit, "error-limit-ms", 0, 86_400_000),
-    logger: loadLogger,
+    logger: log,
     eager: {
       ...(workers === undefined ? {} : { workers: wholeNumber(workers, "eager-workers", 1, 8) }),
       ...(rate === undefined ? {} : { bytesPerSecond: byteSize(rate, "eager-rate") }),

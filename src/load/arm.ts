@@ -19,7 +19,7 @@ import { contentRanges, writtenRanges } from "./contents.ts";
 import { BlockFiller } from "./fill.ts";
 import type { BlockPlan } from "./plan.ts";
 import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
-import type { BlockState, LoadState } from "./state.ts";
+import { type BlockState, type LoadState, MAIN_THREAD } from "./state.ts";
 import { SUPPLIED, type Supply } from "./supply.ts";
 
 /** Zero extents are cut at page table seams: below that, a split costs more than its faults. */
@@ -133,8 +133,12 @@ export function releaseZeroExtents(
     if (zero.length === 0) continue;
     const first = nextMissing(block.data, none, 0, block.pageCount, true);
     if (first < block.pageCount && block.block.hostPageSize === block.block.pageSize) {
-      // A source that has not got the page yet costs a merge later, nothing else.
-      if (supply.copyRun(block, first, 1) !== SUPPLIED) continue;
+      const { canDiscard } = state.metadata;
+      if (canDiscard && !state.enterCopy(MAIN_THREAD)) continue;
+      const outcome = supply.copyRun(block, first, 1);
+      if (canDiscard) state.leaveCopy(MAIN_THREAD);
+      // A source that has not got the page yet, for one: then zero pages come by fault.
+      if (outcome !== SUPPLIED) continue;
     }
     for (const { startAddr, endAddr } of zero) uffd.unregister(startAddr, endAddr - startAddr);
   }

@@ -13,7 +13,7 @@ import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { alignDown } from "../pages.ts";
 import { countRange, nextBit, nextMissing, setRange } from "./bits.ts";
-import type { ChunkMover } from "./chunk-mover.ts";
+import { canMove, type ChunkInHand, type ChunkMover } from "./chunk-mover.ts";
 import {
   add,
   type BlockState,
@@ -29,10 +29,13 @@ import {
   recordLatency,
 } from "./state.ts";
 import type { PageFailure } from "./fault-loop.ts";
+import type { Priority } from "./priority.ts";
 import { FAILED, GONE, type Outcome, RETRY, SUPPLIED, Supply } from "./supply.ts";
 
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
+/** Of poll(2). */
+const FOREVER = -1;
 const FAILED_PAUSE_MS = 200;
 const FAILED_PAUSE_MAX_MS = 3200;
 /** Unreadable pages that one Worker tells of; a whole disk may have died. */
@@ -60,8 +63,10 @@ export interface EagerLoopOptions {
    * numbers each.
    */
   readonly replay: Int32Array;
-  /** Brings whole chunks where that can be done; null: every page is copied. */
-  readonly mover: ChunkMover | null;
+  /** Absent: nobody's is changed. */
+  readonly priority?: Priority;
+  /** Each brings whole chunks where that can be done; none: every page is copied. */
+  readonly movers: readonly ChunkMover[];
   /**
    * Data pages of all eager Workers together, bytes per second; 0 = no limit. This Worker's share.
    */
@@ -92,6 +97,10 @@ export class EagerLoop {
   /** Pages that could not be read and have not come yet, by block and page. */
   readonly #failures = new Map<string, PageFailure>();
   readonly #pieceLength: number;
+  /** Chunks that could not be moved, plan-wide numbers: what is missing of them is copied. */
+  readonly #unmoved: number[] = [];
+  readonly #moverFds: Int32Array;
+  readonly #moverEvents: Int32Array;
   /**
    * Where the search for a missing page of any block goes on: pages do not become missing again.
    */
@@ -104,6 +113,8 @@ export class EagerLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
+    this.#moverFds = new Int32Array(options.movers.length);
+    this.#moverEvents = new Int32Array(options.movers.length);
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
     const perPace = (bytesPerSecond * PACE_MS) / 1000;
@@ -112,7 +123,7 @@ export class EagerLoop {
 
   /** Takes chunks until none is left and every page that was put off has come too. */
   run(): EagerEnd {
-    const { state, order } = this.#options;
+    const { state, order, priority } = this.#options;
     const putOff: number[] = [];
     let isReplaying = true;
     let isGoing = false;
@@ -123,28 +134,35 @@ export class EagerLoop {
         this.#startedMs = performance.now();
         this.#bytes = 0;
       }
+      priority?.look();
+      this.#advance(0);
       // Where the guest is now comes first, and what lies behind it; then the working set; then
       // the order.
       const hot = isGoing ? state.takeHotChunk() : -1;
-      let chunk: number | undefined = hot;
       if (hot < 0 && isReplaying) {
         const outcome = this.#replayNext();
         if (outcome === GONE) return "gone";
         isReplaying = outcome !== null;
-        if (!isReplaying) this.#releaseSource();
+        if (!isReplaying) {
+          this.#releaseSource();
+        }
         continue;
       }
       if (hot < 0 && !isGoing) {
-        this.#sleep(PARK_MS);
+        if (!this.#advance(PARK_MS)) this.#sleep(PARK_MS);
         continue;
       }
-      if (hot < 0) chunk = order[state.takeChunk()];
-      if (chunk === undefined) break;
+      const chunk = hot >= 0 ? hot : (this.#unmoved.pop() ?? order[state.takeChunk()]);
+      if (chunk === undefined) {
+        if (this.#advance(FOREVER)) continue;
+        break;
+      }
       let outcome = this.#bringChunk(chunk);
       if (outcome === SUPPLIED && hot >= 0) outcome = this.#bringChunk(hot + 1);
       if (outcome === GONE) return "gone";
       if (outcome !== SUPPLIED) putOff.push(chunk);
     }
+    while (this.#advance(FOREVER));
     return this.#isOver() ? "stopped" : this.#bringPutOff(putOff);
   }
 
@@ -209,17 +227,23 @@ export class EagerLoop {
     return "finished";
   }
 
-  /** Brings what is missing of a chunk, unless another Worker has it in hand or it is complete. */
+  /**
+   * Brings what is missing of a chunk, unless another Worker has it in hand or it is complete. What
+   * a helper brings has only been begun when this returns.
+   */
   #bringChunk(planChunk: number): Outcome {
-    const { state: load, workerIndex, mover } = this.#options;
+    const { state: load, workerIndex, bytesPerSecond } = this.#options;
     const state = load.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
     const chunk = planChunk - (state?.firstChunk ?? 0);
     if (state === undefined || chunk >= state.chunks.length) return SUPPLIED;
-    if (mover?.canMove(state, chunk)) {
+    const mover = canMove(state, chunk) ? this.#freeMover() : null;
+    if (mover !== null) {
       const moving = CHUNK_MOVING + workerIndex;
       if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, moving) === CHUNK_FREE) {
-        const outcome = this.#moveChunk(mover, state, chunk);
-        if (outcome === SUPPLIED || outcome === GONE) return outcome;
+        mover.begin(state, chunk);
+        // Nothing may be in hand while the rate makes this Worker sleep.
+        while (bytesPerSecond !== 0 && this.#advance(FOREVER));
+        return SUPPLIED;
       }
     }
     // Pages may be served one by one from here on.
@@ -232,37 +256,105 @@ export class EagerLoop {
     return outcome;
   }
 
+  /** A mover that can begin a chunk, waited for if need be; null when there is none any more. */
+  #freeMover(): ChunkMover | null {
+    for (;;) {
+      const free = this.#options.movers.find(({ isFree }) => isFree);
+      if (free !== undefined) return free;
+      if (!this.#advance(FOREVER)) return null;
+    }
+  }
+
+  /** Nobody waits for a chunk that was read while this Worker does something else. */
+  #flushMovers(): void {
+    for (const mover of this.#options.movers) mover.flush();
+  }
+
   /**
-   * A chunk that nobody has touched, in one piece. Faults in it wait meanwhile; they are woken in
-   * any case.
+   * Goes on with what helpers have done. @param waitMs how long to wait for one of them, at most
+   * @returns false when none has anything in hand
    */
-  #moveChunk(mover: ChunkMover, state: BlockState, chunk: number): Outcome {
-    const { state: load, counters, workerIndex, uffd } = this.#options;
-    const { canDiscard } = load.metadata;
+  #advance(waitMs: number): boolean {
+    const { movers } = this.#options;
+    if (waitMs !== 0) this.#flushMovers();
+    let running = 0;
+    for (const mover of movers) {
+      if (mover.isRunning) this.#moverFds[running++] = mover.fd;
+    }
+    if (running === 0) return movers.some(({ moving }) => moving !== null);
+    sys.poll(this.#moverFds, this.#moverEvents, running, POLLIN, waitMs);
+    let at = 0;
+    for (const mover of movers) {
+      if (mover.isRunning && this.#moverEvents[at++] !== 0) this.#proceed(mover);
+    }
+    return true;
+  }
+
+  /** The next step of what a helper has in hand. */
+  #proceed(mover: ChunkMover): void {
+    const { state: load, workerIndex } = this.#options;
+    const read = mover.proceed();
+    let bytes = 0;
+    if (mover.moving !== null) {
+      bytes = this.#settle(mover.moving, mover.hasMoved);
+      mover.settle();
+    }
+    const { reading } = mover;
+    if (reading === null) {
+      // With a rate nothing else is in hand now.
+      this.#pace(bytes);
+    } else if (read === null) {
+      mover.goOn();
+    } else if (!read || load.halted) {
+      mover.drop();
+      this.#settle(reading, false);
+    } else if (!load.metadata.canDiscard) {
+      mover.queueMove();
+    } else {
+      while (!load.enterCopy(workerIndex)) this.#sleep(PARK_MS);
+      const { state, chunk } = reading;
+      const end = state.chunkEnd(chunk);
+      // A REMOVE may have marked pages while the bytes were read: those are zero now.
+      if (load.halted || nextBit(state.done, state.chunkStart(chunk), end, true) !== end) {
+        mover.drop();
+        this.#settle(reading, false);
+      } else {
+        mover.queueMove();
+        mover.flush();
+        mover.proceed();
+        bytes = this.#settle(reading, mover.hasMoved);
+        mover.settle();
+      }
+      load.leaveCopy(workerIndex);
+      this.#pace(bytes);
+    }
+  }
+
+  /**
+   * A chunk has come as a whole, or could not: then it is copied. Faults in it have waited for it;
+   * they are woken in any case. @returns bytes of data that have come
+   */
+  #settle({ state, chunk }: ChunkInHand, moved: boolean): number {
+    const { counters, uffd, priority } = this.#options;
     const { block } = state;
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
-    let moved = !load.halted && mover.read(state, chunk);
-    if (moved) {
-      while (canDiscard && !load.enterCopy(workerIndex)) this.#sleep(PARK_MS);
-      // A REMOVE may have marked pages while the bytes were read: those are zero now.
-      moved =
-        !load.halted && nextBit(state.done, start, end, true) === end && mover.move(state, chunk);
-      if (moved) setRange(state.done, start, end);
-      if (canDiscard) load.leaveCopy(workerIndex);
-    }
+    if (moved) setRange(state.done, start, end);
     Atomics.store(state.chunks, chunk, moved ? CHUNK_MOVED : CHUNK_SPLIT);
     const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
+    if (waitingSinceNs > 0) priority?.putBack();
     if (!moved || waitingSinceNs > 0) {
       uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
     }
-    if (!moved) return RETRY;
+    if (!moved) {
+      this.#unmoved.push(state.firstChunk + chunk);
+      return 0;
+    }
     if (waitingSinceNs > 0) recordLatency(counters, sys.clockNs() - waitingSinceNs);
     const dataPages = countRange(state.data, start, end);
     add(counters, C_EAGER_PAGES, dataPages);
     add(counters, C_MOVED_CHUNKS, 1);
-    this.#pace(dataPages * block.pageSize);
-    return SUPPLIED;
+    return dataPages * block.pageSize;
   }
 
   /** Copies what is missing of a chunk. Goes past pages that fail, and says so by its outcome. */
@@ -295,6 +387,7 @@ export class EagerLoop {
     const { state: load, counters, workerIndex } = this.#options;
     const { canDiscard } = load.metadata;
     const { block } = state;
+    this.#flushMovers();
     if (canDiscard && !load.enterCopy(workerIndex)) return RETRY;
     // Looked up again inside the gate: a REMOVE may have marked pages since the caller looked.
     const at = nextMissing(state.data, state.done, from, chunkEnd, true);

@@ -1,14 +1,11 @@
 /** Worker entry point: one eager loader. */
-import * as sys from "../sys/native.ts";
 import { ChunkMover } from "./chunk-mover.ts";
 import { EagerLoop } from "./eager-loop.ts";
+import { Priority } from "./priority.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
 
 serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report }) => {
-  // Only this thread: the vCPUs and the fault loop go first.
-  sys.setpriority(sys.gettid(), start.nice);
-  if (start.helper !== null) sys.setpriority(start.helper.pid, start.nice);
   const loop = new EagerLoop({
     state,
     uffd,
@@ -18,7 +15,11 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report })
     pieceLength: start.pieceLength,
     order: start.order,
     replay: start.replay,
-    mover: start.helper === null ? null : new ChunkMover(start.helper, start.fileFd),
+    priority: new Priority(
+      start.helpers.map(({ pid }) => pid),
+      start.nice,
+    ),
+    movers: start.helpers.map((helper) => new ChunkMover(helper, start.fileFd)),
     bytesPerSecond: start.bytesPerSecond,
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),

@@ -21,6 +21,7 @@ import {
   type BlockState,
   C_BATCHES,
   C_CHUNK_FAULTS,
+  C_EAGER_PAGES,
   C_FAULT_PAGES,
   C_FAULTS,
   C_PENDING,
@@ -72,6 +73,13 @@ export interface FaultLoopOptions {
   readonly pidfd: number;
   /** Data pages brought in around a faulting page after the batch is served, aligned; 1 = none. */
   readonly clusterPages: number;
+  /** Helpers of the eager load: a vCPU may wait for a chunk that one of them has in hand. */
+  readonly helperPids: readonly number[];
+  /**
+   * Runs that the guest will ask for: block index, first page, pages; three numbers each. Brought
+   * while nobody waits, as far as they are at hand; the rest is the eager load's.
+   */
+  readonly replay: Int32Array;
   readonly onFailure: (failure: PageFailure) => void;
   readonly onRecovered: (failure: PageFailure) => void;
 }
@@ -102,6 +110,8 @@ export class FaultLoop {
   #lastBlock: BlockState | undefined;
   #faults = 0;
   #faultsAtRelease = 0;
+  /** Where in `replay` the next run is. */
+  #replayAt = 0;
 
   constructor(options: FaultLoopOptions) {
     this.#options = options;
@@ -126,19 +136,16 @@ export class FaultLoop {
     if (left > 0 && this.#serveBatch(left) === GONE) return "gone";
     this.#events.clearTypes(EVENTS_MAX);
     for (;;) {
-      const ready = sys.poll(
-        this.#fds,
-        this.#revents,
-        this.#pollCount(),
-        POLLIN,
-        this.#timeoutMs(),
-      );
+      const isReplaying = this.#replayAt < this.#options.replay.length;
+      const timeoutMs = isReplaying ? 0 : this.#timeoutMs();
+      const ready = sys.poll(this.#fds, this.#revents, this.#pollCount(), POLLIN, timeoutMs);
       if (state.stopped || this.#revents[1]) return "stopped";
       if (ready < 0) {
         if (ready === -EINTR) continue;
         throw new FslError("INTERNAL", `poll of the userfaultfd: ${sys.errnoText(-ready)}`);
       }
       if (this.#revents[2]) return "gone";
+      if (ready === 0 && isReplaying && this.#replayNext() === GONE) return "gone";
       const sourceHasNews = (this.#revents[3] ?? 0) !== 0;
       if (sourceHasNews) this.#options.source.acknowledge?.();
       // QEMU makes every descriptor blocking that it is given by `getfd`, which is the description
@@ -317,7 +324,11 @@ export class FaultLoop {
    */
   #awaitChunk(state: BlockState, page: number): Outcome {
     const chunk = state.chunkOf(page);
-    if (state.chunkFaultNs[chunk] === 0) state.chunkFaultNs[chunk] = sys.clockNs();
+    if (state.chunkFaultNs[chunk] === 0) {
+      state.chunkFaultNs[chunk] = sys.clockNs();
+      // Whichever it is. Where that is not permitted, the chunk comes a little later.
+      for (const pid of this.#options.helperPids) sys.setpriority(pid, 0);
+    }
     add(this.#options.counters, C_CHUNK_FAULTS, 1);
     this.#log(state, page);
     return COMING;
@@ -339,6 +350,7 @@ export class FaultLoop {
     // one.
     let outcome = this.#supply.zeroRun(state, page, end - page);
     add(counters, C_ZERO_PAGES, this.#supply.pagesDone);
+    if (this.#supply.pagesDone > 0) this.#log(state, page);
     if (outcome === SUPPLIED && start < page && !testBit(state.done, start)) {
       const clear = nextBit(state.done, start, page, true);
       const before = this.#supply.zeroRun(state, start, clear - start);
@@ -372,25 +384,49 @@ export class FaultLoop {
 
   /** After everybody was served: pages beside the faulting ones, as long as no new fault waits. */
   #bringNeighbours(): Outcome {
-    const { counters, clusterPages, state: load } = this.#options;
+    const { clusterPages, state: load } = this.#options;
     for (let index = 0; index < this.#servedCount; index += 1) {
       const state = load.blocks[this.#served[2 * index] ?? 0];
       const page = this.#served[2 * index + 1] ?? 0;
       if (state === undefined) continue;
       const start = page - (page % clusterPages);
       const end = Math.min(start + clusterPages, state.pageCount);
-      let at = nextMissing(state.data, state.done, start, end, true);
-      while (at < end) {
-        if (sys.poll(this.#fds, this.#revents, 1, POLLIN, 0) !== 0) return SUPPLIED;
-        const runEnd = nextMissing(state.data, state.done, at, end, false);
-        const outcome = this.#supply.copyRun(state, at, runEnd - at);
-        add(counters, C_FAULT_PAGES, this.#supply.pagesDone);
-        if (outcome === GONE) return GONE;
-        // Whatever else stands in the way of a page that nobody asked for is met again when
-        // somebody does.
-        if (outcome !== SUPPLIED) break;
-        at = nextMissing(state.data, state.done, runEnd, end, true);
-      }
+      if (this.#bringUnasked(state, start, end, C_FAULT_PAGES) === GONE) return GONE;
+    }
+    return SUPPLIED;
+  }
+
+  /** The next run of the working set. */
+  #replayNext(): Outcome {
+    const { replay, state: load, source } = this.#options;
+    const state = load.blocks[replay[this.#replayAt] ?? -1];
+    const start = replay[this.#replayAt + 1] ?? 0;
+    const pages = replay[this.#replayAt + 2] ?? 0;
+    this.#replayAt += 3;
+    if (this.#replayAt >= replay.length) this.#releaseSource();
+    if (state === undefined || pages === 0) return SUPPLIED;
+    if (!testBit(state.data, start)) {
+      const isOver = testBit(state.done, start) || !state.splitChunk(start);
+      return isOver ? SUPPLIED : this.#bringZeros(state, start);
+    }
+    if (source.isAtHand?.(state.index, start, pages) !== true) return SUPPLIED;
+    return this.#bringUnasked(state, start, start + pages, C_EAGER_PAGES);
+  }
+
+  /** Data pages that nobody waits for yet, for as long as nobody waits for another one. */
+  #bringUnasked(state: BlockState, start: number, end: number, counter: number): Outcome {
+    let at = nextMissing(state.data, state.done, start, end, true);
+    while (at < end) {
+      if (sys.poll(this.#fds, this.#revents, 1, POLLIN, 0) !== 0) return SUPPLIED;
+      const chunkEnd = Math.min(end, state.chunkEnd(state.chunkOf(at)));
+      const runEnd = nextMissing(state.data, state.done, at, chunkEnd, false);
+      if (!state.splitChunk(at)) return SUPPLIED;
+      const outcome = this.#supply.copyRun(state, at, runEnd - at);
+      add(this.#options.counters, counter, this.#supply.pagesDone);
+      // Whatever else stands in the way of a page that nobody asked for is met again when somebody
+      // does.
+      if (outcome !== SUPPLIED) return outcome;
+      at = nextMissing(state.data, state.done, runEnd, end, true);
     }
     return SUPPLIED;
   }

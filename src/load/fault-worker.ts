@@ -1,4 +1,5 @@
 /** Worker entry point: the fault loop. */
+import { rehearse } from "./rehearsal.ts";
 import { FaultLoop } from "./fault-loop.ts";
 import type { FaultWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
@@ -12,6 +13,8 @@ serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, report })
     stopFd: start.stopFd,
     pidfd: start.pidfd,
     clusterPages: start.clusterPages,
+    helperPids: start.helperPids,
+    replay: start.replay,
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),
   });
@@ -21,4 +24,4 @@ serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, report })
   } finally {
     loop.close();
   }
-});
+}, rehearse);

@@ -40,15 +40,15 @@ import { giveHugePagesBack } from "./huge-pages.ts";
 import { findEarlier, lockState } from "./recovery.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
-import { eagerWorkerCount, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
+import { eagerWidth, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
 import {
   type BlockState,
   LoadState,
+  MAIN_THREAD,
   PHASE_HANDING_OVER,
   PHASE_RUNNING,
   PHASE_STATE_LOADED,
   type StateBlock,
-  WORKERS_MAX,
 } from "./state.ts";
 import { Supply } from "./supply.ts";
 import { Crew } from "./workers.ts";
@@ -169,8 +169,8 @@ class Load {
   /** QEMU's own load, for comparison: the snapshot itself is the seed. */
   async #copy(): Promise<LoadHandle> {
     const { snapshot } = (await this.#meet()).prepared;
-    const seedFd = openSync(`/proc/self/fd/${snapshot.fd}`, "r");
-    await this.#handOver(seedFd, snapshot.streamOffset);
+    this.#target.giveSeed(snapshot.fd);
+    await this.#handOver(snapshot);
     this.#times.residentMs = this.#now();
     if (!this.#isPaused) await this.#resume();
     await this.#target.release();
@@ -179,22 +179,24 @@ class Load {
   }
 
   async #lazy(): Promise<LoadHandle> {
-    this.#crew = new Crew(eagerWorkerCount(this.#options));
-    const { prepared, plan } = await this.#meet();
+    this.#crew = new Crew();
+    const { prepared, plan } = await this.#meet(this.#crew);
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
-    const { state, serving, served } = await this.#arm(this.#crew, prepared, lazy, fill);
-    const seedFd = takeSeed(prepared, [...lazy, ...fill]);
+    giveSeed(this.#target, prepared, [...lazy, ...fill]);
+    const { state, serving, served, zero } = await this.#arm(this.#crew, prepared, lazy, fill);
     state.phase = PHASE_HANDING_OVER;
-    const handedOver = this.#handOver(seedFd, prepared.snapshot.streamOffset);
+    const handedOver = this.#handOver(prepared.snapshot);
     handedOver.catch(() => {});
+    // Once QEMU has been told, and so has something to do meanwhile.
+    await Bun.sleep(0);
+    await this.#letZeroExtentsGo(state, zero);
     const { set } = prepared;
-    // Comes in while QEMU loads its devices.
-    serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
     await Promise.all([handedOver, served]);
     state.phase = PHASE_STATE_LOADED;
     if (!this.#isPaused) await this.#resume();
     state.phase = PHASE_RUNNING;
+    serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
     serving.letEagerGo(this.#isPaused || set !== null ? 0 : this.#eagerPauseMs());
     return this.#handle(this.#finish(serving, set).catch((error) => this.#giveUp(serving, error)));
   }
@@ -242,7 +244,7 @@ class Load {
   }
 
   /** Opens the snapshot while the target starts, then holds the two against one another. */
-  async #meet(): Promise<{ prepared: Prepared; plan: LoadPlan }> {
+  async #meet(crew?: Crew): Promise<{ prepared: Prepared; plan: LoadPlan }> {
     const { snapshotOffset } = this.#options;
     this.#lookForEarlier();
     // Told at once: a target that dies at its start must not leave an unhandled rejection behind.
@@ -255,7 +257,11 @@ class Load {
     const set = this.#readWorkingSet(snapshot);
     const prepared = prepare(snapshot, this.#options.mode ?? "lazy", set);
     this.#prepared = prepared;
+    // A QEMU of our own takes it while it is asked, and what it takes is nothing to be undone.
+    if (prepared.seedFd >= 0 && !this.#target.isAttached) this.#target.giveSeed(prepared.seedFd);
     this.#guard = await SnapshotGuard.take(snapshot);
+    // Not sooner: QEMU needs the CPU. One is enough where helpers do the work.
+    crew?.hireEager(this.#target.isAttached ? eagerWidth(this.#options) : 1);
     const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;
     this.#times.qemuReadyMs = info.readyAtMs - this.#startedAtMs;
@@ -296,7 +302,12 @@ class Load {
     prepared: Prepared,
     lazy: BlockPlan[],
     fill: BlockPlan[],
-  ): Promise<{ state: LoadState; serving: Serving; served: Promise<void> }> {
+  ): Promise<{
+    state: LoadState;
+    serving: Serving;
+    served: Promise<void>;
+    zero: readonly (readonly AddressRange[])[];
+  }> {
     const { snapshot } = prepared;
     const canDiscard = this.#info?.canDiscard ?? false;
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
@@ -344,21 +355,40 @@ class Load {
       this.#options.source === undefined ? this.#guard : undefined,
     );
     this.#serving = serving;
-    const served = serving.serveFaults();
+    const served = serving.serveFaults(planFirst(prepared.set, state));
     const kept = this.#keepState(fd);
     served.catch(() => {});
     kept.catch(() => {});
-    await letZeroExtentsGo(
-      uffd,
-      state,
-      registrations.map(({ zero }) => zero),
-    );
     await fillBlocks(pid, snapshot, fill);
     // The default source cannot fail to start. Events wait in the kernel until the Worker reads
     // them, and `loadState` itself waits for QEMU's answer about the kept descriptor.
     if (this.#options.source !== undefined) await Promise.all([served, kept]);
     this.#times.armedMs = this.#now();
-    return { state, serving, served };
+    return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
+  }
+
+  /** The kernel fills them without us. Where that cannot be, faults in them are served. */
+  async #letZeroExtentsGo(
+    state: LoadState,
+    zero: readonly (readonly AddressRange[])[],
+  ): Promise<void> {
+    const uffd = this.#uffd;
+    if (uffd === undefined || zero.every((extents) => extents.length === 0)) return;
+    const extents = new Map<BlockState, readonly AddressRange[]>();
+    for (const block of state.blocks) extents.set(block, zero[block.index] ?? []);
+    const spec = state.metadata.source as PageSourceSpec;
+    try {
+      const source = await makeSource(spec, state.metadata.blocks);
+      const supply = new Supply(uffd, source, state.counters(MAIN_THREAD), state);
+      try {
+        releaseZeroExtents(uffd, state, supply, extents);
+      } finally {
+        supply.close();
+        source.close();
+      }
+    } catch (error) {
+      this.#options.logger?.info(`zero pages come by fault: ${(error as Error).message}`);
+    }
   }
 
   /**
@@ -374,16 +404,11 @@ class Load {
     }
   }
 
-  /** Gives the target its device state. Closes the seed. */
-  async #handOver(seedFd: number, streamOffset: number): Promise<void> {
+  /** Lets the target have its device state. */
+  async #handOver({ streamOffset, capabilities }: Snapshot): Promise<void> {
     this.#options.cancel?.throwIfAborted();
     this.#handedOver = true;
-    try {
-      const capabilities = this.#prepared?.snapshot.capabilities ?? [];
-      await this.#target.loadState(seedFd, streamOffset, capabilities);
-    } finally {
-      closeSync(seedFd);
-    }
+    await this.#target.loadState(streamOffset, capabilities);
   }
 
   async #resume(): Promise<void> {
@@ -550,23 +575,6 @@ async function unlessCancelled<T>(work: Promise<T>, cancel: AbortSignal | undefi
   }
 }
 
-async function letZeroExtentsGo(
-  uffd: Uffd,
-  state: LoadState,
-  zero: readonly (readonly AddressRange[])[],
-): Promise<void> {
-  const extents = new Map<BlockState, readonly AddressRange[]>();
-  for (const block of state.blocks) extents.set(block, zero[block.index] ?? []);
-  const source = await makeSource(state.metadata.source as PageSourceSpec, state.metadata.blocks);
-  const supply = new Supply(uffd, source, state.counters(WORKERS_MAX - 1), state);
-  try {
-    releaseZeroExtents(uffd, state, supply, extents);
-  } finally {
-    supply.close();
-    source.close();
-  }
-}
-
 /**
  * How long after resume a fault still is a first touch that the next load should bring in
  * beforehand.
@@ -585,6 +593,17 @@ function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
   return { size, mtimeNs, streamOffset: snapshot.streamOffset };
 }
 
+/**
+ * So many pages of a working set are brought in while QEMU loads its devices, none but these; to
+ * plan them takes less than a millisecond, and to copy them two.
+ */
+const FIRST_PAGES_MAX = 1024;
+
+function planFirst(set: WorkingSet | null, state: LoadState): Int32Array<ArrayBuffer> {
+  const pages = set?.pages.slice(0, FIRST_PAGES_MAX) ?? [];
+  return planReplay({ pages }, state, Number.POSITIVE_INFINITY);
+}
+
 /** What can be worked out of the snapshot alone, while the target starts. */
 interface Prepared {
   readonly snapshot: Snapshot;
@@ -593,7 +612,7 @@ interface Prepared {
   /**
    * A seed for the blocks that will most likely be lazy, and their names; -1 when there is none.
    */
-  seedFd: number;
+  readonly seedFd: number;
   readonly seededWithout: ReadonlySet<string>;
   readonly set: WorkingSet | null;
 }
@@ -614,14 +633,17 @@ function prepare(snapshot: Snapshot, mode: LoadMode, set: WorkingSet | null): Pr
   return { snapshot, bitmaps, zeroRuns, seedFd, seededWithout, set };
 }
 
-/** The prepared seed if it fits what was planned, else a new one. The caller closes it. */
-function takeSeed(prepared: Prepared, notSeeded: readonly BlockPlan[]): number {
+/** The prepared seed if it fits what was planned, else a new one. */
+function giveSeed(target: Target, prepared: Prepared, notSeeded: readonly BlockPlan[]): void {
   const names = new Set(notSeeded.map(({ block }) => block.idstr));
   const fits = prepared.seedFd >= 0 && names.symmetricDifference(prepared.seededWithout).size === 0;
-  if (!fits) return makeSeed(prepared.snapshot, names);
-  const { seedFd } = prepared;
-  prepared.seedFd = -1;
-  return seedFd;
+  if (fits && !target.isAttached) return; // It has that.
+  const seedFd = fits ? prepared.seedFd : makeSeed(prepared.snapshot, names);
+  try {
+    target.giveSeed(seedFd);
+  } finally {
+    if (!fits) closeSync(seedFd);
+  }
 }
 
 /** @returns a descriptor that is open for reading only, as QEMU wants it, at position 0 */

@@ -21,20 +21,25 @@ export interface FaultWorkerStart extends WorkerStartBase {
   readonly stopFd: number;
   readonly pidfd: number;
   readonly clusterPages: number;
+  readonly helperPids: readonly number[];
+  /** Runs that the guest will ask for, as in `EagerWorkerStart`. */
+  readonly replay: Int32Array;
 }
 
 export interface EagerWorkerStart extends WorkerStartBase {
   readonly role: "eager";
   readonly pieceLength: number;
   readonly order: Uint32Array;
-  /** Runs to bring in first: block index, first page, pages; three numbers each. */
+  /**
+   * Runs to bring in first: block index, first page, pages (0: the whole chunk); three numbers each.
+   */
   readonly replay: Int32Array;
-  /** A helper in the target, for whole chunks; null: every page is copied. */
-  readonly helper: HelperRecord | null;
-  /** Descriptor of the snapshot file, for the helper. */
+  /** Helpers in the target that bring whole chunks for this Worker; none: every page is copied. */
+  readonly helpers: readonly HelperRecord[];
+  /** Descriptor of the snapshot file, for the helpers. */
   readonly fileFd: number;
   readonly bytesPerSecond: number;
-  /** 0..19, higher leaves more to others; see setpriority(2). */
+  /** Of the Worker and its helpers, see priority.ts; 0..19, higher leaves more to others; see setpriority(2). */
   readonly nice: number;
 }
 

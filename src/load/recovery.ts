@@ -13,7 +13,7 @@ import { Uffd } from "../uffd/uffd.ts";
 import type { FoundTarget, TargetRecord } from "../vmm/target.ts";
 import { giveHugePagesBack } from "./huge-pages.ts";
 import { type LoadProgress, progressOf } from "./report.ts";
-import { eagerWorkerCount, Serving, type ServingOptions } from "./serving.ts";
+import { Serving, type ServingOptions } from "./serving.ts";
 import {
   LoadState,
   PHASE_ARMED,
@@ -260,7 +260,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     // Sources other than the file are made from what was recorded; the file's descriptor is a new
     // one.
     const adopted = withSource(state, snapshot.fd);
-    const crew = new Crew(eagerWorkerCount(options));
+    const crew = new Crew();
     if (isFileSource(state)) guard = new SnapshotGuard(snapshot);
     const serving = new Serving(target, adopted, uffd, crew, options, undefined, guard);
     begun = serving;

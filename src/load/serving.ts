@@ -39,13 +39,16 @@ export interface Logger {
 }
 
 export interface EagerOptions {
-  /** Eager Workers, 1..8. Default: the host's CPUs, at most 2. */
+  /**
+   * How many chunks are brought at a time, 1..8: eager Workers, or helper tasks of one of them.
+   * Default: the host's CPUs, at most 2.
+   */
   readonly workers?: number;
   /** Largest single copy in bytes, 4 KiB..2 MiB. Default 256 KiB. */
   readonly pieceLength?: number;
   /** Limit of the eager load in bytes per second; 0 or absent = none. */
   readonly bytesPerSecond?: number;
-  /** Nice value of the eager Workers, 0..19. Default 5. */
+  /** Nice value of the eager load after its first second, 0..19. Default 5. */
   readonly nice?: number;
 }
 
@@ -83,7 +86,7 @@ interface KnownFailure {
   readonly demanded: boolean;
 }
 
-export function eagerWorkerCount(options: ServingOptions): number {
+export function eagerWidth(options: ServingOptions): number {
   const wanted = options.eager?.workers ?? Math.min(2, availableParallelism());
   return Math.max(1, Math.min(wanted, WORKERS_MAX - 1));
 }
@@ -170,8 +173,11 @@ export class Serving {
     return [...this.#failures.values()].map(({ failure }) => failure);
   }
 
-  /** @returns when faults are served */
-  async serveFaults(): Promise<void> {
+  /**
+   * @param replay runs that the guest will ask for, see `planReplay`; none when left out
+   * @returns when faults are served
+   */
+  async serveFaults(replay = new Int32Array(0)): Promise<void> {
     await this.#crew.serveFaults({
       role: "fault",
       handle: this.#state.handle,
@@ -181,6 +187,8 @@ export class Serving {
       stopFd: this.#stopFd,
       pidfd: this.#target.pidfd,
       clusterPages: this.#options.clusterPages ?? 16,
+      replay,
+      helperPids: this.#helpers.records.map(({ pid }) => pid),
     });
   }
 
@@ -338,7 +346,11 @@ export class Serving {
   #eagerStarts(replay: Int32Array): EagerWorkerStart[] {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
-    const workers = eagerWorkerCount(this.#options);
+    const { records } = this.#helpers;
+    const width = eagerWidth(this.#options);
+    // One Worker keeps all helpers busy; what it has to copy itself it copies alone.
+    const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
+    const workers = isMoved ? 1 : width;
     const order = planChunks(state);
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
@@ -349,7 +361,7 @@ export class Serving {
       pieceLength: eager.pieceLength ?? 256 * KiB,
       order,
       replay,
-      helper: this.#helpers.records[index] ?? null,
+      helpers: records.filter((_record, number) => number % workers === index),
       fileFd: this.#helpers.fileFd,
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
       nice: eager.nice ?? 5,

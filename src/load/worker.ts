@@ -24,9 +24,13 @@ function report(message: WorkerReport): void {
   self.postMessage(message);
 }
 
-/** Runs `loop` once, when the start message has come. */
+/**
+ * Runs `loop` once, when the start message has come. @param prepare done before that, and without
+ * need: it may fail
+ */
 export function serveWorker<Start extends WorkerStart>(
   loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
+  prepare?: () => void,
 ): void {
   self.onmessage = async (event: MessageEvent<Start>) => {
     const start = event.data;
@@ -46,4 +50,9 @@ export function serveWorker<Start extends WorkerStart>(
   };
   sys.load();
   report({ type: "loaded" });
+  try {
+    prepare?.();
+  } catch {
+    // What is wrong shows when it is done in earnest.
+  }
 }

@@ -130,8 +130,8 @@ class Post {
       this.#ended.reject(failure);
       return;
     }
-    // Its helper may be in the middle of an answer to the dead Worker.
-    const start = this.#start?.role === "eager" ? { ...this.#start, helper: null } : this.#start;
+    // Its helpers may be in the middle of an answer to the dead Worker.
+    const start = this.#start?.role === "eager" ? { ...this.#start, helpers: [] } : this.#start;
     if (start === undefined) return;
     this.events?.beforeReplacement(start);
     const [worker, loaded] = this.#hire();
@@ -145,15 +145,21 @@ class Post {
 }
 
 export class Crew {
-  readonly #fault: Post;
-  readonly #eager: readonly Post[];
+  readonly #fault = new Post("fault");
+  readonly #eager: Post[] = [];
+  #events: CrewEvents | null = null;
 
-  constructor(eagerWorkers: number) {
-    this.#fault = new Post("fault");
-    this.#eager = Array.from({ length: eagerWorkers }, () => new Post("eager"));
+  /** Starts eager Workers until there are so many; they get their work later. */
+  hireEager(count: number): void {
+    while (this.#eager.length < count) {
+      const post = new Post("eager");
+      post.events = this.#events;
+      this.#eager.push(post);
+    }
   }
 
   listen(events: CrewEvents): void {
+    this.#events = events;
     for (const post of [this.#fault, ...this.#eager]) post.events = events;
   }
 
@@ -166,9 +172,10 @@ export class Crew {
    * Sets the eager Workers to work. @returns when all of them have ended: the worst of their ends
    */
   async loadEagerly(starts: readonly EagerWorkerStart[]): Promise<CrewEnd> {
-    const ends = this.#eager.map(async (post, index) => {
-      const start = starts[index];
-      if (start === undefined) throw new FslError("INTERNAL", `no work for eager Worker ${index}`);
+    this.hireEager(starts.length);
+    const ends = starts.map(async (start, index) => {
+      const post = this.#eager[index];
+      if (post === undefined) throw new FslError("INTERNAL", `no eager Worker ${index}`);
       await post.begin(start);
       return post.ended;
     });

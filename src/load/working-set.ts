@@ -12,7 +12,6 @@
  *   16       …       JSON: { snapshot: identity, blocks: [idstr, …] }
  *   …        8 each  u32 index into `blocks`, u32 page index
  */
-import { randomBytes } from "node:crypto";
 import {
   closeSync,
   fstatSync,
@@ -23,6 +22,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { FslError } from "../errors.ts";
+import { randomHex } from "../sys/random.ts";
 import type { LoadState } from "./state.ts";
 import { testBit } from "./bits.ts";
 
@@ -158,7 +158,7 @@ export function writeWorkingSet(path: string, set: WorkingSet): void {
     bytes.writeUInt32LE(blocks.indexOf(idstr), at);
     bytes.writeUInt32LE(pageIndex, at + 4);
   }
-  const temporary = `${path}.${randomBytes(6).toString("hex")}`;
+  const temporary = `${path}.${randomHex(6)}`;
   try {
     writeFileSync(temporary, bytes, { flag: "wx", mode: 0o600 });
     renameSync(temporary, path);
@@ -180,11 +180,16 @@ export function identityFits(a: WorkingSetIdentity, b: WorkingSetIdentity): bool
 const DENSE_PAGES = 8;
 
 /**
- * What of a set is to be brought in, in the set's order: pages that the state knows as data, touching
- * ones as one run; chunks that hold many of them as a whole.
+ * What of a set is to be brought in, in the set's order: data pages that touch one another as one
+ * run, zero pages each alone, chunks that hold many of both as a whole.
+ * @param densePages how many are many
  * @returns block index, first page, number of pages (0 = the whole chunk); three numbers a run
  */
-export function planReplay(set: WorkingSet, state: LoadState): Int32Array {
+export function planReplay(
+  set: Pick<WorkingSet, "pages">,
+  state: LoadState,
+  densePages = DENSE_PAGES,
+): Int32Array<ArrayBuffer> {
   const blocks = new Map(state.blocks.map((block) => [block.block.idstr, block]));
   const wanted = state.blocks.map(() => new Set<number>());
   const chunkPages = state.blocks.map((block) => new Uint16Array(block.chunks.length));
@@ -192,7 +197,7 @@ export function planReplay(set: WorkingSet, state: LoadState): Int32Array {
     const block = blocks.get(idstr);
     const pages = block === undefined ? undefined : wanted[block.index];
     if (block === undefined || pageIndex >= block.pageCount) continue;
-    if (pages === undefined || pages.has(pageIndex) || !testBit(block.data, pageIndex)) continue;
+    if (pages === undefined || pages.has(pageIndex)) continue;
     pages.add(pageIndex);
     const counts = chunkPages[block.index];
     const chunk = block.chunkOf(pageIndex);
@@ -204,16 +209,19 @@ export function planReplay(set: WorkingSet, state: LoadState): Int32Array {
     const pages = block === undefined ? undefined : wanted[block.index];
     if (block === undefined || !pages?.has(pageIndex)) continue;
     const chunk = block.chunkOf(pageIndex);
-    if ((chunkPages[block.index]?.[chunk] ?? 0) >= DENSE_PAGES) {
+    if ((chunkPages[block.index]?.[chunk] ?? 0) >= densePages) {
       runs.push(block.index, pageIndex, 0);
       const end = block.chunkEnd(chunk);
       for (let page = block.chunkStart(chunk); page < end; page += 1) pages.delete(page);
       continue;
     }
     let start = pageIndex;
-    while (pages.has(start - 1)) start -= 1;
-    let end = start;
-    while (pages.delete(end)) end += 1;
+    let end = pageIndex + 1;
+    if (testBit(block.data, pageIndex)) {
+      while (pages.has(start - 1) && testBit(block.data, start - 1)) start -= 1;
+      while (pages.has(end) && testBit(block.data, end)) end += 1;
+    }
+    for (let page = start; page < end; page += 1) pages.delete(page);
     runs.push(block.index, start, end - start);
   }
   return Int32Array.from(runs);

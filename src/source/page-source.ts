@@ -48,6 +48,8 @@ export interface PageSource {
    * @param answer filled in place
    */
   resolve(blockIndex: number, pageIndex: number, pagesMax: number, answer: PageBytes): void;
+  /** Whether the bytes of all these pages can be had without waiting. Absent: nobody knows. */
+  isAtHand?(blockIndex: number, pageIndex: number, pages: number): boolean;
   /** Hint: these pages will be asked for soon. Must not block. */
   willNeed?(blockIndex: number, pageIndex: number, pages: number): void;
   /** Hint: the pages were copied and the bytes behind them are not needed again. */

@@ -45,6 +45,8 @@ export class SnapshotPageSource implements PageSource {
   readonly #mappings: BlockMapping[] = [];
   readonly #fd: number;
   #scratch: Uint8Array | undefined;
+  /** For mincore(2): a byte a page. */
+  #residency = new Uint8Array(512);
 
   /** @throws FslError SNAPSHOT_OPEN when the file cannot be mapped */
   constructor(options: SnapshotSourceOptions, blocks: readonly SourceBlock[]) {
@@ -81,6 +83,21 @@ export class SnapshotPageSource implements PageSource {
     answer.address = mapping.firstPageAddress + pageIndex * mapping.pageSize;
     answer.pages = pagesMax;
     answer.errno = 0;
+  }
+
+  /** They are in the page cache, by the kernel's word to whoever may write to the file. */
+  isAtHand(blockIndex: number, pageIndex: number, pages: number): boolean {
+    const mapping = this.#mappings[blockIndex];
+    if (mapping === undefined) return false;
+    const start = alignDown(mapping.firstPageAddress + pageIndex * mapping.pageSize, HOST_PAGE);
+    const end = mapping.firstPageAddress + (pageIndex + pages) * mapping.pageSize;
+    const count = Math.ceil((end - start) / HOST_PAGE);
+    if (this.#residency.length < count) this.#residency = new Uint8Array(count);
+    if (sys.mincore(start, count * HOST_PAGE, this.#residency) < 0) return false;
+    for (let index = 0; index < count; index += 1) {
+      if (((this.#residency[index] ?? 0) & 1) === 0) return false;
+    }
+    return true;
   }
 
   willNeed(blockIndex: number, pageIndex: number, pages: number): void {

@@ -165,12 +165,14 @@ export class HelperTask {
   }
 
   /**
-   * Adds UFFDIO_MOVE (Linux 6.8); `moveOutcome` says what came of it. Anything but the whole length
-   * ends the batch. All of it private anonymous memory; the destination registered.
+   * Adds UFFDIO_MOVE (Linux 6.8); `moveOutcome` says what came of it. All of it private anonymous
+   * memory; the destination registered.
    * @param mode MODE_DONTWAKE, MOVE_ALLOW_SRC_HOLES
+   * @param stopOnError anything but the whole length ends the batch
    */
-  move(dstAddr: number, srcAddr: number, length: number, mode: number): number {
-    const index = this.add(SYS_IOCTL, this.record.uffdFd, UFFDIO_MOVE, 0, 0, 0, 0, true);
+  move(dstAddr: number, srcAddr: number, length: number, mode: number, stopOnError = true): number {
+    const fd = this.record.uffdFd;
+    const index = this.add(SYS_IOCTL, fd, UFFDIO_MOVE, 0, 0, 0, 0, stopOnError);
     this.passData(index, 2);
     this.setData(index, UFFD_MOVE.DST, dstAddr);
     this.setData(index, UFFD_MOVE.SRC, srcAddr);
@@ -199,9 +201,23 @@ export class HelperTask {
    * ended the batch, with an error or another result than `stopUnless` has. HELPER_GONE
    */
   run(): number {
+    const sent = this.start();
+    return sent < 0 ? sent : this.finish();
+  }
+
+  /**
+   * Sends the batch, and does not wait: `record.fd` becomes readable when it has been made, and
+   * `finish` must be called before anything else. @returns 0, HELPER_GONE, or -errno of sendmsg(2)
+   */
+  start(): number {
     this.#callsMade = 0;
-    const exchanged = this.#exchange(NO_FDS);
-    if (exchanged < 0) return exchanged;
+    return this.#send(NO_FDS);
+  }
+
+  /** The answer to the batch that was started; blocks until it is there. As `run`. */
+  finish(): number {
+    const received = this.#receive();
+    if (received < 0) return received;
     const made = this.#reply[HELPER_REPLY.CALLS_MADE / 4] ?? 0;
     this.#callsMade = made;
     return made > 0 && this.#hasEnded(made - 1) ? made - 1 : made;
@@ -247,8 +263,10 @@ export class HelperTask {
   sendDescriptor(fd: number): number {
     this.begin();
     this.#sentFd[0] = fd;
-    const exchanged = this.#exchange(this.#sentFd);
-    if (exchanged < 0) return exchanged;
+    const sent = this.#send(this.#sentFd);
+    if (sent < 0) return sent;
+    const received = this.#receive();
+    if (received < 0) return received;
     const count = this.#reply[HELPER_REPLY.FD_COUNT / 4] ?? 0;
     return count > 0 ? (this.#reply[HELPER_REPLY.FDS / 4] ?? -1) : CALL_NOT_MADE;
   }
@@ -277,8 +295,8 @@ export class HelperTask {
     return result !== get64(this.#request, at + HELPER_CALL.EXPECTED / 4);
   }
 
-  /** Sends the request, waits for the reply. 0, HELPER_GONE, or what sendmsg(2) says. */
-  #exchange(fds: Int32Array): number {
+  /** Sends the request. 0, HELPER_GONE, or what sendmsg(2) says. */
+  #send(fds: Int32Array): number {
     if (this.#isGone || this.#isClosed) return HELPER_GONE;
     const { fd } = this.record;
     this.#request[HELPER_REQUEST.CALL_COUNT / 4] = this.#callCount;
@@ -286,13 +304,25 @@ export class HelperTask {
     do {
       sent = native.send(fd, this.#request, HELPER_REQUEST.BYTES, fds, fds.length, 0);
     } while (sent === -EINTR);
-    if (sent < 0) {
-      this.#isGone = sent === -EPIPE || sent === -ECONNRESET;
-      return this.#isGone ? HELPER_GONE : sent;
-    }
+    if (sent >= 0) return 0;
+    this.#isGone = sent === -EPIPE || sent === -ECONNRESET;
+    return this.#isGone ? HELPER_GONE : sent;
+  }
+
+  /** Waits for the reply. 0 or HELPER_GONE. */
+  #receive(): number {
+    if (this.#isGone || this.#isClosed) return HELPER_GONE;
     let received: number;
     do {
-      received = native.recv(fd, this.#reply, HELPER_REPLY.BYTES, NO_FDS, 0, this.#out, 0);
+      received = native.recv(
+        this.record.fd,
+        this.#reply,
+        HELPER_REPLY.BYTES,
+        NO_FDS,
+        0,
+        this.#out,
+        0,
+      );
     } while (received === -EINTR);
     if (received === HELPER_REPLY.BYTES) return 0;
     this.#isGone = true;

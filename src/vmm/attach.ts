@@ -66,6 +66,8 @@ class AttachedQemu implements QemuProcess {
   readonly isSpawned = false;
   readonly endsWithFsl = false;
   readonly startsStopped: boolean;
+  readonly hasNoDiscards = false;
+  readonly hasDefaultSettings = false;
   readonly #watch: ExitWatch;
   readonly #lockFd: number;
   #isClosed = false;

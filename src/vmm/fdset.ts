@@ -1,10 +1,12 @@
 /** QEMU's sets of descriptors (`add-fd`), opened as `/dev/fdset/N`. */
 import { readlinkSync } from "node:fs";
+import { randomInteger } from "../sys/random.ts";
 import { type QmpClient, type QmpReply, isRecord } from "./qmp.ts";
 
 /** Numbers below are for people, who count from 0 or 1. */
 const FDSET_MIN = 64;
 const FDSET_END = 2 ** 31;
+const FDSET_RANDOM_MIN = 2 ** 20;
 
 /** @param reply to query-fdsets; @returns a number that no set has */
 export function freeFdset(reply: QmpReply): number {
@@ -15,6 +17,11 @@ export function freeFdset(reply: QmpReply): number {
     if (typeof id === "number" && id >= free && id < FDSET_END) free = id + 1;
   }
   return free;
+}
+
+/** @returns a number that no set has: those of the command line were chosen by a person */
+export function anyFdset(): number {
+  return randomInteger(FDSET_RANDOM_MIN, FDSET_END);
 }
 
 /** Link text of a seed, in /proc/PID/fd. */

@@ -61,6 +61,12 @@ export class MigrationSettings {
     this.#parameters = parameters;
   }
 
+  /** What a QEMU has that was just started, and whose command line says nothing of migration. */
+  static ofNewQemu(qmp: QmpClient): MigrationSettings {
+    const off = ["mapped-ram", "events", "x-ignore-shared"];
+    return new MigrationSettings(qmp, new Map(off.map((name) => [name, false])), new Map());
+  }
+
   /** Asks for both in one round trip. */
   static async read(qmp: QmpClient): Promise<MigrationSettings> {
     const [capabilities, parameters] = await Promise.all([

@@ -58,8 +58,25 @@ export function startsStopped(argv: readonly string[]): boolean {
 }
 
 /**
- * The command line that is run: the user's, then a QMP monitor on an inherited listening socket,
- * then `-incoming defer`, last of all.
+ * What a command line tells of the QEMU that it starts. Errs on the safe side: what is not certain
+ * is asked.
+ */
+export function readQemuCommand(argv: readonly string[]): {
+  hasNoDiscards: boolean;
+  hasDefaultSettings: boolean;
+} {
+  const options = argv.slice(1);
+  // These bring more options, or change those that are there.
+  const isAll = !options.some((option) => ["readconfig", "set"].includes(optionName(option) ?? ""));
+  return {
+    hasNoDiscards: isAll && !options.some((option) => /balloon|virtio-mem/.test(option)),
+    hasDefaultSettings: isAll && !options.some((option) => option.includes("migration")),
+  };
+}
+
+/**
+ * The command line that is run: the user's, then `-S` (whether the guest runs when its state is
+ * loaded is fsl's decision), a QMP monitor on an inherited listening socket, and `-incoming defer`.
  * @param qmpFd the listening socket's number in QEMU
  */
 export function qemuCommandLine(argv: readonly string[], qmpFd: number): string[] {
@@ -67,6 +84,7 @@ export function qemuCommandLine(argv: readonly string[], qmpFd: number): string[
   const chardev = `${FSL_ID_PREFIX}qmp`;
   return [
     ...argv,
+    "-S",
     "-chardev",
     `socket,id=${chardev},fd=${qmpFd},server=on,wait=off`,
     "-mon",

@@ -6,14 +6,14 @@
  * loads its devices it may wait for a page: the fault loop serves that in its Worker, and needs
  * nothing of this file.
  */
-import { randomBytes } from "node:crypto";
 import { closeSync, openSync, readdirSync, readlinkSync } from "node:fs";
 import { constants } from "node:os";
 import { FslError, assert, isFslError } from "../errors.ts";
+import { randomHex } from "../sys/random.ts";
 import { MFD_CLOEXEC } from "../sys/abi.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
-import { dropLeftSeeds } from "./fdset.ts";
+import { anyFdset, dropLeftSeeds } from "./fdset.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
@@ -53,6 +53,9 @@ export interface QemuProcess {
   readonly endsWithFsl: boolean;
   /** `-S`: the guest is to stay stopped. */
   readonly startsStopped: boolean;
+  /** What its command line tells, unless it turns out to be another program's. */
+  readonly hasNoDiscards: boolean;
+  readonly hasDefaultSettings: boolean;
   /**
    * Called once QEMU has answered; the process may turn out to be another one (a wrapper script's
    * child).
@@ -103,11 +106,17 @@ export class QemuTarget implements Target {
   /** Commands that have been sent and must have succeeded before the state is handed over. */
   readonly #prepared: Promise<unknown>[] = [];
   #known: Inventory | null = null;
+  /** What was changed before anything was asked; `undefined`: nothing. */
+  readonly #defaultSettings: MigrationSettings | undefined;
+  /** Has been sent to QEMU, and nobody has taken it. */
+  #preloaded: TakenUserfaultfd | null = null;
   #phase: Phase = "new";
   /** The way that the userfaultfd was come by, for reports. */
   #way: UserfaultfdWay | null = null;
-  /** Takes the seed out of QEMU's descriptor sets. */
-  #dropSeedLater: (() => Promise<void>) | undefined;
+  /** The descriptor set that holds the seed. */
+  #seedSet = anyFdset();
+  /** Take seeds out of QEMU's descriptor sets. */
+  readonly #dropSeedsLater: (() => Promise<void>)[] = [];
   #keptNames = new Set<string>();
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
@@ -124,8 +133,13 @@ export class QemuTarget implements Target {
       if (name === "SHUTDOWN") this.#watchEnd();
     });
     // Asked at once: the answers are there a moment after QEMU is able to give them.
-    this.#inventory = takeInventory(qmp);
+    const { isSpawned, hasNoDiscards, hasDefaultSettings } = process;
+    const settings = hasDefaultSettings ? MigrationSettings.ofNewQemu(qmp) : undefined;
+    const known = { isWaiting: isSpawned, hasNoDiscards, ...(settings ? { settings } : {}) };
+    this.#inventory = takeInventory(qmp, known);
     this.#inventory.catch(() => {});
+    this.#defaultSettings = settings;
+    if (settings !== undefined) this.#prepare(settings.apply(LOAD_CHANGES));
     // While QEMU starts there is time to compile what runs when it is ready: 3 ms less then.
     setImmediate(warmUp);
   }
@@ -163,13 +177,13 @@ export class QemuTarget implements Target {
     // The negotiation is answered by QEMU's main loop: the machine is built.
     await this.#guard(this.#qmp.ready);
     const readyAtMs = performance.now();
-    const known = await this.#guard(this.#inventory.then((asked) => this.#withoutEarlier(asked)));
+    this.#process.identify();
+    this.#receivePreloaded();
+    const known = await this.#guard(this.#inventory.then((asked) => this.#judge(asked)));
     this.#known = known;
     this.#phase = "connected";
-    this.#process.identify();
-    // QEMU works on these while the process's maps are read here.
+    // QEMU works on this while the process's maps are read here.
     this.#prepare(known.settings.apply(LOAD_CHANGES));
-    if (this.#process.isSpawned) this.#prepare(this.#clearAutostart());
     return {
       readyAtMs,
       version: formatVersion(known.version),
@@ -194,25 +208,37 @@ export class QemuTarget implements Target {
       await this.#guard(Promise.all(this.#prepared));
       await this.#guard(this.#proveProcess());
     }
-    const taken = await this.#guard(this.#take());
+    const preloaded = this.#preloaded;
+    this.#preloaded = null;
+    if (preloaded !== null) return preloaded.fd;
+    const taken = await this.#guard(this.#make());
     this.#way = taken.way;
-    this.#helpers.push(...taken.helpers);
     try {
-      const kept = this.keepDescriptor(USERFAULTFD_NAME, taken.fd);
-      if (taken.remoteFd === null) {
-        this.#prepare(kept);
-      } else {
-        await kept;
-        // The named copy can be dropped by QMP when the load is over; the one made by ptrace only
-        // by ptrace.
-        closeRemote(this.#request(), taken.remoteFd);
-      }
+      await this.keepDescriptor(USERFAULTFD_NAME, taken.fd);
     } catch (error) {
       native.close(taken.fd);
-      if (taken.remoteFd !== null) closeRemote(this.#request(), taken.remoteFd);
       throw error;
+    } finally {
+      // The named copy can be dropped by QMP when the load is over; the one made by ptrace only by
+      // ptrace.
+      if (taken.remoteFd !== null) closeRemote(this.#request(), taken.remoteFd);
     }
     return taken.fd;
+  }
+
+  /**
+   * What the preloaded library has made, if it has. QEMU gets a copy under a name while it answers
+   * the questions: descriptors cannot be sent one right after the other.
+   */
+  #receivePreloaded(): void {
+    const { preloadSocket, runsStartedProgram } = this.#process;
+    if (preloadSocket < 0) return;
+    const preloaded = receivePreloaded(preloadSocket, this.pid, runsStartedProgram);
+    if (preloaded === null) return;
+    this.#preloaded = preloaded;
+    this.#way = preloaded.way;
+    this.#helpers.push(...preloaded.helpers);
+    this.#prepare(this.keepDescriptor(USERFAULTFD_NAME, preloaded.fd));
   }
 
   takeHelpers(): HelperRecord[] {
@@ -231,29 +257,39 @@ export class QemuTarget implements Target {
     await this.#guard(this.#qmp.request("closefd", { fdname: name }));
   }
 
-  async loadState(
-    seedFd: number,
-    streamOffset: number,
-    capabilities: readonly string[] = [],
-  ): Promise<void> {
-    const known = this.#known;
-    assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
-    if (capabilities.includes(IGNORE_SHARED)) this.#prepare(this.#ignoreShared(known));
-    const set = { "fdset-id": known.freeFdset };
+  giveSeed(seedFd: number): void {
+    assert(this.#phase === "new" || this.#phase === "connected", `giveSeed in ${this.#phase}`);
+    // A new number each time. Those of somebody else's QEMU are known by now.
+    this.#seedSet = Math.max(this.#seedSet + 1, this.#known?.freeFdset ?? 0);
+    const set = { "fdset-id": this.#seedSet };
     // QEMU compares the access mode (it must be read-only) and does not seek: a new open file has
     // position 0.
     const readable = openSync(`/proc/self/fd/${seedFd}`, "r");
-    const added = this.#qmp.request("add-fd", set, { fd: readable });
-    try {
-      this.#prepare(added);
-      await this.#guard(Promise.all(this.#prepared));
-      this.#phase = "loading";
-      await this.#guard(this.#loadFrom(known, streamOffset));
-    } finally {
-      closeSync(readable);
-      // Later, not now: QEMU does one command at a time, and the next should be `cont`.
-      this.#dropSeedLater = () => added.then((reply) => this.#dropSeed(set, reply)).catch(() => {});
-    }
+    const added = this.#qmp
+      .request("add-fd", set, { fd: readable })
+      .finally(() => closeSync(readable));
+    this.#prepare(added);
+    // Later, not after the load: QEMU does one command at a time, and the next should be `cont`.
+    this.#dropSeedsLater.push(() =>
+      added.then((reply) => this.#dropSeed(set, reply)).catch(() => {}),
+    );
+  }
+
+  async loadState(streamOffset: number, capabilities: readonly string[] = []): Promise<void> {
+    const known = this.#known;
+    assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
+    assert(this.#dropSeedsLater.length > 0, "loadState without a seed");
+    if (capabilities.includes(IGNORE_SHARED)) this.#prepare(this.#ignoreShared(known));
+    const prepared = this.#guard(Promise.all(this.#prepared));
+    prepared.catch(() => {});
+    // Somebody else's QEMU is to take nothing unless all is well. Of our own nothing is lost if not
+    // all is, so its answers are not waited for, which takes 1.5 ms.
+    await (this.isAttached ? prepared : this.#qmp.descriptorsSent());
+    this.#phase = "loading";
+    const loaded = this.#guard(this.#loadFrom(known, streamOffset));
+    loaded.catch(() => {});
+    await prepared;
+    await loaded;
     this.#phase = "loaded";
   }
 
@@ -325,13 +361,23 @@ export class QemuTarget implements Target {
   /** Closes fsl's descriptors: the QMP connection and the pidfd. QEMU goes on. Idempotent. */
   close(): void {
     this.#endHelpers();
+    if (this.#preloaded !== null) native.close(this.#preloaded.fd);
+    this.#preloaded = null;
     this.#qmp.close();
     this.#process.close(this.#phase === "released");
   }
 
+  /** What the inventory is worth: of whom it is, and what somebody else has left behind. */
+  async #judge(known: Inventory): Promise<Inventory> {
+    if (this.isAttached) return this.#withoutEarlier(known);
+    if (this.#process.runsStartedProgram) return known;
+    // Whatever runs there was given its command line by another program: a script, taskset.
+    await this.#defaultSettings?.restore();
+    return takeInventory(this.#qmp);
+  }
+
   /** What an earlier fsl, dead by now, has left in a QEMU that still waits goes first. */
   async #withoutEarlier(known: Inventory): Promise<Inventory> {
-    if (!this.isAttached) return known;
     const dropped = LEFT_NAMES.map((fdname) => this.#qmp.execute("closefd", { fdname }));
     await Promise.all(dropped); // Refused where there is none.
     await dropLeftSeeds(this.#qmp, this.pid);
@@ -352,7 +398,7 @@ export class QemuTarget implements Target {
    * must arrive in that process.
    */
   async #proveProcess(): Promise<void> {
-    const name = `${PROBE_NAME}-${randomBytes(8).toString("hex")}`;
+    const name = `${PROBE_NAME}-${randomHex(8)}`;
     const fd = native.check(native.memfdCreate(name, MFD_CLOEXEC), "memfd_create");
     try {
       await this.#qmp.request("getfd", { fdname: PROBE_NAME }, { fd });
@@ -376,13 +422,8 @@ export class QemuTarget implements Target {
     await this.#qmp.execute("remove-fd", typeof fd === "number" ? { ...set, fd } : set);
   }
 
-  async #take(): Promise<TakenUserfaultfd> {
+  async #make(): Promise<TakenUserfaultfd> {
     const way = this.#options.userfaultfdWay;
-    if (this.#process.preloadSocket >= 0 && (way === undefined || way === "preload")) {
-      const { preloadSocket, runsStartedProgram } = this.#process;
-      const preloaded = receivePreloaded(preloadSocket, this.pid, runsStartedProgram);
-      if (preloaded !== null) return preloaded;
-    }
     if (way === "preload") {
       throw new FslError(
         "HOST_UNSUPPORTED",
@@ -401,8 +442,7 @@ export class QemuTarget implements Target {
   }
 
   /**
-   * `stop` of a QEMU that waits for its state only clears autostart: whether the guest runs is
-   * fsl's decision.
+   * `stop` of a QEMU that waits for its state only clears autostart, as `-S` does.
    */
   #clearAutostart(): Promise<unknown> {
     return this.#qmp.request("stop");
@@ -435,7 +475,7 @@ export class QemuTarget implements Target {
       const stopped = this.isAttached ? this.#clearAutostart() : undefined;
       stopped?.catch(() => {});
       const reply = await this.#qmp.execute("migrate-incoming", {
-        uri: `file:/dev/fdset/${known.freeFdset}${streamOffset === 0 ? "" : `,offset=${streamOffset}`}`,
+        uri: `file:/dev/fdset/${this.#seedSet}${streamOffset === 0 ? "" : `,offset=${streamOffset}`}`,
         // Since 9.1; before, QEMU exits when the load fails.
         ...(major > 9 || minor >= 1 ? { "exit-on-error": false } : {}),
       });
@@ -505,7 +545,7 @@ export class QemuTarget implements Target {
       this.#qmp.execute("closefd", { fdname: name }),
     );
     this.#keptNames.clear();
-    await this.#dropSeedLater?.();
+    await Promise.all(this.#dropSeedsLater.splice(0).map((drop) => drop()));
     await Promise.all<QmpReply | void | undefined>([...dropped, this.#known?.settings.restore()]);
   }
 

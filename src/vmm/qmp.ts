@@ -11,8 +11,8 @@
  * unless out-of-band commands are enabled, which fsl has no other use for: nine queries take 2
  * instead of 5 ms.
  */
-import { randomInt } from "node:crypto";
 import { FslError, assert } from "../errors.ts";
+import { randomInteger } from "../sys/random.ts";
 import { EINTR, MSG_DONTWAIT, MSG_NOSIGNAL } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
 import { MessageLines } from "./message-lines.ts";
@@ -94,9 +94,10 @@ export class QmpClient {
   readonly #greetingTimer: ReturnType<typeof setTimeout>;
   #greeted = false;
   /** Not from 1: an answer to a client that was there before must not pass for one to this client. */
-  #nextId = randomInt(1, ID_START_MAX);
-  /** Resolves when the last command that carries a descriptor is answered. */
+  #nextId = randomInteger(1, ID_START_MAX);
+  /** Resolves when the last command that carries a descriptor is answered; and when it is sent. */
   #descriptorTurn: Promise<unknown> = Promise.resolve();
+  #descriptorSent: Promise<unknown> = Promise.resolve();
 
   private constructor(fd: number, options: QmpOpenOptions) {
     this.#fd = fd;
@@ -141,8 +142,14 @@ export class QmpClient {
     // QEMU's socket holds the descriptors of one message only: a second message with descriptors
     // closes those of the first if no command has fetched them yet.
     const turn = this.#descriptorTurn.then(() => this.#send(command, args, options));
+    this.#descriptorSent = this.#descriptorTurn;
     this.#descriptorTurn = turn.catch(() => {});
     return turn;
+  }
+
+  /** Commands that are sent when this resolves come behind all that carry a descriptor. */
+  async descriptorsSent(): Promise<void> {
+    await this.#descriptorSent;
   }
 
   /**

@@ -7,7 +7,6 @@
  * cannot. Whatever fails: the migration is cancelled, the file removed, QEMU's settings put back,
  * and a guest that ran before runs again.
  */
-import { randomBytes } from "node:crypto";
 import {
   closeSync,
   constants,
@@ -27,6 +26,7 @@ import {
   MigrationSettings,
   PARAMETERS_IN_THE_WAY,
 } from "./migration-settings.ts";
+import { randomHex } from "../sys/random.ts";
 import { connectQmp } from "./qmp-connect.ts";
 import { type QmpClient, isRecord } from "./qmp.ts";
 
@@ -114,7 +114,7 @@ class SaveFile {
 
   static create(path: string): SaveFile {
     const finalPath = followLink(resolve(path));
-    const name = `.${basename(finalPath).slice(0, 200)}.fsl-${randomBytes(12).toString("hex")}`;
+    const name = `.${basename(finalPath).slice(0, 200)}.fsl-${randomHex(12)}`;
     const temporaryPath = join(dirname(finalPath), name);
     const { O_CREAT, O_EXCL, O_RDWR, O_NOFOLLOW } = constants;
     try {

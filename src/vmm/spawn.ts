@@ -15,7 +15,12 @@ import { checkDescriptorLimit } from "../sys/limits.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { isGlibcInterpreter, readElfInterpreter } from "./elf.ts";
 import { preloadEnvironment } from "./preload-protocol.ts";
-import { checkQemuCommand, qemuCommandLine, startsStopped } from "./qemu-command.ts";
+import {
+  checkQemuCommand,
+  qemuCommandLine,
+  readQemuCommand,
+  startsStopped,
+} from "./qemu-command.ts";
 import { type QemuProcess, QemuTarget } from "./qemu.ts";
 import { QmpClient } from "./qmp.ts";
 import { makeRuntimeDirectory, removeRuntimeDirectory } from "./runtime-directory.ts";
@@ -88,6 +93,7 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
       preloadSocket,
       endsWithFsl: options.detached !== true,
       startsStopped: startsStopped(options.argv),
+      ...readQemuCommand(options.argv),
     });
     forTarget.release(connection);
     const qmp = QmpClient.open(connection, {
@@ -127,6 +133,8 @@ interface SpawnedParts {
   readonly preloadSocket: number;
   readonly endsWithFsl: boolean;
   readonly startsStopped: boolean;
+  readonly hasNoDiscards: boolean;
+  readonly hasDefaultSettings: boolean;
 }
 
 class SpawnedQemu implements QemuProcess {
@@ -134,6 +142,8 @@ class SpawnedQemu implements QemuProcess {
   readonly preloadSocket: number;
   readonly endsWithFsl: boolean;
   readonly startsStopped: boolean;
+  readonly hasNoDiscards: boolean;
+  readonly hasDefaultSettings: boolean;
   readonly isSpawned = true;
   #pid: number;
   #pidfd: number;
@@ -151,6 +161,8 @@ class SpawnedQemu implements QemuProcess {
     this.preloadSocket = parts.preloadSocket;
     this.endsWithFsl = parts.endsWithFsl;
     this.startsStopped = parts.startsStopped;
+    this.hasNoDiscards = parts.hasNoDiscards;
+    this.hasDefaultSettings = parts.hasDefaultSettings;
     this.#pid = child.pid;
     this.#pidfd = pidfd;
     this.exited = child.exited.then(() => {

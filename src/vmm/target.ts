@@ -129,12 +129,16 @@ export interface Target extends ServedTarget {
   /** Leaves a copy of a descriptor in the target under a name, so that it outlives fsl. */
   keepDescriptor(name: string, fd: number): Promise<void>;
   /**
-   * Lets the target load device state from a seed (O_RDONLY, position 0, see snapshot/seed.ts).
-   * Works once.
+   * Before `loadState`: the seed (see snapshot/seed.ts) that the device state is to come from; the
+   * last one counts. The caller may close it at once. Before `connect` too, unless `isAttached`.
+   */
+  giveSeed(seedFd: number): void;
+  /**
+   * Lets the target load device state from the seed. Works once.
    * @param streamOffset file offset in bytes at which the stream begins
    * @param capabilities migration capabilities that the stream was saved with; absent: mapped-ram
    */
-  loadState(seedFd: number, streamOffset: number, capabilities?: readonly string[]): Promise<void>;
+  loadState(streamOffset: number, capabilities?: readonly string[]): Promise<void>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
 }

@@ -91,7 +91,8 @@ async function loadAll(taken: QemuTarget): Promise<void> {
   native.close(fd);
   const seed = openSync(snapshotPath, "r");
   try {
-    await taken.loadState(seed, 0);
+    taken.giveSeed(seed);
+    await taken.loadState(0);
   } finally {
     closeSync(seed);
   }

@@ -195,7 +195,8 @@ describe("loadState", () => {
     await qemu.connect();
     const seed = openSync(path, "r+"); // Any descriptor will do, whatever its mode and position.
     try {
-      await qemu.loadState(seed, 0);
+      qemu.giveSeed(seed);
+      await qemu.loadState(0);
     } finally {
       closeSync(seed);
     }
@@ -225,7 +226,8 @@ describe("loadState", () => {
     native.close(await qemu.takeUserfaultfd());
     await qemu.keepDescriptor("fsl-test", 0);
     const seed = openSync(snapshotPath, "r");
-    await qemu.loadState(seed, 0);
+    qemu.giveSeed(seed);
+    await qemu.loadState(0);
     closeSync(seed);
     await qemu.resume();
     await qemu.release();

@@ -140,7 +140,7 @@ export class Rig implements AsyncDisposable {
       kill: () => toucher.child.kill("SIGKILL"),
     } as unknown as ServedTarget;
     const say = (message: string): void => void this.messages.push(message);
-    const crew = new Crew(options.eager?.workers ?? 2);
+    const crew = new Crew();
     this.serving = new Serving(target, state, this.uffd, crew, {
       logger: { info: say, warn: say },
       ...options,

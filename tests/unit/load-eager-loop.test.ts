@@ -53,7 +53,7 @@ class Bench implements Disposable {
       pieceLength: this.pieceLength,
       order: planChunks(this.state),
       replay: Int32Array.from(this.replay),
-      mover: null,
+      movers: [],
       bytesPerSecond: this.bytesPerSecond,
       onFailure: (failure) => this.failures.push(failure),
       onRecovered: (failure) => this.recovered.push(failure),

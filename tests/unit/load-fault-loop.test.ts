@@ -61,6 +61,8 @@ class Bench implements Disposable {
       stopFd: this.uffd.stopFd,
       pidfd: -1,
       clusterPages: this.clusterPages,
+      helperPids: [],
+      replay: new Int32Array(0),
       onFailure: (failure) => this.failures.push(failure),
       onRecovered: (failure) => this.recovered.push(failure),
     });
@@ -269,6 +271,8 @@ describe("FaultLoop.run", () => {
       stopFd: -1,
       pidfd: ended,
       clusterPages: 1,
+      helperPids: [],
+      replay: new Int32Array(0),
       onFailure: () => {},
       onRecovered: () => {},
     });

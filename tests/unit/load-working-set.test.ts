@@ -111,16 +111,17 @@ describe("working-set.planReplay", () => {
     expect([...runs]).toEqual([0, 700, 1, 0, 4, 3, 0, 1500, 1]);
   });
 
-  test("leaves out zero pages, pages outside and blocks that are not there", () => {
+  test("leaves out pages outside and blocks that are not there, and keeps zero pages apart", () => {
     using made = makeState([{ pages: 1024, data: [[0, 10]] }]);
-    const { identity } = setOf();
     const pages = [
       { idstr: "block0", pageIndex: 10 },
       { idstr: "block0", pageIndex: 5000 },
       { idstr: "other", pageIndex: 1 },
       { idstr: "block0", pageIndex: 9 },
+      { idstr: "block0", pageIndex: 8 },
+      { idstr: "block0", pageIndex: 11 },
     ];
-    expect([...planReplay({ identity, pages }, made.state)]).toEqual([0, 9, 1]);
+    expect([...planReplay({ pages }, made.state)]).toEqual([0, 10, 1, 0, 8, 2, 0, 11, 1]);
   });
 
   test("brings a chunk with many pages as a whole, once", () => {

@@ -1,5 +1,10 @@
 import { describe, expect, test } from "bun:test";
-import { checkQemuCommand, qemuCommandLine, startsStopped } from "../../src/vmm/qemu-command.ts";
+import {
+  checkQemuCommand,
+  qemuCommandLine,
+  readQemuCommand,
+  startsStopped,
+} from "../../src/vmm/qemu-command.ts";
 import { expectRefusal, refusalOf } from "../helpers/qemu-vmm.ts";
 
 describe("checkQemuCommand", () => {
@@ -37,6 +42,7 @@ describe("qemuCommandLine", () => {
       "-m",
       "1G",
       "disk.img",
+      "-S",
       "-chardev",
       "socket,id=fsl-qmp,fd=7,server=on,wait=off",
       "-mon",
@@ -44,6 +50,23 @@ describe("qemuCommandLine", () => {
       "-incoming",
       "defer",
     ]);
+  });
+});
+
+describe("readQemuCommand", () => {
+  const [nothing, both] = [
+    { hasNoDiscards: false, hasDefaultSettings: false },
+    { hasNoDiscards: true, hasDefaultSettings: true },
+  ];
+  test.each([
+    [["qemu", "-m", "1G", "-device", "virtio-net-pci"], both],
+    [["qemu", "-device", "virtio-balloon-pci"], { ...both, hasNoDiscards: false }],
+    [["qemu", "-device", '{"driver":"virtio-mem-pci"}'], { ...both, hasNoDiscards: false }],
+    [["qemu", "-global", "migration.x-multifd=on"], { ...both, hasDefaultSettings: false }],
+    [["qemu", "-readconfig", "guest.cfg"], nothing],
+    [["qemu", "--set", "device.x.y=z"], nothing],
+  ])("%p → %p", (argv, expected) => {
+    expect(readQemuCommand(argv)).toEqual(expected);
   });
 });
 

@@ -1,0 +1,109 @@
+/**
+ * A rehearsal of the fault loop, in memory of our own, while the target is still starting: code that
+ * runs for the first time takes a millisecond, and the first faults come from the target's loading
+ * of its devices and from the guest's first steps. Runs in the fault Worker.
+ */
+import {
+  EFD_CLOEXEC,
+  MAP_ANONYMOUS,
+  MAP_PRIVATE,
+  MFD_CLOEXEC,
+  O_CLOEXEC,
+  O_NONBLOCK,
+  PROT_READ,
+  PROT_WRITE,
+  REGISTER_MISSING,
+  UFFD_EVENT_PAGEFAULT,
+  UFFD_MSG,
+  UFFD_USER_MODE_ONLY,
+} from "../sys/abi.ts";
+import * as sys from "../sys/native.ts";
+import { createPageSource } from "../source/snapshot-source.ts";
+import { Uffd } from "../uffd/uffd.ts";
+import { setRange } from "./bits.ts";
+import { FaultLoop } from "./fault-loop.ts";
+import { LoadState } from "./state.ts";
+
+const PAGE = 4096;
+const PAGES = 64;
+const LENGTH = PAGES * PAGE;
+/** As many pages have bytes in the file; the others are zero. */
+const DATA_PAGES = 48;
+/** Every so-many-th page has a fault. */
+const FAULT_EVERY = 8;
+const CLUSTER_PAGES = 2;
+
+/** Serves a few made-up faults. Does nothing where a process may not have a userfaultfd. */
+export function rehearse(): void {
+  const uffdFd = sys.userfaultfd(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+  if (uffdFd < 0) return;
+  const fileFd = sys.memfdCreate("fsl-rehearsal", MFD_CLOEXEC);
+  // Readable from the start: the loop ends when it has served what it finds.
+  const stopFd = sys.eventfd(1, EFD_CLOEXEC);
+  const memory = sys.mmap(0, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  try {
+    if (fileFd >= 0 && stopFd >= 0 && memory > 0 && sys.ftruncate(fileFd, LENGTH) === 0) {
+      play(new Uffd(uffdFd), fileFd, stopFd, memory);
+    }
+  } finally {
+    for (const fd of [uffdFd, fileFd, stopFd]) if (fd >= 0) sys.close(fd);
+    if (memory > 0) sys.munmap(memory, LENGTH);
+  }
+}
+
+function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): void {
+  uffd.api(0);
+  uffd.register(memory, LENGTH, REGISTER_MISSING);
+  const block = {
+    idstr: "rehearsal",
+    hostAddr: memory,
+    usedLength: LENGTH,
+    pageSize: PAGE,
+    hostPageSize: PAGE,
+    pagesOffset: 0,
+    movable: false,
+  };
+  const target = { pid: 0, controlPath: null, isControlPrivate: true, endsWithFsl: true, undo: {} };
+  const { state, fd } = LoadState.create({
+    target,
+    paused: true,
+    snapshotPath: "",
+    snapshotIdentity: {},
+    blocks: [block],
+    registered: [memory, memory + LENGTH],
+    canDiscard: false,
+    source: {},
+  });
+  const source = createPageSource({ fd: fileFd }, [block]);
+  try {
+    for (const { data } of state.blocks) setRange(data, 0, DATA_PAGES);
+    const events = state.eventsView();
+    for (let page = 0; page < PAGES; page += FAULT_EVERY) {
+      const at = (page / FAULT_EVERY) * UFFD_MSG.BYTES;
+      events.setUint8(at, UFFD_EVENT_PAGEFAULT);
+      const addressAt = at + UFFD_MSG.FAULT_ADDRESS;
+      events.setBigUint64(addressAt, BigInt(memory + page * PAGE), true);
+    }
+    // As a loop finds them that takes over from one that died.
+    state.eventCount = PAGES / FAULT_EVERY;
+    const loop = new FaultLoop({
+      uffd,
+      source,
+      state,
+      counters: state.counters(0),
+      stopFd,
+      pidfd: stopFd,
+      clusterPages: CLUSTER_PAGES,
+      helperPids: [],
+      replay: Int32Array.of(0, 1, 2),
+      onFailure: () => {},
+      onRecovered: () => {},
+    });
+    loop.run();
+    loop.close();
+  } finally {
+    source.close();
+    state.unmap();
+    sys.close(fd);
+  }
+}
