@@ -598,10 +598,12 @@ function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
  * plan them takes less than a millisecond, and to copy them two.
  */
 const FIRST_PAGES_MAX = 1024;
+/** A chunk with more of them would be slower page by page than as a whole, after resume. */
+const FIRST_DENSE_PAGES = 64;
 
 function planFirst(set: WorkingSet | null, state: LoadState): Int32Array<ArrayBuffer> {
   const pages = set?.pages.slice(0, FIRST_PAGES_MAX) ?? [];
-  return planReplay({ pages }, state, Number.POSITIVE_INFINITY);
+  return planReplay({ pages }, state, FIRST_DENSE_PAGES);
 }
 
 /** What can be worked out of the snapshot alone, while the target starts. */
