@@ -2,14 +2,15 @@
  * Who has the CPU: vCPUs and the fault loop before the eager load. Runs in an eager Worker, for
  * itself and for its helpers in the target.
  *
- * In the first second the eager load takes only what nobody else wants: the guest's first steps are
- * what somebody waits for. Then it has a share of a busy host too, or it would never end. A helper
- * that a vCPU waits for gets the vCPU's own priority (from `FaultLoop`), and is put back here.
+ * In the first second the helpers take only what nobody else wants: the guest's first steps are
+ * what somebody waits for. Then they have a share of a busy host too, or the load would never end. A
+ * helper that a vCPU waits for gets the vCPU's own priority (from `FaultLoop`), and is put back here.
+ * The Worker itself hardly uses the CPU, and is not to keep a helper waiting.
  */
 import * as sys from "../sys/native.ts";
 
 const GENTLE_NICE = 19;
-/** How long the eager load is so gentle, ms. */
+/** How long helpers are so gentle, ms. */
 const GENTLE_MS = 1000;
 
 export class Priority {
@@ -23,24 +24,21 @@ export class Priority {
     this.#nice = nice;
     // Whoever may not raise a priority could never take it back.
     this.#gentleUntilMs = mayRaise() ? performance.now() + GENTLE_MS : 0;
-    this.#setAll(this.#gentleUntilMs > 0 ? GENTLE_NICE : nice);
+    sys.setpriority(sys.gettid(), nice);
+    this.putBack();
   }
 
   /** Looked at often; changes something once. */
   look(): void {
     if (this.#gentleUntilMs === 0 || performance.now() < this.#gentleUntilMs) return;
     this.#gentleUntilMs = 0;
-    this.#setAll(this.#nice);
+    this.putBack();
   }
 
-  /** A chunk that was waited for has come. */
+  /** Helpers as they ought to be now: a chunk that was waited for has come. */
   putBack(): void {
     const nice = this.#gentleUntilMs > 0 ? GENTLE_NICE : this.#nice;
     for (const pid of this.#helperPids) sys.setpriority(pid, nice);
-  }
-
-  #setAll(nice: number): void {
-    for (const id of [sys.gettid(), ...this.#helperPids]) sys.setpriority(id, nice);
   }
 }
 
