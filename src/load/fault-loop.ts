@@ -46,8 +46,11 @@ const FAULTS_PAUSE_MAX = 1024;
 /** In the event buffer: a place that nothing was read into. */
 const NO_EVENT = 0;
 
-/** After so many faults the source lets go of what it has mapped: 64 KiB a fault, 16 MiB in all. */
-const RELEASE_FAULTS = 256;
+/**
+ * After so many faults the source lets go of what it has mapped: the kernel maps up to 0.4 MiB of a
+ * file for each.
+ */
+const RELEASE_FAULTS = 8;
 
 /** How the loop ended. */
 export type LoopEnd = "stopped" | "gone";

@@ -21,6 +21,7 @@ import { makeSource } from "../source/make-source.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { MFD_CLOEXEC, UFFD_FEATURES } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
+import { releaseProgramText } from "../sys/program-text.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { ExitStatus, Target, TargetInfo } from "../vmm/target.ts";
 import {
@@ -196,19 +197,15 @@ class Load {
     state.phase = PHASE_STATE_LOADED;
     if (!this.#isPaused) await this.#resume();
     state.phase = PHASE_RUNNING;
+    releaseProgramText();
     serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
-    serving.letEagerGo(this.#isPaused || set !== null ? 0 : this.#eagerPauseMs());
+    serving.letEagerGo(this.#isPaused || set !== null ? 0 : EAGER_PAUSE_MS);
     return this.#handle(this.#finish(serving, set).catch((error) => this.#giveUp(serving, error)));
   }
 
   /** By the caller's wish, or by the `-S` of whoever started the target. */
   get #isPaused(): boolean {
     return this.#options.paused === true || this.#info?.startsStopped === true;
-  }
-
-  /** Without a working set the guest's first faults are to be served, and seen, undisturbed. */
-  #eagerPauseMs(): number {
-    return this.#options.workingSet === undefined ? EAGER_PAUSE_MS : EAGER_PAUSE_RECORDING_MS;
   }
 
   /** Null when there is none, or none that fits: that is worth a word, and no reason to fail. */
@@ -585,8 +582,6 @@ const RECORD_MS = 2000;
  * speed them.
  */
 const EAGER_PAUSE_MS = 10;
-/** The same when they are recorded: a page that the eager load brought leaves no trace. */
-const EAGER_PAUSE_RECORDING_MS = 40;
 
 function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
   const { size, mtimeNs } = snapshot.identity;
