@@ -12,26 +12,29 @@ import * as sys from "../sys/native.ts";
 import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { alignDown } from "../pages.ts";
-import { countRange, nextBit, nextMissing, setRange } from "./bits.ts";
-import { canMove, type ChunkInHand, type ChunkMover } from "./chunk-mover.ts";
+import { nextBit, nextMissing } from "./bits.ts";
+import type { ChunkMover } from "./chunk-mover.ts";
 import {
   add,
   type BlockState,
   C_EAGER_PAGES,
-  C_MOVED_CHUNKS,
   CHUNK_COPYING,
   CHUNK_DONE,
   CHUNK_FREE,
-  CHUNK_MOVED,
-  CHUNK_MOVING,
   CHUNK_SPLIT,
   type LoadState,
-  recordLatency,
 } from "./state.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { Priority } from "./priority.ts";
 import { FAILED, GONE, type Outcome, RETRY, SUPPLIED, Supply } from "./supply.ts";
+import { WholeChunks } from "./whole-chunks.ts";
 
+/**
+ * How many chunks the eager load follows a fault; and that of a guest that reads much: 64 MiB are
+ * read in 20 ms.
+ */
+const FOLLOWED = 2;
+const FOLLOWED_BULK = 32;
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
 /** Of poll(2). */
@@ -65,7 +68,7 @@ export interface EagerLoopOptions {
   readonly replay: Int32Array;
   /** Absent: nobody's is changed. */
   readonly priority?: Priority;
-  /** Each brings whole chunks where that can be done; none: every page is copied. */
+  /** Bring whole chunks where that can be done; none: every page is copied. */
   readonly movers: readonly ChunkMover[];
   /**
    * Data pages of all eager Workers together, bytes per second; 0 = no limit. This Worker's share.
@@ -97,15 +100,15 @@ export class EagerLoop {
   /** Pages that could not be read and have not come yet, by block and page. */
   readonly #failures = new Map<string, PageFailure>();
   readonly #pieceLength: number;
-  /** Chunks that could not be moved, plan-wide numbers: what is missing of them is copied. */
-  readonly #unmoved: number[] = [];
-  readonly #moverFds: Int32Array;
-  readonly #moverEvents: Int32Array;
+  readonly #whole: WholeChunks;
   /**
    * Where the search for a missing page of any block goes on: pages do not become missing again.
    */
   #missingBlock = 0;
   #missingPage = 0;
+  /** The next chunk to look at behind the guest's last fault, and where that ends. */
+  #followed = 0;
+  #followedEnd = 0;
   #startedMs = 0;
   #bytes = 0;
 
@@ -113,8 +116,7 @@ export class EagerLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
-    this.#moverFds = new Int32Array(options.movers.length);
-    this.#moverEvents = new Int32Array(options.movers.length);
+    this.#whole = new WholeChunks({ ...options, readsEvents: false, pagesCounter: C_EAGER_PAGES });
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
     const perPace = (bytesPerSecond * PACE_MS) / 1000;
@@ -123,7 +125,7 @@ export class EagerLoop {
 
   /** Takes chunks until none is left and every page that was put off has come too. */
   run(): EagerEnd {
-    const { state, order, priority } = this.#options;
+    const { state, priority } = this.#options;
     const putOff: number[] = [];
     let isReplaying = true;
     let isGoing = false;
@@ -134,36 +136,75 @@ export class EagerLoop {
         this.#startedMs = performance.now();
         this.#bytes = 0;
       }
-      priority?.look();
+      priority?.look(state.isBulk);
       this.#advance(0);
       // Where the guest is now comes first, and what lies behind it; then the working set; then
       // the order.
-      const hot = isGoing ? state.takeHotChunk() : -1;
-      if (hot < 0 && isReplaying) {
+      let chunk = isGoing ? this.#nextFollowed() : undefined;
+      if (chunk === undefined && isReplaying) {
         const outcome = this.#replayNext();
         if (outcome === GONE) return "gone";
         isReplaying = outcome !== null;
-        if (!isReplaying) {
-          this.#releaseSource();
-        }
+        if (!isReplaying) this.#releaseSource();
         continue;
       }
-      if (hot < 0 && !isGoing) {
+      if (chunk === undefined && !isGoing) {
         if (!this.#advance(PARK_MS)) this.#sleep(PARK_MS);
         continue;
       }
-      const chunk = hot >= 0 ? hot : (this.#unmoved.pop() ?? order[state.takeChunk()]);
+      chunk ??= this.#whole.unmoved.pop() ?? this.#nextOrdered();
       if (chunk === undefined) {
         if (this.#advance(FOREVER)) continue;
         break;
       }
-      let outcome = this.#bringChunk(chunk);
-      if (outcome === SUPPLIED && hot >= 0) outcome = this.#bringChunk(hot + 1);
+      const outcome = this.#bringChunk(chunk);
       if (outcome === GONE) return "gone";
       if (outcome !== SUPPLIED) putOff.push(chunk);
     }
     while (this.#advance(FOREVER));
     return this.#isOver() ? "stopped" : this.#bringPutOff(putOff);
+  }
+
+  /**
+   * The next chunk at and behind the guest's last fault. Of a guest that reads on and on, chunks
+   * that it has begun are left to its faults, where others can be moved: it will be through soon.
+   */
+  #nextFollowed(): number | undefined {
+    const { state } = this.#options;
+    const hot = state.takeHotChunk();
+    if (hot >= 0) {
+      this.#followed = hot;
+      this.#followedEnd = hot + (state.isBulk ? FOLLOWED_BULK : FOLLOWED);
+    }
+    const isPicky = this.#isMoving && state.isBulk;
+    while (this.#followed < this.#followedEnd) {
+      const chunk = this.#followed;
+      this.#followed += 1;
+      if (!isPicky || this.#isUntouched(chunk)) return chunk;
+    }
+    return undefined;
+  }
+
+  /** The next chunk in the order: first those that can be moved, then what is left. */
+  #nextOrdered(): number | undefined {
+    const { order, state } = this.#options;
+    for (;;) {
+      const at = state.takeChunk();
+      if (!this.#isMoving) return order[at];
+      if (at >= order.length) return order[at - order.length];
+      const chunk = order[at] ?? 0;
+      if (this.#isUntouched(chunk)) return chunk;
+    }
+  }
+
+  get #isMoving(): boolean {
+    return !this.#whole.isEmpty;
+  }
+
+  #isUntouched(planChunk: number): boolean {
+    const { blocks } = this.#options.state;
+    const state = blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
+    return state !== undefined && state.chunks[planChunk - state.firstChunk] === CHUNK_FREE;
   }
 
   /** What the working set had mapped: its chunks may be copied by another Worker. */
@@ -236,15 +277,11 @@ export class EagerLoop {
     const state = load.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
     const chunk = planChunk - (state?.firstChunk ?? 0);
     if (state === undefined || chunk >= state.chunks.length) return SUPPLIED;
-    const mover = canMove(state, chunk) ? this.#freeMover() : null;
-    if (mover !== null) {
-      const moving = CHUNK_MOVING + workerIndex;
-      if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, moving) === CHUNK_FREE) {
-        mover.begin(state, chunk);
-        // Nothing may be in hand while the rate makes this Worker sleep.
-        while (bytesPerSecond !== 0 && this.#advance(FOREVER));
-        return SUPPLIED;
-      }
+    const isUntouched = state.chunks[chunk] === CHUNK_FREE;
+    if (isUntouched && this.#whole.waitFree() && this.#whole.begin(state, chunk)) {
+      // Nothing may be in hand while the rate makes this Worker sleep.
+      while (bytesPerSecond !== 0 && this.#advance(FOREVER));
+      return SUPPLIED;
     }
     // Pages may be served one by one from here on.
     Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, CHUNK_SPLIT);
@@ -256,105 +293,13 @@ export class EagerLoop {
     return outcome;
   }
 
-  /** A mover that can begin a chunk, waited for if need be; null when there is none any more. */
-  #freeMover(): ChunkMover | null {
-    for (;;) {
-      const free = this.#options.movers.find(({ isFree }) => isFree);
-      if (free !== undefined) return free;
-      if (!this.#advance(FOREVER)) return null;
-    }
-  }
-
-  /** Nobody waits for a chunk that was read while this Worker does something else. */
-  #flushMovers(): void {
-    for (const mover of this.#options.movers) mover.flush();
-  }
-
-  /**
-   * Goes on with what helpers have done. @param waitMs how long to wait for one of them, at most
-   * @returns false when none has anything in hand
-   */
+  /** Goes on with what helpers have in hand, see `WholeChunks.advance`. */
   #advance(waitMs: number): boolean {
-    const { movers } = this.#options;
-    if (waitMs !== 0) this.#flushMovers();
-    let running = 0;
-    for (const mover of movers) {
-      if (mover.isRunning) this.#moverFds[running++] = mover.fd;
-    }
-    if (running === 0) return movers.some(({ moving }) => moving !== null);
-    sys.poll(this.#moverFds, this.#moverEvents, running, POLLIN, waitMs);
-    let at = 0;
-    for (const mover of movers) {
-      if (mover.isRunning && this.#moverEvents[at++] !== 0) this.#proceed(mover);
-    }
-    return true;
-  }
-
-  /** The next step of what a helper has in hand. */
-  #proceed(mover: ChunkMover): void {
-    const { state: load, workerIndex } = this.#options;
-    const read = mover.proceed();
-    let bytes = 0;
-    if (mover.moving !== null) {
-      bytes = this.#settle(mover.moving, mover.hasMoved);
-      mover.settle();
-    }
-    const { reading } = mover;
-    if (reading === null) {
-      // With a rate nothing else is in hand now.
-      this.#pace(bytes);
-    } else if (read === null) {
-      mover.goOn();
-    } else if (!read || load.halted) {
-      mover.drop();
-      this.#settle(reading, false);
-    } else if (!load.metadata.canDiscard) {
-      mover.queueMove();
-    } else {
-      while (!load.enterCopy(workerIndex)) this.#sleep(PARK_MS);
-      const { state, chunk } = reading;
-      const end = state.chunkEnd(chunk);
-      // A REMOVE may have marked pages while the bytes were read: those are zero now.
-      if (load.halted || nextBit(state.done, state.chunkStart(chunk), end, true) !== end) {
-        mover.drop();
-        this.#settle(reading, false);
-      } else {
-        mover.queueMove();
-        mover.flush();
-        mover.proceed();
-        bytes = this.#settle(reading, mover.hasMoved);
-        mover.settle();
-      }
-      load.leaveCopy(workerIndex);
-      this.#pace(bytes);
-    }
-  }
-
-  /**
-   * A chunk has come as a whole, or could not: then it is copied. Faults in it have waited for it;
-   * they are woken in any case. @returns bytes of data that have come
-   */
-  #settle({ state, chunk }: ChunkInHand, moved: boolean): number {
-    const { counters, uffd, priority } = this.#options;
-    const { block } = state;
-    const start = state.chunkStart(chunk);
-    const end = state.chunkEnd(chunk);
-    if (moved) setRange(state.done, start, end);
-    Atomics.store(state.chunks, chunk, moved ? CHUNK_MOVED : CHUNK_SPLIT);
-    const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
-    if (waitingSinceNs > 0) priority?.putBack();
-    if (!moved || waitingSinceNs > 0) {
-      uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
-    }
-    if (!moved) {
-      this.#unmoved.push(state.firstChunk + chunk);
-      return 0;
-    }
-    if (waitingSinceNs > 0) recordLatency(counters, sys.clockNs() - waitingSinceNs);
-    const dataPages = countRange(state.data, start, end);
-    add(counters, C_EAGER_PAGES, dataPages);
-    add(counters, C_MOVED_CHUNKS, 1);
-    return dataPages * block.pageSize;
+    const isBusy = this.#whole.advance(waitMs);
+    const bytes = this.#whole.bytesCome;
+    this.#whole.bytesCome = 0;
+    if (bytes > 0) this.#pace(bytes);
+    return isBusy;
   }
 
   /** Copies what is missing of a chunk. Goes past pages that fail, and says so by its outcome. */
@@ -387,7 +332,7 @@ export class EagerLoop {
     const { state: load, counters, workerIndex } = this.#options;
     const { canDiscard } = load.metadata;
     const { block } = state;
-    this.#flushMovers();
+    this.#whole.flush();
     if (canDiscard && !load.enterCopy(workerIndex)) return RETRY;
     // Looked up again inside the gate: a REMOVE may have marked pages since the caller looked.
     const at = nextMissing(state.data, state.done, from, chunkEnd, true);

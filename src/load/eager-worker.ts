@@ -1,11 +1,10 @@
 /** Worker entry point: one eager loader. */
-import { ChunkMover } from "./chunk-mover.ts";
 import { EagerLoop } from "./eager-loop.ts";
 import { Priority } from "./priority.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
 
-serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report }) => {
+serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
   const loop = new EagerLoop({
     state,
     uffd,
@@ -19,7 +18,7 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report })
       start.helpers.map(({ pid }) => pid),
       start.nice,
     ),
-    movers: start.helpers.map((helper) => new ChunkMover(helper, start.fileFd)),
+    movers,
     bytesPerSecond: start.bytesPerSecond,
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),

@@ -21,6 +21,7 @@ import {
   type BlockState,
   C_BATCHES,
   C_CHUNK_FAULTS,
+  CHUNK_MOVING,
   C_EAGER_PAGES,
   C_FAULT_PAGES,
   C_FAULTS,
@@ -32,7 +33,9 @@ import {
   type LoadState,
   recordLatency,
 } from "./state.ts";
+import type { ChunkMover } from "./chunk-mover.ts";
 import { COMING, FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
+import { WholeChunks } from "./whole-chunks.ts";
 
 /** First pause before a failed read is tried again, and the longest, ms. */
 const RETRY_PAUSE_MS = 20;
@@ -43,6 +46,10 @@ const RETRY_PAUSE_MAX_MS = 2000;
  */
 const FAULTS_PAUSE_MAX = 1024;
 
+/** The fault loop's place among the Workers. */
+const FAULT_WORKER = 0;
+/** Index of the helper's descriptor among those that are polled. */
+const HELPER_FD = 4;
 /** In the event buffer: a place that nothing was read into. */
 const NO_EVENT = 0;
 
@@ -76,6 +83,8 @@ export interface FaultLoopOptions {
   readonly pidfd: number;
   /** Data pages brought in around a faulting page after the batch is served, aligned; 1 = none. */
   readonly clusterPages: number;
+  /** Brings whole chunks to a guest that reads much; none: all faults are served page by page. */
+  readonly movers: readonly ChunkMover[];
   /** Helpers of the eager load: a vCPU may wait for a chunk that one of them has in hand. */
   readonly helperPids: readonly number[];
   /**
@@ -99,6 +108,7 @@ interface Waiting {
 export class FaultLoop {
   readonly #options: FaultLoopOptions;
   readonly #supply: Supply;
+  readonly #whole: WholeChunks;
   readonly #events: UffdEvents;
   readonly #fds: Int32Array;
   readonly #revents: Int32Array;
@@ -120,9 +130,16 @@ export class FaultLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#events = new UffdEvents(options.state.eventsView());
+    this.#whole = new WholeChunks({
+      ...options,
+      workerIndex: FAULT_WORKER,
+      readsEvents: true,
+      pagesCounter: C_FAULT_PAGES,
+    });
     const { readyFd } = options.source;
-    this.#fds = Int32Array.from([options.uffd.fd, options.stopFd, options.pidfd, readyFd]);
-    this.#revents = new Int32Array(4);
+    // poll(2) passes over negative ones; the last is the helper's while it is at work.
+    this.#fds = Int32Array.from([options.uffd.fd, options.stopFd, options.pidfd, readyFd, -1]);
+    this.#revents = new Int32Array(this.#fds.length);
   }
 
   /**
@@ -141,7 +158,8 @@ export class FaultLoop {
     for (;;) {
       const isReplaying = this.#replayAt < this.#options.replay.length;
       const timeoutMs = isReplaying ? 0 : this.#timeoutMs();
-      const ready = sys.poll(this.#fds, this.#revents, this.#pollCount(), POLLIN, timeoutMs);
+      this.#fds[HELPER_FD] = this.#whole.fd;
+      const ready = sys.poll(this.#fds, this.#revents, this.#fds.length, POLLIN, timeoutMs);
       if (state.stopped || this.#revents[1]) return "stopped";
       if (ready < 0) {
         if (ready === -EINTR) continue;
@@ -149,6 +167,7 @@ export class FaultLoop {
       }
       if (this.#revents[2]) return "gone";
       if (ready === 0 && isReplaying && this.#replayNext() === GONE) return "gone";
+      if (this.#revents[HELPER_FD]) this.#advanceWhole();
       const sourceHasNews = (this.#revents[3] ?? 0) !== 0;
       if (sourceHasNews) this.#options.source.acknowledge?.();
       // QEMU makes every descriptor blocking that it is given by `getfd`, which is the description
@@ -162,10 +181,6 @@ export class FaultLoop {
 
   close(): void {
     this.#supply.close();
-  }
-
-  #pollCount(): number {
-    return this.#options.source.readyFd >= 0 ? 4 : 3;
   }
 
   /** ms until the next retry, -1 for none. */
@@ -291,8 +306,11 @@ export class FaultLoop {
     add(counters, C_FAULTS, 1);
     this.#faults += 1;
     const outcome = this.#bring(state, page);
-    if (outcome === SUPPLIED) this.#options.state.hotChunk = state.firstChunk + state.chunkOf(page);
-    else if (outcome !== GONE && outcome !== COMING) this.#wait(state, page, outcome);
+    if (outcome === SUPPLIED || outcome === COMING) {
+      this.#options.state.hotChunk = state.firstChunk + state.chunkOf(page);
+    } else if (outcome !== GONE) {
+      this.#wait(state, page, outcome);
+    }
     return outcome;
   }
 
@@ -306,6 +324,9 @@ export class FaultLoop {
       return outcome;
     }
     if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
+    if (this.#options.state.isBulk && this.#whole.begin(state, state.chunkOf(page))) {
+      return this.#awaitChunk(state, page);
+    }
     if (!state.splitChunk(page)) return this.#awaitChunk(state, page);
     if (!testBit(state.data, page)) return this.#bringZeros(state, page);
     const outcome = this.#supply.copyRun(state, page, 1);
@@ -322,19 +343,27 @@ export class FaultLoop {
   }
 
   /**
-   * An eager Worker is bringing the whole chunk and wakes whoever waits in it, whether that
-   * succeeds or not.
+   * The whole chunk is being brought, and whoever waits in it is woken, whether that succeeds or
+   * not.
    */
   #awaitChunk(state: BlockState, page: number): Outcome {
     const chunk = state.chunkOf(page);
+    add(this.#options.counters, C_CHUNK_FAULTS, 1);
+    this.#log(state, page);
     if (state.chunkFaultNs[chunk] === 0) {
       state.chunkFaultNs[chunk] = sys.clockNs();
+      if (state.chunks[chunk] === CHUNK_MOVING + FAULT_WORKER) return COMING;
       // Whichever it is. Where that is not permitted, the chunk comes a little later.
       for (const pid of this.#options.helperPids) sys.setpriority(pid, 0);
     }
-    add(this.#options.counters, C_CHUNK_FAULTS, 1);
-    this.#log(state, page);
     return COMING;
+  }
+
+  /** What could not be moved is asked for again by whoever waits, and comes page by page. */
+  #advanceWhole(): void {
+    this.#whole.advance(0);
+    this.#whole.unmoved.length = 0;
+    this.#whole.bytesCome = 0;
   }
 
   /**
@@ -434,10 +463,11 @@ export class FaultLoop {
     return SUPPLIED;
   }
 
+  /** For the working set. What a guest reads that reads much is no part of where it goes on. */
   #log(state: BlockState, page: number): void {
     const { state: load } = this.#options;
     const length = load.faultLogLength;
-    if (length >= FAULT_LOG_MAX) return;
+    if (length >= FAULT_LOG_MAX || load.isBulk) return;
     this.#faultLog[length] = state.firstPage + page;
     load.faultLogLength = length + 1;
   }

@@ -4,7 +4,7 @@ import { FaultLoop } from "./fault-loop.ts";
 import type { FaultWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
 
-serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, report }) => {
+serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
   const loop = new FaultLoop({
     state,
     uffd,
@@ -13,6 +13,7 @@ serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, report })
     stopFd: start.stopFd,
     pidfd: start.pidfd,
     clusterPages: start.clusterPages,
+    movers,
     helperPids: start.helperPids,
     replay: start.replay,
     onFailure: (failure) => report({ type: "failure", failure }),

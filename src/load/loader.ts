@@ -588,17 +588,12 @@ function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
   return { size, mtimeNs, streamOffset: snapshot.streamOffset };
 }
 
-/**
- * So many pages of a working set are brought in while QEMU loads its devices, none but these; to
- * plan them takes less than a millisecond, and to copy them two.
- */
-const FIRST_PAGES_MAX = 1024;
-/** A chunk with more of them would be slower page by page than as a whole, after resume. */
+/** A chunk with more pages of the set would be slower page by page than as a whole, after resume. */
 const FIRST_DENSE_PAGES = 64;
 
+/** What of the set the fault loop brings while QEMU loads its devices. */
 function planFirst(set: WorkingSet | null, state: LoadState): Int32Array<ArrayBuffer> {
-  const pages = set?.pages.slice(0, FIRST_PAGES_MAX) ?? [];
-  return planReplay({ pages }, state, FIRST_DENSE_PAGES);
+  return set === null ? new Int32Array(0) : planReplay(set, state, FIRST_DENSE_PAGES);
 }
 
 /** What can be worked out of the snapshot alone, while the target starts. */

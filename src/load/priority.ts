@@ -28,9 +28,10 @@ export class Priority {
     this.putBack();
   }
 
-  /** Looked at often; changes something once. */
-  look(): void {
-    if (this.#gentleUntilMs === 0 || performance.now() < this.#gentleUntilMs) return;
+  /** Looked at often; changes something once. @param isBulk see `LoadState.isBulk` */
+  look(isBulk: boolean): void {
+    if (this.#gentleUntilMs === 0) return;
+    if (!isBulk && performance.now() < this.#gentleUntilMs) return;
     this.#gentleUntilMs = 0;
     this.putBack();
   }

@@ -14,6 +14,10 @@ interface WorkerStartBase {
   readonly uffdFd: number;
   /** Which counters area of the load state is this Worker's. */
   readonly workerIndex: number;
+  /** Helpers in the target that bring whole chunks for this Worker; none: every page is copied. */
+  readonly helpers: readonly HelperRecord[];
+  /** Descriptor of the snapshot file, for the helpers. */
+  readonly fileFd: number;
 }
 
 export interface FaultWorkerStart extends WorkerStartBase {
@@ -21,6 +25,7 @@ export interface FaultWorkerStart extends WorkerStartBase {
   readonly stopFd: number;
   readonly pidfd: number;
   readonly clusterPages: number;
+  /** Helpers of the eager load. */
   readonly helperPids: readonly number[];
   /** Runs that the guest will ask for, as in `EagerWorkerStart`. */
   readonly replay: Int32Array;
@@ -34,10 +39,6 @@ export interface EagerWorkerStart extends WorkerStartBase {
    * Runs to bring in first: block index, first page, pages (0: the whole chunk); three numbers each.
    */
   readonly replay: Int32Array;
-  /** Helpers in the target that bring whole chunks for this Worker; none: every page is copied. */
-  readonly helpers: readonly HelperRecord[];
-  /** Descriptor of the snapshot file, for the helpers. */
-  readonly fileFd: number;
   readonly bytesPerSecond: number;
   /** Of the Worker and its helpers, see priority.ts; 0..19, higher leaves more to others; see setpriority(2). */
   readonly nice: number;

@@ -94,6 +94,7 @@ function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): void 
       stopFd,
       pidfd: stopFd,
       clusterPages: CLUSTER_PAGES,
+      movers: [],
       helperPids: [],
       replay: Int32Array.of(0, 1, 2),
       onFailure: () => {},

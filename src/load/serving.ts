@@ -6,14 +6,14 @@
  */
 import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
-import { hex, KiB } from "../pages.ts";
+import { GiB, hex, KiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import type { ServedTarget } from "../vmm/target.ts";
-import { countMissing, setRange, testBit } from "./bits.ts";
+import { countMissing, countRange, setRange, testBit } from "./bits.ts";
 import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { SnapshotGuard } from "./guard.ts";
@@ -68,13 +68,18 @@ export interface ServingOptions {
   readonly logger?: Logger;
 }
 
-/** What brings whole chunks: helper tasks in the target, and the snapshot file. */
+/**
+ * What brings whole chunks: helper tasks in the target, first those of the eager load, then one of
+ * the fault loop; and the snapshot file.
+ */
 export interface ServingHelpers {
   readonly records: readonly HelperRecord[];
   readonly fileFd: number;
 }
 
 const ERROR_LIMIT_MS = 30_000;
+/** More data than this is worth the 30 ms of CPU that another eager Worker takes to start. */
+const ALONE_MAX = GiB;
 /** Unreadable pages that nobody waits for and that are told one by one. */
 const FAILURES_TOLD_MAX = 8;
 
@@ -178,6 +183,7 @@ export class Serving {
    * @returns when faults are served
    */
   async serveFaults(replay = new Int32Array(0)): Promise<void> {
+    const width = eagerWidth(this.#options);
     await this.#crew.serveFaults({
       role: "fault",
       handle: this.#state.handle,
@@ -188,7 +194,9 @@ export class Serving {
       pidfd: this.#target.pidfd,
       clusterPages: this.#options.clusterPages ?? 16,
       replay,
-      helperPids: this.#helpers.records.map(({ pid }) => pid),
+      helpers: this.#helpers.records.slice(width),
+      helperPids: this.#helpers.records.slice(0, width).map(({ pid }) => pid),
+      fileFd: this.#helpers.fileFd,
     });
   }
 
@@ -346,11 +354,11 @@ export class Serving {
   #eagerStarts(replay: Int32Array): EagerWorkerStart[] {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
-    const { records } = this.#helpers;
     const width = eagerWidth(this.#options);
-    // One Worker keeps all helpers busy; what it has to copy itself it copies alone.
+    const records = this.#helpers.records.slice(0, width);
+    // One Worker keeps all helpers busy. What a guest has touched before has to be copied, though.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
-    const workers = isMoved ? 1 : width;
+    const workers = isMoved && this.#dataBytes() < ALONE_MAX ? 1 : width;
     const order = planChunks(state);
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
@@ -366,6 +374,14 @@ export class Serving {
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
       nice: eager.nice ?? 5,
     }));
+  }
+
+  #dataBytes(): number {
+    let bytes = 0;
+    for (const { data, pageCount, block } of this.#state.blocks) {
+      bytes += countRange(data, 0, pageCount) * block.pageSize;
+    }
+    return bytes;
   }
 
   /** Somebody waits to write to the snapshot: the rest comes as fast as it can. */

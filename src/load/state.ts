@@ -94,6 +94,8 @@ export const CHUNK_COPYING = 32;
 
 /** Counters of a Worker: float64 index within its area. Times are in ns. */
 export const C_FAULTS = 0;
+/** More faults than a guest needs to go on where it was; one that reads much soon has more. */
+const BULK_FAULTS = 256;
 export const C_FAULT_PAGES = 1;
 export const C_EAGER_PAGES = 2;
 export const C_ZERO_PAGES = 3;
@@ -509,6 +511,13 @@ export class LoadState {
   set failedPages(value: number) {
     Atomics.store(this.#header, H_FAILED_PAGES, value);
   }
+
+  /** The guest waits for memory rather than for the CPU: it has asked for so many pages by now. */
+  get isBulk(): boolean {
+    this.#faultCounters ??= this.counters(0);
+    return (this.#faultCounters[C_FAULTS] ?? 0) >= BULK_FAULTS;
+  }
+  #faultCounters: Float64Array | undefined;
 
   counters(workerIndex: number): Float64Array {
     assert(workerIndex >= 0 && workerIndex < WORKERS_MAX, `worker index ${workerIndex}`);

@@ -7,6 +7,7 @@ import { makeSource } from "../source/make-source.ts";
 import type { PageSource } from "../source/page-source.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
+import { ChunkMover } from "./chunk-mover.ts";
 import type { WorkerReport, WorkerStart } from "./protocol.ts";
 import { LoadState } from "./state.ts";
 
@@ -17,6 +18,7 @@ export interface WorkerParts {
   readonly uffd: Uffd;
   readonly source: PageSource;
   readonly counters: Float64Array;
+  readonly movers: readonly ChunkMover[];
   readonly report: (report: WorkerReport) => void;
 }
 
@@ -40,7 +42,8 @@ export function serveWorker<Start extends WorkerStart>(
       const source = await makeSource(start.source, start.handle.metadata.blocks);
       // The descriptor is the main thread's: it is not closed here.
       const uffd = new Uffd(start.uffdFd);
-      const end = loop(start, { state, uffd, source, counters, report });
+      const movers = start.helpers.map((helper) => new ChunkMover(helper, start.fileFd));
+      const end = loop(start, { state, uffd, source, counters, movers, report });
       source.close();
       report({ type: "ended", end });
     } catch (error) {

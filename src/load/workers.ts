@@ -131,8 +131,8 @@ class Post {
       return;
     }
     // Its helpers may be in the middle of an answer to the dead Worker.
-    const start = this.#start?.role === "eager" ? { ...this.#start, helpers: [] } : this.#start;
-    if (start === undefined) return;
+    if (this.#start === undefined) return;
+    const start = { ...this.#start, helpers: [] };
     this.events?.beforeReplacement(start);
     const [worker, loaded] = this.#hire();
     this.#worker = worker;

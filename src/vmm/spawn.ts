@@ -36,7 +36,10 @@ export interface SpawnOptions {
   readonly stdio?: readonly [StandardStream, StandardStream, StandardStream];
   /** Forces one way to the userfaultfd; for tests. */
   readonly userfaultfdWay?: UserfaultfdWay;
-  /** Helper tasks to be made in QEMU, 0 to 9, with the preloaded library only; 0 when left out. */
+  /**
+   * Helper tasks to be made in QEMU, with the preloaded library only: one more than the eager load's
+   * `workers`, at most 9; 3 when left out.
+   */
   readonly helperTasks?: number;
   /** How long QEMU may take to greet, milliseconds. */
   readonly greetingTimeoutMs?: number;
@@ -56,6 +59,7 @@ export type StandardStream = "inherit" | "ignore" | number;
  */
 const INHERITED_FD_MAX = 255;
 const NO_FD = -1;
+const HELPER_TASKS = 3;
 
 /**
  * Starts QEMU. Returns at once; `connect` waits for it.
@@ -256,7 +260,7 @@ function startChild(
   const environment =
     preload === null
       ? { ...env }
-      : preloadEnvironment(env, childSocket, library, options.helperTasks ?? 0);
+      : preloadEnvironment(env, childSocket, library, options.helperTasks ?? HELPER_TASKS);
   try {
     return Bun.spawn([program, ...args], {
       argv0: options.argv[0] ?? program,

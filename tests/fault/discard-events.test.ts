@@ -17,6 +17,7 @@ function runLoop(state: LoadState, uffd: FakeUffd): void {
     stopFd: uffd.stopFd,
     pidfd: -1,
     clusterPages: 1,
+    movers: [],
     helperPids: [],
     replay: new Int32Array(0),
     onFailure: () => {},

@@ -1,0 +1,191 @@
+/**
+ * Whole chunks by helper tasks (chunk-mover.ts): who has which in hand, and what is marked, counted
+ * and woken when one has come. Each Worker has its own; the chunk words keep them apart.
+ */
+import { POLLIN } from "../sys/abi.ts";
+import * as sys from "../sys/native.ts";
+import type { Uffd } from "../uffd/uffd.ts";
+import { countRange, nextBit, setRange } from "./bits.ts";
+import { canMove, type ChunkInHand, type ChunkMover } from "./chunk-mover.ts";
+import type { Priority } from "./priority.ts";
+import {
+  add,
+  type BlockState,
+  C_MOVED_CHUNKS,
+  CHUNK_FREE,
+  CHUNK_MOVED,
+  CHUNK_MOVING,
+  CHUNK_SPLIT,
+  type LoadState,
+  recordLatency,
+} from "./state.ts";
+
+/** Until the reader of events opens the gate. */
+const GATE_PAUSE_MS = 1;
+
+export interface WholeChunksOptions {
+  readonly uffd: Uffd;
+  readonly state: LoadState;
+  readonly counters: Float64Array;
+  readonly workerIndex: number;
+  readonly movers: readonly ChunkMover[];
+  /** This thread reads the events itself: what it moves cannot land behind a REMOVE that is read. */
+  readonly readsEvents: boolean;
+  /** Counter of the pages that come: C_EAGER_PAGES, C_FAULT_PAGES. */
+  readonly pagesCounter: number;
+  readonly priority?: Priority | undefined;
+}
+
+export class WholeChunks {
+  readonly #options: WholeChunksOptions;
+  readonly #fds: Int32Array;
+  readonly #revents: Int32Array;
+  /** Plan-wide numbers of chunks that could not be moved: their pages come one by one. */
+  readonly unmoved: number[] = [];
+  /** Bytes of data that have come; the owner sets it back. */
+  bytesCome = 0;
+
+  constructor(options: WholeChunksOptions) {
+    this.#options = options;
+    this.#fds = new Int32Array(Math.max(1, options.movers.length)).fill(-1);
+    this.#revents = new Int32Array(this.#fds.length);
+  }
+
+  /** There is no helper, or none any more. */
+  get isEmpty(): boolean {
+    return this.#options.movers.every(({ isGone }) => isGone);
+  }
+
+  /** Something is in hand. */
+  get isBusy(): boolean {
+    return this.#options.movers.some(({ isRunning, moving }) => isRunning || moving !== null);
+  }
+
+  /** A descriptor that polls readable when `advance` has something to do; -1 when there is none. */
+  get fd(): number {
+    return this.#options.movers.find(({ isRunning }) => isRunning)?.fd ?? -1;
+  }
+
+  /**
+   * Takes a chunk that nobody has touched in hand, if a helper is free.
+   * @returns false when it has to come otherwise
+   */
+  begin(state: BlockState, chunk: number): boolean {
+    const { movers, workerIndex } = this.#options;
+    const mover = movers.find(({ isFree }) => isFree);
+    if (mover === undefined || state.chunks[chunk] !== CHUNK_FREE || !canMove(state, chunk)) {
+      return false;
+    }
+    const word = CHUNK_MOVING + workerIndex;
+    if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, word) !== CHUNK_FREE) return false;
+    mover.begin(state, chunk);
+    return true;
+  }
+
+  /** A helper is free now, or after a wait for one. @returns false when there is none any more */
+  waitFree(): boolean {
+    while (!this.#options.movers.some(({ isFree }) => isFree)) {
+      if (!this.advance(-1)) return false;
+    }
+    return true;
+  }
+
+  /** Nobody waits for a chunk that was read while this thread does something else. */
+  flush(): void {
+    for (const mover of this.#options.movers) mover.flush();
+  }
+
+  /**
+   * Goes on with what helpers have done.
+   * @param waitMs how long to wait for one of them at most, -1 = for ever
+   * @returns false when nothing is in hand
+   */
+  advance(waitMs: number): boolean {
+    const { movers } = this.#options;
+    if (waitMs !== 0) this.flush();
+    let running = 0;
+    for (const mover of movers) {
+      if (mover.isRunning) this.#fds[running++] = mover.fd;
+    }
+    if (running === 0) return this.isBusy;
+    sys.poll(this.#fds, this.#revents, running, POLLIN, waitMs);
+    let at = 0;
+    for (const mover of movers) {
+      if (mover.isRunning && this.#revents[at++] !== 0) this.#proceed(mover);
+    }
+    return true;
+  }
+
+  /** The next step of what a helper has in hand. */
+  #proceed(mover: ChunkMover): void {
+    const { state: load, readsEvents } = this.#options;
+    const read = mover.proceed();
+    if (mover.moving !== null) {
+      this.#settle(mover.moving, mover.hasMoved);
+      mover.settle();
+    }
+    const { reading } = mover;
+    if (reading === null) return;
+    if (read === null) {
+      mover.goOn();
+    } else if (!read || load.halted) {
+      mover.drop();
+      this.#settle(reading, false);
+    } else if (!load.metadata.canDiscard) {
+      mover.queueMove();
+      // Somebody waits for what the reader of events brings.
+      if (readsEvents) mover.flush();
+    } else {
+      this.#moveGuarded(mover, reading);
+    }
+  }
+
+  /** Where pages can be given back: looked at and moved while no event is read. */
+  #moveGuarded(mover: ChunkMover, reading: ChunkInHand): void {
+    const { state: load, workerIndex, readsEvents } = this.#options;
+    const { state, chunk } = reading;
+    while (!readsEvents && !load.enterCopy(workerIndex)) {
+      sys.poll(this.#fds, this.#revents, 0, 0, GATE_PAUSE_MS);
+    }
+    const end = state.chunkEnd(chunk);
+    // A REMOVE may have marked pages while the bytes were read: those are zero now.
+    if (load.halted || nextBit(state.done, state.chunkStart(chunk), end, true) !== end) {
+      mover.drop();
+      this.#settle(reading, false);
+    } else {
+      mover.queueMove();
+      mover.flush();
+      mover.proceed();
+      this.#settle(reading, mover.hasMoved);
+      mover.settle();
+    }
+    if (!readsEvents) load.leaveCopy(workerIndex);
+  }
+
+  /**
+   * A chunk has come as a whole, or could not. Faults in it have waited for it; they are woken in any
+   * case.
+   */
+  #settle({ state, chunk }: ChunkInHand, moved: boolean): void {
+    const { counters, uffd, priority } = this.#options;
+    const { block } = state;
+    const start = state.chunkStart(chunk);
+    const end = state.chunkEnd(chunk);
+    if (moved) setRange(state.done, start, end);
+    Atomics.store(state.chunks, chunk, moved ? CHUNK_MOVED : CHUNK_SPLIT);
+    const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
+    if (waitingSinceNs > 0) priority?.putBack();
+    if (!moved || waitingSinceNs > 0) {
+      uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
+    }
+    if (!moved) {
+      this.unmoved.push(state.firstChunk + chunk);
+      return;
+    }
+    if (waitingSinceNs > 0) recordLatency(counters, sys.clockNs() - waitingSinceNs);
+    const dataPages = countRange(state.data, start, end);
+    add(counters, this.#options.pagesCounter, dataPages);
+    add(counters, C_MOVED_CHUNKS, 1);
+    this.bytesCome += dataPages * block.pageSize;
+  }
+}
