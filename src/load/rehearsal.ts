@@ -22,7 +22,7 @@ import { createPageSource } from "../source/snapshot-source.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { setRange } from "./bits.ts";
 import { FaultLoop } from "./fault-loop.ts";
-import { LoadState } from "./state.ts";
+import { C_FAULTS, LoadState } from "./state.ts";
 
 const PAGE = 4096;
 const PAGES = 64;
@@ -33,25 +33,28 @@ const DATA_PAGES = 48;
 const FAULT_EVERY = 8;
 const CLUSTER_PAGES = 2;
 
-/** Serves a few made-up faults. Does nothing where a process may not have a userfaultfd. */
-export function rehearse(): void {
+/**
+ * Serves a few made-up faults.
+ * @returns how many; 0 where a process may not have a userfaultfd
+ */
+export function rehearse(): number {
   const uffdFd = sys.userfaultfd(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
-  if (uffdFd < 0) return;
+  if (uffdFd < 0) return 0;
   const fileFd = sys.memfdCreate("fsl-rehearsal", MFD_CLOEXEC);
   // Readable from the start: the loop ends when it has served what it finds.
   const stopFd = sys.eventfd(1, EFD_CLOEXEC);
   const memory = sys.mmap(0, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   try {
-    if (fileFd >= 0 && stopFd >= 0 && memory > 0 && sys.ftruncate(fileFd, LENGTH) === 0) {
-      play(new Uffd(uffdFd), fileFd, stopFd, memory);
-    }
+    const isReady = fileFd >= 0 && stopFd >= 0 && memory > 0;
+    if (!isReady || sys.ftruncate(fileFd, LENGTH) < 0) return 0;
+    return play(new Uffd(uffdFd), fileFd, stopFd, memory);
   } finally {
     for (const fd of [uffdFd, fileFd, stopFd]) if (fd >= 0) sys.close(fd);
     if (memory > 0) sys.munmap(memory, LENGTH);
   }
 }
 
-function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): void {
+function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): number {
   uffd.api(0);
   uffd.register(memory, LENGTH, REGISTER_MISSING);
   const block = {
@@ -102,6 +105,7 @@ function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): void 
     });
     loop.run();
     loop.close();
+    return state.counters(0)[C_FAULTS] ?? 0;
   } finally {
     source.close();
     state.unmap();

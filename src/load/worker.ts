@@ -32,7 +32,7 @@ function report(message: WorkerReport): void {
  */
 export function serveWorker<Start extends WorkerStart>(
   loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
-  prepare?: () => void,
+  prepare?: () => unknown,
 ): void {
   self.onmessage = async (event: MessageEvent<Start>) => {
     const start = event.data;

@@ -2,12 +2,14 @@ import { afterEach, beforeEach, describe, expect, test } from "bun:test";
 import { setRange, testBit } from "../../src/load/bits.ts";
 import { FaultLoop, type PageFailure } from "../../src/load/fault-loop.ts";
 import {
+  C_EAGER_PAGES,
   C_FAULT_PAGES,
   C_FAULTS,
   C_REDUNDANT_PAGES,
   C_REMOVED_PAGES,
   C_RETRIES,
   C_ZERO_PAGES,
+  CHUNK_MOVING,
   histogramOf,
   type LoadState,
 } from "../../src/load/state.ts";
@@ -38,6 +40,8 @@ class Bench implements Disposable {
   readonly recovered: PageFailure[] = [];
   source: PageSource & Pick<FakeSource, "calls"> = new FakeSource();
   clusterPages = 1;
+  /** Runs of the working set: block, first page, pages. */
+  replay: readonly number[] = [];
 
   constructor(
     batches: readonly (readonly FakeEvent[])[],
@@ -63,7 +67,7 @@ class Bench implements Disposable {
       clusterPages: this.clusterPages,
       movers: [],
       helperPids: [],
-      replay: new Int32Array(0),
+      replay: Int32Array.from(this.replay),
       onFailure: (failure) => this.failures.push(failure),
       onRecovered: (failure) => this.recovered.push(failure),
     });
@@ -480,5 +484,68 @@ describe("FaultLoop.run", () => {
     b.run();
     expect(assembled).toEqual([0x5a, 0, 0x5a, 0]);
     expect([4, 5, 6, 7, 3].map((page) => b.isDone(page))).toEqual([true, true, true, true, false]);
+  });
+});
+
+describe("FaultLoop.run with a working set", () => {
+  /** Ends the loop when the last run has been looked at. */
+  function replaying(block: BlockSpec, replay: readonly number[]): Bench {
+    const b = bench([[]], block);
+    b.uffd.quiet();
+    b.replay = replay;
+    b.source.release = () => b.uffd.stop();
+    b.source.isAtHand = () => true;
+    return b;
+  }
+
+  test("brings its runs while nobody waits, zero pages as zeros", () => {
+    const b = replaying({ pages: 600, data: [[0, 100]] }, [0, 4, 3, 0, 500, 1, 0, 90, 1]);
+    expect(b.run()).toBe("stopped");
+    const brought = [3, 4, 5, 6, 7, 90].map((page) => b.bytes(page));
+    expect(brought).toEqual([
+      undefined,
+      sourceOf(4),
+      sourceOf(5),
+      sourceOf(6),
+      undefined,
+      sourceOf(90),
+    ]);
+    expect(b.bytes(500)).toBe(0);
+    expect([b.count(C_FAULTS), b.count(C_EAGER_PAGES)]).toEqual([0, 4]);
+  });
+
+  test("leaves to the eager load what is not at hand", () => {
+    const b = replaying({ pages: 600 }, [0, 4, 1, 0, 9, 1]);
+    b.source.isAtHand = (_block, page) => page === 9;
+    b.run();
+    expect([b.bytes(4), b.bytes(9)]).toEqual([undefined, sourceOf(9)]);
+  });
+
+  test("serves a fault first", () => {
+    const b = replaying({ pages: 600 }, [0, 4, 1]);
+    b.uffd.queue([fault(300)]);
+    b.run();
+    expect(b.uffd.callsOf("copy").map(({ address }) => (address - BASE) / PAGE)).toEqual([300, 4]);
+  });
+
+  test("brings nothing of a chunk that comes as a whole", () => {
+    const b = replaying({ pages: 1024 }, [0, 4, 1, 0, 600, 1]);
+    const chunks = b.state.blocks[0]?.chunks;
+    chunks?.set([CHUNK_MOVING + 1]);
+    b.run();
+    expect([b.bytes(4), b.bytes(600)]).toEqual([undefined, sourceOf(600)]);
+  });
+});
+
+describe("LoadState.isBulk", () => {
+  test("begins with many faults, and ends the record of first touches", () => {
+    const pages = Array.from({ length: 400 }, (_, index) => index);
+    const b = bench(
+      pages.map((page) => [fault(page)]),
+      { pages: 512 },
+    );
+    b.run();
+    expect([b.count(C_FAULTS), b.state.isBulk]).toEqual([400, true]);
+    expect(b.state.faultLogLength).toBe(255);
   });
 });
