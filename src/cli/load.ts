@@ -82,9 +82,7 @@ const args = {
 export const loadCommand = defineCommand({
   meta: {
     name: "load",
-    description:
-      "Starts a QEMU guest from a snapshot at once: fsl load SNAP [options] -- qemu-system-… args, " +
-      "or fsl load SNAP --qmp PATH [options] for a QEMU that waits",
+    description: "Starts a QEMU guest from a snapshot at once",
   },
   args,
   async run({ args: flags, data }) {
@@ -107,6 +105,23 @@ export const loadCommand = defineCommand({
     }
   },
 });
+
+/** What citty's usage cannot say: what stands behind `--`, and how it looks. */
+export const LOAD_USAGE = `\
+USAGE fsl load SNAPSHOT [OPTIONS] -- qemu-system-… ARGUMENTS
+      fsl load SNAPSHOT [OPTIONS] --qmp PATH`;
+
+export const LOAD_EXAMPLES = `\
+EXAMPLES
+
+  fsl load vm.snap -- qemu-system-x86_64 -machine q35 -m 4G -drive file=disk.qcow2
+
+      the command line of the guest that was saved; fsl adds what it needs, and ends with QEMU
+
+  qemu-system-x86_64 … -incoming defer -qmp unix:qmp.sock,server=on,wait=off &
+  fsl load vm.snap --qmp qmp.sock
+
+      into a QEMU that somebody else has started; fsl ends when all RAM is in`;
 
 /** What all ways of loading need. */
 interface Run {

@@ -5,7 +5,7 @@ import { FslError, isFslError } from "../index.ts";
 import { checkArguments, splitAtDashes } from "./arguments.ts";
 import { doctorCommand } from "./doctor.ts";
 import { inspectCommand } from "./inspect.ts";
-import { loadCommand } from "./load.ts";
+import { LOAD_EXAMPLES, LOAD_USAGE, loadCommand } from "./load.ts";
 import { resumeCommand } from "./resume.ts";
 import { saveCommand } from "./save.ts";
 import { statusCommand } from "./status.ts";
@@ -17,16 +17,22 @@ interface Entry {
 }
 
 /** What `main` needs of a command, whatever its arguments are. */
-function entry<T extends ArgsDef>(command: CommandDef<T>): Entry {
+function entry<T extends ArgsDef>(
+  command: CommandDef<T>,
+  usage: () => Promise<string> = () => renderUsage(command, { meta: { name: "fsl" } }),
+): Entry {
   return {
     args: (command.args ?? {}) as ArgsDef,
-    usage: () => renderUsage(command, { meta: { name: "fsl" } }),
+    usage,
     run: (rawArgs, data) => runCommand(command, { rawArgs, data }),
   };
 }
 
 const entries: Readonly<Record<string, Entry>> = {
-  load: entry(loadCommand),
+  load: entry(loadCommand, async () => {
+    const usage = await renderUsage(loadCommand, { meta: { name: "fsl" } });
+    return `${Bun.stripANSI(usage).replace(/^USAGE .*$/m, LOAD_USAGE)}\n${LOAD_EXAMPLES}`;
+  }),
   resume: entry(resumeCommand),
   status: entry(statusCommand),
   save: entry(saveCommand),

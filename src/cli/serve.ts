@@ -38,7 +38,7 @@ export const servingArgs = {
   "eager-workers": {
     type: "string",
     valueHint: "1..8",
-    description: "threads that bring in what no one has asked for; default: CPUs, at most 2",
+    description: "chunks brought in at a time that no one has asked for; default: CPUs, at most 2",
   },
   "eager-rate": {
     type: "string",

@@ -475,7 +475,7 @@ export class LoadState {
     Atomics.store(this.#header, H_GATE, 0);
   }
 
-  /** The fault loop has a batch in hand: eager Workers let it pass. */
+  /** The fault loop has a batch in hand. */
   get busy(): boolean {
     return Atomics.load(this.#header, H_BUSY) !== 0;
   }
