@@ -91,11 +91,10 @@ describe.skipIf(skip)("a Linux guest", () => {
       expect(await run.end()).toBe(0);
       const report = run.report();
       expect(report.complete).toBe(false);
-      // Neighbours come along, 16 pages at most: every 16th page of the data must have faulted, or
-      // come eagerly.
-      expect(report.faults * 16 + report.pages.eager + report.pages.zero).toBeGreaterThan(
-        (64 * MIB) / PAGE,
-      );
+      // By far the most of it must have come because the guest asked for it.
+      const { fault, eager, zero } = report.pages;
+      expect(fault + eager + zero).toBeGreaterThan((64 * MIB) / PAGE);
+      expect(fault).toBeGreaterThan((32 * MIB) / PAGE);
       expect(run.leftovers()).toEqual([]);
     },
     TIMEOUT_MS,
