@@ -35,11 +35,8 @@ const JSON_LENGTH_MAX = 65_536;
  */
 export const WORKING_SET_PAGES_MAX = 1024;
 const BLOCKS_MAX = 256;
-/**
- * A set is written anew when a load has found this share of new pages in it, and at least so many.
- */
-const GROWTH_SHARE = 0.02;
-const GROWTH_PAGES = 8;
+/** A set is written anew when a load has found so many pages that are not in it. */
+const GROWTH_PAGES = 2;
 
 export interface WorkingSetPage {
   readonly idstr: string;
@@ -253,7 +250,6 @@ export function growWorkingSet(
     pages.push(page);
   }
   const added = pages.length - (before?.pages.length ?? 0);
-  const enough =
-    before === null || added >= Math.max(GROWTH_PAGES, before.pages.length * GROWTH_SHARE);
+  const enough = before === null || added >= GROWTH_PAGES;
   return enough && pages.length > 0 ? { identity, pages } : null;
 }

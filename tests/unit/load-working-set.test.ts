@@ -152,7 +152,7 @@ describe("working-set.growWorkingSet", () => {
     ]);
   });
 
-  test("is not written again for a few new pages", () => {
+  test("is not written again for one new page", () => {
     using made = makeState([{ pages: 64 }]);
     made.state.faultLog().set([1, 10]);
     expect(growWorkingSet(setOf(1, 2), IDENTITY, made.state, 2)).toBeNull();
