@@ -21,6 +21,7 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, report })
     ),
     movers: start.helpers.map((helper) => new ChunkMover(helper, start.fileFd)),
     bytesPerSecond: start.bytesPerSecond,
+    pendingMax: start.pendingMax,
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),
   });

@@ -39,6 +39,8 @@ export interface EagerWorkerStart extends WorkerStartBase {
   /** Descriptor of the snapshot file, for the helpers. */
   readonly fileFd: number;
   readonly bytesPerSecond: number;
+  /** Bytes that the Worker may have asked its source for and not got yet. */
+  readonly pendingMax: number;
   /** Of the Worker and its helpers, see priority.ts; 0..19, higher leaves more to others; see setpriority(2). */
   readonly nice: number;
 }
