@@ -10,13 +10,13 @@
  */
 import { FslError } from "../errors.ts";
 import { alignDown, alignUp, MiB } from "../pages.ts";
-import type { Snapshot } from "../snapshot/snapshot.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
-import { countRange, nextBit, nextMissing, setRange } from "./bits.ts";
+import { countRange, nextBit, nextMissing, setRange, wordsOf } from "./bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
 import { BlockFiller } from "./fill.ts";
+import type { PageReader } from "./page-reader.ts";
 import type { BlockPlan } from "./plan.ts";
 import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
 import { type BlockState, type LoadState, MAIN_THREAD } from "./state.ts";
@@ -40,7 +40,7 @@ export interface ZeroRun {
  * starts, because its cost grows with the guest.
  */
 export function findZeroRuns(bitmap: PageBitmap, pageSize: number): ZeroRun[] {
-  const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
+  const words = wordsOf(bitmap);
   const { pageCount } = bitmap;
   const runs: ZeroRun[] = [];
   let first = nextBit(words, 0, pageCount, false);
@@ -148,16 +148,16 @@ export function releaseZeroExtents(
  * Corrects pages that were in memory before the ranges were registered, and counts them.
  * @returns bytes corrected
  */
-export function correctResident(
+export async function correctResident(
   pid: number,
-  snapshot: Snapshot,
+  reader: PageReader,
   plans: readonly BlockPlan[],
   state: LoadState,
-): number {
+): Promise<number> {
   let corrected = 0;
   let writer: MemoryWriter | undefined;
   try {
-    for (const [index, { block, region, bitmap }] of plans.entries()) {
+    for (const [index, { block, region }] of plans.entries()) {
       const blockState = state.blocks[index];
       if (blockState === undefined) throw new FslError("INTERNAL", `no state for block ${index}`);
       const ranges = residentRanges(pid, region.hostAddr, block.usedLength);
@@ -172,8 +172,8 @@ export function correctResident(
           block.pageSize,
           block.pageCount,
         );
-        writer ??= new MemoryWriter(pid, snapshot.fd);
-        writer.writePages(bitmap, region.hostAddr, block.pagesOffset, block.pageSize, first, end);
+        writer ??= new MemoryWriter(pid);
+        await writer.writePages(reader, blockState.block, blockState.data, first, end);
         const newPages = end - first - countRange(blockState.done, first, end);
         setRange(blockState.done, first, end);
         corrected += newPages * block.pageSize;
@@ -190,15 +190,11 @@ export function correctResident(
  * leave zero pages alone, as QEMU's own load of a mapped-ram file does.
  */
 export function clearBrought(pid: number, plans: readonly BlockPlan[]): void {
-  const writer = new MemoryWriter(pid, -1);
+  const writer = new MemoryWriter(pid);
   try {
     for (const { block, region, bitmap } of plans) {
       const { pageSize, pageCount } = block;
-      const words = new Int32Array(
-        bitmap.words.buffer,
-        bitmap.words.byteOffset,
-        bitmap.words.length,
-      );
+      const words = wordsOf(bitmap);
       for (const range of residentRanges(pid, region.hostAddr, block.usedLength)) {
         const { startAddr, endAddr } = range;
         const { first, end } = pagesOf(startAddr, endAddr, region.hostAddr, pageSize, pageCount);
@@ -221,13 +217,13 @@ export function clearBrought(pid: number, plans: readonly BlockPlan[]): void {
  */
 export async function fillBlocks(
   pid: number,
-  snapshot: Snapshot,
+  reader: PageReader,
   plans: readonly BlockPlan[],
 ): Promise<number> {
-  const filler = new BlockFiller(pid, snapshot);
+  const filler = new BlockFiller(pid, reader);
   for (const { block, region, bitmap } of plans) {
     const place = { ...block, hostAddr: region.hostAddr };
-    const words = new Int32Array(bitmap.words.buffer, bitmap.words.byteOffset, bitmap.words.length);
+    const words = wordsOf(bitmap);
     // Looked for before the data is there too.
     const occupied = residentRanges(pid, region.hostAddr, block.usedLength);
     if (region.backing !== "anonymous") {

@@ -3,6 +3,11 @@
  * Workers share them, so bits are set by atomic OR; scans may see a bit late, never early.
  */
 
+/** The words of a snapshot's bitmap, as the functions here take them. */
+export function wordsOf({ words }: { readonly words: Uint32Array }): Int32Array {
+  return new Int32Array(words.buffer, words.byteOffset, words.length);
+}
+
 /** Index of the lowest set bit of a word that is not 0. */
 function lowestBit(word: number): number {
   return 31 - Math.clz32(word & -word);

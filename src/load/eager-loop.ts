@@ -26,7 +26,7 @@ import {
 } from "./state.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { Priority } from "./priority.ts";
-import { FAILED, GONE, type Outcome, RETRY, SUPPLIED, Supply } from "./supply.ts";
+import { FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
 
 /**
@@ -74,6 +74,8 @@ export interface EagerLoopOptions {
    * Data pages of all eager Workers together, bytes per second; 0 = no limit. This Worker's share.
    */
   readonly bytesPerSecond: number;
+  /** Bytes that this Worker may have asked the source for and not got yet, at most. */
+  readonly pendingMax: number;
   readonly onFailure: (failure: PageFailure) => void;
   readonly onRecovered: (failure: PageFailure) => void;
 }
@@ -102,6 +104,14 @@ export class EagerLoop {
   readonly #pieceLength: number;
   readonly #whole: WholeChunks;
   /**
+   * What the source has not got yet, and how many bytes of it were asked for: chunks by their
+   * plan-wide numbers, runs of the working set as -1 - their number. In the order of asking.
+   */
+  readonly #pending = new Map<number, number>();
+  #pendingBytes = 0;
+  /** Chunks with pages that could not be had, plan-wide numbers. */
+  readonly #failed = new Set<number>();
+  /**
    * Where the search for a missing page of any block goes on: pages do not become missing again.
    */
   #missingBlock = 0;
@@ -126,7 +136,6 @@ export class EagerLoop {
   /** Takes chunks until none is left and every page that was put off has come too. */
   run(): EagerEnd {
     const { state, priority } = this.#options;
-    const putOff: number[] = [];
     let isReplaying = true;
     let isGoing = false;
     this.#startedMs = performance.now();
@@ -138,6 +147,11 @@ export class EagerLoop {
       }
       priority?.look(state.isBulk);
       this.#advance(0);
+      if (this.#pending.size > 0) {
+        const isFull = this.#isFull;
+        if (this.#bringPending(isFull ? PACE_MS : 0) === GONE) return "gone";
+        if (isFull) continue;
+      }
       // Where the guest is now comes first, and what lies behind it; then the working set; then
       // the order.
       let chunk = isGoing ? this.#nextFollowed() : undefined;
@@ -157,12 +171,11 @@ export class EagerLoop {
         if (this.#advance(FOREVER)) continue;
         break;
       }
-      const outcome = this.#bringChunk(chunk);
+      const outcome = this.#bring(chunk);
       if (outcome === GONE) return "gone";
-      if (outcome !== SUPPLIED) putOff.push(chunk);
     }
     while (this.#advance(FOREVER));
-    return this.#isOver() ? "stopped" : this.#bringPutOff(putOff);
+    return this.#isOver() ? "stopped" : this.#bringPutOff();
   }
 
   /**
@@ -224,14 +237,17 @@ export class EagerLoop {
     this.#supply.close();
   }
 
-  /**
-   * The next run of the working set. What cannot be had now comes with its chunk.
-   * @returns null when the set is through
-   */
+  /** The next run of the working set. @returns null when the set is through */
   #replayNext(): Outcome | null {
     const { state: load, replay } = this.#options;
-    const at = 3 * load.takeRun();
-    if (at >= replay.length) return null;
+    const run = load.takeRun();
+    return 3 * run >= replay.length ? null : this.#bring(-1 - run);
+  }
+
+  /** A run of the working set, up to the first page that is not to be had. */
+  #bringRun(run: number): Outcome {
+    const { state: load, replay } = this.#options;
+    const at = 3 * run;
     const state = load.blocks[replay[at] ?? -1];
     const start = replay[at + 1] ?? 0;
     const pages = replay[at + 2] ?? 0;
@@ -248,24 +264,52 @@ export class EagerLoop {
     return SUPPLIED;
   }
 
-  /** Chunks with pages that are not to be had yet: tried again until they are. */
-  #bringPutOff(chunks: number[]): EagerEnd {
-    let left = chunks;
+  /** A chunk, or as -1 - n a run of the working set, and notes what is to be tried again. */
+  #bring(task: number): Outcome {
+    this.#pendingBytes -= this.#pending.get(task) ?? 0;
+    const before = this.#pendingBytes;
+    const outcome = task < 0 ? this.#bringRun(-1 - task) : this.#bringChunk(task);
+    if (outcome === PENDING) {
+      this.#pending.set(task, this.#pendingBytes - before);
+    } else {
+      this.#pending.delete(task);
+      this.#pendingBytes = before;
+    }
+    // A run that fails comes with its chunk.
+    if (outcome === SUPPLIED || outcome === PENDING || task < 0) this.#failed.delete(task);
+    else this.#failed.add(task);
+    return outcome;
+  }
+
+  /** The source is to be asked for nothing more before it has given something. */
+  get #isFull(): boolean {
+    return this.#pendingBytes >= this.#options.pendingMax;
+  }
+
+  /** Tries pending pages again when the source has news, or after a wait in vain. */
+  #bringPending(waitMs: number): Outcome {
+    if (!this.#waitForSource(waitMs) && waitMs === 0) return SUPPLIED;
+    for (const task of [...this.#pending.keys()]) {
+      if (this.#isOver()) return RETRY;
+      if (this.#bring(task) === GONE) return GONE;
+    }
+    return SUPPLIED;
+  }
+
+  /** Pages that are not to be had yet: tried again until they are. */
+  #bringPutOff(): EagerEnd {
     let pauseMs = FAILED_PAUSE_MS;
-    while (left.length > 0) {
+    for (;;) {
+      const left = [...this.#pending.keys(), ...this.#failed];
+      if (left.length === 0) return "finished";
       this.#waitForSource(pauseMs);
       pauseMs = Math.min(2 * pauseMs, FAILED_PAUSE_MAX_MS);
-      const still: number[] = [];
-      for (const chunk of left) {
+      for (const task of left) {
         if (this.#isOver()) return "stopped";
-        const outcome = this.#bringChunk(chunk);
-        if (outcome === GONE) return "gone";
-        if (outcome !== SUPPLIED) still.push(chunk);
+        if (this.#bring(task) === GONE) return "gone";
       }
-      if (still.length < left.length) pauseMs = FAILED_PAUSE_MS;
-      left = still;
+      if (this.#pending.size + this.#failed.size < left.length) pauseMs = FAILED_PAUSE_MS;
     }
-    return "finished";
   }
 
   /**
@@ -315,7 +359,9 @@ export class EagerLoop {
       if (outcome === RETRY) {
         this.#sleep(PARK_MS);
       } else if (outcome !== SUPPLIED) {
-        worst = outcome;
+        // A page that comes later decides when the chunk is tried again.
+        if (worst !== PENDING) worst = outcome;
+        if (outcome === PENDING && this.#isFull) return PENDING;
         const hostPages = state.block.hostPageSize / state.block.pageSize;
         at = alignDown(this.#supply.failedPage, hostPages) + hostPages;
       }
@@ -352,6 +398,7 @@ export class EagerLoop {
       add(counters, C_EAGER_PAGES, brought);
     }
     if (canDiscard) load.leaveCopy(workerIndex);
+    if (outcome === PENDING) this.#pendingBytes += block.hostPageSize;
     if (outcome === FAILED) this.#report(state);
     this.#pace(brought * block.pageSize);
     return outcome;
@@ -413,12 +460,14 @@ export class EagerLoop {
 
   /**
    * Until a pending page may have come; a page that failed tells nobody when it can be read again.
+   * @returns true when the source has news
    */
-  #waitForSource(ms: number): void {
+  #waitForSource(ms: number): boolean {
     const { source } = this.#options;
-    if (source.readyFd < 0) return this.#sleep(ms);
+    // One that has no descriptor is waited for in vain: poll skips -1.
     const ready = sys.poll(this.#readyFd, this.#revents, 1, POLLIN, ms);
     if (ready > 0) source.acknowledge?.();
+    return ready > 0;
   }
 
   #sleep(ms: number): void {

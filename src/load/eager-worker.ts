@@ -20,6 +20,7 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, r
     ),
     movers,
     bytesPerSecond: start.bytesPerSecond,
+    pendingMax: start.pendingMax,
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),
   });

@@ -7,15 +7,11 @@
 import { FslError } from "../errors.ts";
 import { hex, MiB } from "../pages.ts";
 import type { RAMBlock } from "../snapshot/mapped-ram.ts";
-import type { Snapshot } from "../snapshot/snapshot.ts";
-import type { PageBytes } from "../source/page-source.ts";
-import { SnapshotPageSource } from "../source/snapshot-source.ts";
 import { EFAULT, ESRCH, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { nextBit } from "./bits.ts";
+import { type PageReader, PIECE_LENGTH } from "./page-reader.ts";
 
-/** Bytes of one call: some 2 ms, so that signals and messages are not kept waiting. */
-const PIECE_LENGTH = 8 * MiB;
 const ZEROS_LENGTH = MiB;
 
 /** A block, and where it is in the target. */
@@ -25,45 +21,26 @@ export interface BlockPlace extends RAMBlock {
 
 export class BlockFiller {
   readonly #pid: number;
-  readonly #snapshot: Pick<Snapshot, "fd" | "path">;
+  readonly #reader: PageReader;
   bytesWritten = 0;
 
-  constructor(pid: number, snapshot: Pick<Snapshot, "fd" | "path">) {
+  constructor(pid: number, reader: PageReader) {
     this.#pid = pid;
-    this.#snapshot = snapshot;
+    this.#reader = reader;
   }
 
   /**
    * Every data page of a block.
    * @param data the block's page bitmap
-   * @throws FslError SNAPSHOT_OPEN when the file cannot be read, TARGET_LOST when the target cannot be written
+   * @throws FslError SNAPSHOT_OPEN when a page cannot be read, TARGET_LOST when the target cannot be written
    */
   async writeData(place: BlockPlace, data: Int32Array): Promise<void> {
-    const { pageCount, pageSize, hostAddr } = place;
-    const source = new SnapshotPageSource({ fd: this.#snapshot.fd }, [place]);
-    const answer: PageBytes = { state: "ready", address: 0, pages: 0, errno: 0 };
-    try {
-      let page = nextBit(data, 0, pageCount, true);
-      while (page < pageCount) {
-        const runEnd = nextBit(data, page, pageCount, false);
-        const pages = Math.min(runEnd - page, PIECE_LENGTH / pageSize);
-        source.resolve(0, page, pages, answer);
-        await this.#write(
-          hostAddr + page * pageSize,
-          answer.address,
-          pages * pageSize,
-          (written) => {
-            const failed = page + Math.floor(written / pageSize);
-            const errno = source.diagnose(0, failed);
-            return errno === 0 ? null : unreadable(this.#snapshot.path, place, failed, errno);
-          },
-        );
-        source.release(0, page, pages);
-        page = nextBit(data, page + pages, pageCount, true);
-      }
-    } finally {
-      source.close();
-    }
+    const { idstr, pageCount, pageSize, hostAddr } = place;
+    await this.#reader.each(idstr, data, 0, pageCount, (address, page, pages) =>
+      this.#write(hostAddr + page * pageSize, address, pages * pageSize, (written) =>
+        this.#reader.diagnose(idstr, page + Math.floor(written / pageSize)),
+      ),
+    );
   }
 
   /** Zeros over every page of [first, end) that is zero in the snapshot. */
@@ -107,16 +84,6 @@ export class BlockFiller {
   }
   /** Bytes written since events were let through. */
   #unpaused = 0;
-}
-
-function unreadable(path: string, block: RAMBlock, page: number, errno: number): FslError {
-  const offset = block.pagesOffset + page * block.pageSize;
-  return new FslError(
-    "SNAPSHOT_OPEN",
-    `snapshot ${path}: page ${page} of RAMBlock ${block.idstr} at ${hex(offset)} cannot be read: ` +
-      sys.errnoText(errno),
-    { path, idstr: block.idstr, page, offset, errno },
-  );
 }
 
 function unwritable(pid: number, addr: number, result: number): FslError {

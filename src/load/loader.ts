@@ -15,11 +15,10 @@ import { closeSync, fchmodSync, openSync } from "node:fs";
 import { resolve } from "node:path";
 import { FslError, isFslError } from "../errors.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
-import { planSeed, writeSeed } from "../snapshot/seed.ts";
 import { openSnapshot, type Snapshot } from "../snapshot/snapshot.ts";
 import { makeSource } from "../source/make-source.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
-import { MFD_CLOEXEC, UFFD_FEATURES } from "../sys/abi.ts";
+import { UFFD_FEATURES } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { Uffd } from "../uffd/uffd.ts";
@@ -36,11 +35,13 @@ import {
 } from "./arm.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { SnapshotGuard } from "./guard.ts";
+import { PageReader } from "./page-reader.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
 import { giveHugePagesBack } from "./huge-pages.ts";
 import { findEarlier, lockState } from "./recovery.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
+import { makeSeed, makeSeedFrom } from "./seed-file.ts";
 import { eagerWidth, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
 import {
   type BlockState,
@@ -75,7 +76,10 @@ export interface LoadOptions extends ServingOptions {
   readonly mode?: LoadMode;
   /** Leave the guest stopped after its state is loaded. */
   readonly paused?: boolean;
-  /** Where page bytes come from; absent = the snapshot file. */
+  /**
+   * Where the bytes of all RAM come from; absent = the snapshot file. Not with mode copy: QEMU
+   * reads the file itself.
+   */
   readonly source?: PageSourceSpec;
   /**
    * File of the working set: brought in first if it is there, recorded if it is not. Absent =
@@ -140,6 +144,7 @@ class Load {
   #prepared: Prepared | undefined;
   #guard: SnapshotGuard | undefined;
   #crew: Crew | undefined;
+  #reader: PageReader | undefined;
   #info: TargetInfo | undefined;
   #plan: LoadPlan | undefined;
   #uffd: Uffd | undefined;
@@ -160,6 +165,12 @@ class Load {
 
   async begin(): Promise<LoadHandle> {
     try {
+      if (this.#options.mode === "copy" && this.#options.source !== undefined) {
+        throw new FslError(
+          "USAGE",
+          "mode copy: QEMU reads the snapshot itself, from no page source",
+        );
+      }
       return (this.#options.mode ?? "lazy") === "copy" ? await this.#copy() : await this.#lazy();
     } catch (error) {
       await this.#undo();
@@ -184,8 +195,16 @@ class Load {
     const { prepared, plan } = await this.#meet(this.#crew);
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
-    giveSeed(this.#target, prepared, [...lazy, ...fill]);
-    const { state, serving, served, zero } = await this.#arm(this.#crew, prepared, lazy, fill);
+    const reader = this.#openReader(prepared);
+    await this.#giveSeed(prepared, [...lazy, ...fill], reader);
+    const { state, serving, served, zero } = await this.#arm(
+      this.#crew,
+      prepared,
+      reader,
+      lazy,
+      fill,
+    );
+    reader.close();
     state.phase = PHASE_HANDING_OVER;
     const handedOver = this.#handOver(prepared.snapshot);
     handedOver.catch(() => {});
@@ -201,6 +220,50 @@ class Load {
     serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
     serving.letEagerGo(this.#isPaused || set !== null ? 0 : EAGER_PAUSE_MS);
     return this.#handle(this.#finish(serving, set).catch((error) => this.#giveUp(serving, error)));
+  }
+
+  #sourceOf(snapshot: Snapshot): PageSourceSpec {
+    return this.#options.source ?? { options: { fd: snapshot.fd } };
+  }
+
+  /** For the pages that are written before the guest runs. */
+  #openReader({ snapshot, bitmaps }: Prepared): PageReader {
+    this.#reader = new PageReader({
+      source: this.#sourceOf(snapshot),
+      blocks: snapshot.blocks
+        .filter(({ idstr }) => (bitmaps.get(idstr)?.dataPages ?? 0) > 0)
+        .map(({ idstr, usedLength, pageSize, pagesOffset }) => {
+          return { idstr, usedLength, pageSize, pagesOffset };
+        }),
+      snapshotPath: snapshot.path,
+      pidfd: this.#target.pidfd,
+      cancel: this.#options.cancel,
+    });
+    return this.#reader;
+  }
+
+  /** The prepared seed if it fits what was planned, else a new one. */
+  async #giveSeed(
+    prepared: Prepared,
+    notSeeded: readonly BlockPlan[],
+    reader: PageReader,
+  ): Promise<void> {
+    const { snapshot, seedFd, seededWithout, bitmaps } = prepared;
+    const names = new Set(notSeeded.map(({ block }) => block.idstr));
+    if (seedFd >= 0 && names.symmetricDifference(seededWithout).size === 0) {
+      // One of our own has it already.
+      if (this.#target.isAttached) this.#target.giveSeed(seedFd);
+      return;
+    }
+    const newFd =
+      this.#options.source === undefined
+        ? makeSeed(snapshot, names)
+        : await makeSeedFrom(reader, snapshot, names, bitmaps);
+    try {
+      this.#target.giveSeed(newFd);
+    } finally {
+      closeSync(newFd);
+    }
   }
 
   /** By the caller's wish, or by the `-S` of whoever started the target. */
@@ -252,7 +315,9 @@ class Load {
       snapshotOffset === undefined ? {} : { offset: snapshotOffset },
     );
     const set = this.#readWorkingSet(snapshot);
-    const prepared = prepare(snapshot, this.#options.mode ?? "lazy", set);
+    // The pages of a source of the caller's own are waited for when the target is there.
+    const seedsNow = this.#options.mode !== "copy" && this.#options.source === undefined;
+    const prepared = prepare(snapshot, seedsNow, set);
     this.#prepared = prepared;
     // A QEMU of our own takes it while it is asked, and what it takes is nothing to be undone.
     if (prepared.seedFd >= 0 && !this.#target.isAttached) this.#target.giveSeed(prepared.seedFd);
@@ -297,6 +362,7 @@ class Load {
   async #arm(
     crew: Crew,
     prepared: Prepared,
+    reader: PageReader,
     lazy: BlockPlan[],
     fill: BlockPlan[],
   ): Promise<{
@@ -321,7 +387,7 @@ class Load {
       blocks: lazy.map((block) => stateBlock(block, movable)),
       registered: registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
       canDiscard,
-      source: this.#options.source ?? { options: { fd: snapshot.fd } },
+      source: this.#sourceOf(snapshot),
     });
     this.#state = state;
     this.#stateFds.push(fd, lockState(fd));
@@ -331,7 +397,7 @@ class Load {
       this.#dataBytes += bitmap.dataPages * block.pageSize;
     }
     const { pid } = this.#target;
-    const corrected = correctResident(pid, snapshot, lazy, state);
+    const corrected = await correctResident(pid, reader, lazy, state);
     if (corrected > 0) {
       this.#options.logger?.info(
         `${corrected} bytes were in QEMU's memory already and were corrected`,
@@ -356,7 +422,7 @@ class Load {
     const kept = this.#keepState(fd);
     served.catch(() => {});
     kept.catch(() => {});
-    await fillBlocks(pid, snapshot, fill);
+    await fillBlocks(pid, reader, fill);
     // The default source cannot fail to start. Events wait in the kernel until the Worker reads
     // them, and `loadState` itself waits for QEMU's answer about the kept descriptor.
     if (this.#options.source !== undefined) await Promise.all([served, kept]);
@@ -536,6 +602,7 @@ class Load {
 
   #closeOwn(): void {
     this.#uffd?.close();
+    this.#reader?.close();
     for (const fd of this.#stateFds.splice(0)) sys.close(fd);
     if (this.#prepared && this.#prepared.seedFd >= 0) sys.close(this.#prepared.seedFd);
     this.#guard?.close();
@@ -609,7 +676,7 @@ interface Prepared {
   readonly set: WorkingSet | null;
 }
 
-function prepare(snapshot: Snapshot, mode: LoadMode, set: WorkingSet | null): Prepared {
+function prepare(snapshot: Snapshot, seedsNow: boolean, set: WorkingSet | null): Prepared {
   const bitmaps = new Map<string, PageBitmap>();
   const zeroRuns = new Map<string, readonly ZeroRun[]>();
   const seededWithout = new Set<string>();
@@ -621,38 +688,10 @@ function prepare(snapshot: Snapshot, mode: LoadMode, set: WorkingSet | null): Pr
     seededWithout.add(block.idstr);
     zeroRuns.set(block.idstr, findZeroRuns(bitmap, block.pageSize));
   }
-  const seedFd = mode === "lazy" ? makeSeed(snapshot, seededWithout) : -1;
+  const seedFd = seedsNow ? makeSeed(snapshot, seededWithout) : -1;
   return { snapshot, bitmaps, zeroRuns, seedFd, seededWithout, set };
 }
 
-/** The prepared seed if it fits what was planned, else a new one. */
-function giveSeed(target: Target, prepared: Prepared, notSeeded: readonly BlockPlan[]): void {
-  const names = new Set(notSeeded.map(({ block }) => block.idstr));
-  const fits = prepared.seedFd >= 0 && names.symmetricDifference(prepared.seededWithout).size === 0;
-  if (fits && !target.isAttached) return; // It has that.
-  const seedFd = fits ? prepared.seedFd : makeSeed(prepared.snapshot, names);
-  try {
-    target.giveSeed(seedFd);
-  } finally {
-    if (!fits) closeSync(seedFd);
-  }
-}
-
-/** @returns a descriptor that is open for reading only, as QEMU wants it, at position 0 */
-function makeSeed(snapshot: Snapshot, without: ReadonlySet<string>): number {
-  // RLIMIT_FSIZE counts for memfds too; without this its signal would end us instead of giving
-  // EFBIG.
-  sys.ignoreSignal(SIGXFSZ);
-  const fd = sys.check(sys.memfdCreate("fsl-seed", MFD_CLOEXEC), "memfd_create of the seed");
-  try {
-    writeSeed(planSeed(snapshot, without), snapshot.fd, fd);
-    return openSync(`/proc/self/fd/${fd}`, "r");
-  } finally {
-    sys.close(fd);
-  }
-}
-
-const SIGXFSZ = 25;
 function stateBlock({ block, region }: BlockPlan, movable: ReadonlySet<string>): StateBlock {
   return {
     idstr: block.idstr,

@@ -40,6 +40,8 @@ export interface EagerWorkerStart extends WorkerStartBase {
    */
   readonly replay: Int32Array;
   readonly bytesPerSecond: number;
+  /** Bytes that the Worker may have asked its source for and not got yet. */
+  readonly pendingMax: number;
   /** Of the Worker and its helpers, see priority.ts; 0..19, higher leaves more to others; see setpriority(2). */
   readonly nice: number;
 }

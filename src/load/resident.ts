@@ -7,12 +7,13 @@
  * process_vm_writev would wait for the page that only we can bring. @source Linux fs/proc/base.c
  * mem_rw, fs/proc/task_mmu.c pagemap_read
  */
-import { closeSync, openSync, readSync, writeSync } from "node:fs";
+import { closeSync, openSync, readSync } from "node:fs";
 import { FslError } from "../errors.ts";
-import { EINVAL, ENOTTY } from "../sys/abi.ts";
+import { EFAULT, EINVAL, ENOTTY } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { alignDown, hex, MiB } from "../pages.ts";
-import type { PageBitmap } from "../snapshot/page-bitmap.ts";
+import { nextBit } from "./bits.ts";
+import type { PageReader } from "./page-reader.ts";
 
 const HOST_PAGE = 4096;
 
@@ -118,15 +119,21 @@ function appendRange(ranges: AddressRange[], startAddr: number, endAddr: number)
   else ranges.push({ startAddr, endAddr });
 }
 
-/** Writes snapshot bytes and zeros straight into a target's memory, in bounded pieces. */
+/** What `MemoryWriter` needs to know of a block, and where it is in the target. */
+export interface ResidentBlock {
+  readonly idstr: string;
+  readonly pageSize: number;
+  /** Address of page 0. */
+  readonly hostAddr: number;
+}
+
+/** Writes data pages and zeros straight into a target's memory. */
 export class MemoryWriter {
   readonly #fd: number;
-  readonly #snapshotFd: number;
-  readonly #buffer = Buffer.alloc(MiB);
   readonly #zeros = Buffer.alloc(MiB);
 
   /** @throws FslError HOST_UNSUPPORTED without the privilege to write the target's memory */
-  constructor(pid: number, snapshotFd: number) {
+  constructor(pid: number) {
     try {
       this.#fd = openSync(`/proc/${pid}/mem`, "r+");
     } catch (error) {
@@ -137,82 +144,64 @@ export class MemoryWriter {
         error,
       );
     }
-    this.#snapshotFd = snapshotFd;
   }
 
   /**
-   * Gives the pages [firstPage, endPage) of a block the bytes that the snapshot has for them, zeros
-   * for clear bits.
-   * @param hostAddr address of page 0 in the target
-   * @param pagesOffset file offset of page 0
+   * Gives the pages [first, end) of a block the bytes that the source has for them, zeros for clear
+   * bits.
+   * @param data the block's page bitmap
    */
-  writePages(
-    bitmap: PageBitmap,
-    hostAddr: number,
-    pagesOffset: number,
-    pageSize: number,
-    firstPage: number,
-    endPage: number,
-  ): void {
-    let page = firstPage;
-    while (page < endPage) {
-      const isData = bitmap.has(page);
-      let runEnd = page + 1;
-      while (runEnd < endPage && bitmap.has(runEnd) === isData) runEnd += 1;
-      const addr = hostAddr + page * pageSize;
-      const length = (runEnd - page) * pageSize;
-      if (isData) this.#copy(pagesOffset + page * pageSize, addr, length);
-      else this.zero(addr, length);
-      page = runEnd;
+  async writePages(
+    reader: PageReader,
+    { idstr, pageSize, hostAddr }: ResidentBlock,
+    data: Int32Array,
+    first: number,
+    end: number,
+  ): Promise<void> {
+    for (let page = nextBit(data, first, end, false); page < end;) {
+      const runEnd = nextBit(data, page, end, true);
+      this.zero(hostAddr + page * pageSize, (runEnd - page) * pageSize);
+      page = nextBit(data, runEnd, end, false);
     }
+    await reader.each(idstr, data, first, end, (address, page, pages) =>
+      this.#write(address, pages * pageSize, hostAddr + page * pageSize, () => {
+        // The kernel does not say how far it came.
+        for (let failed = page; failed < page + pages; failed += 1) {
+          const error = reader.diagnose(idstr, failed);
+          if (error !== null) return error;
+        }
+        return reader.unreadable(idstr, page);
+      }),
+    );
   }
 
   close(): void {
     closeSync(this.#fd);
   }
 
-  #copy(fileOffset: number, addr: number, length: number): void {
-    for (let at = 0; at < length;) {
-      const wanted = Math.min(MiB, length - at);
-      let done: number;
-      try {
-        done = readSync(this.#snapshotFd, this.#buffer, 0, wanted, fileOffset + at);
-      } catch (error) {
-        throw readError(fileOffset + at, wanted, String(error), error);
-      }
-      if (done === 0)
-        throw readError(fileOffset + at, wanted, "found the end of the file", undefined);
-      this.#write(this.#buffer, done, addr + at);
-      at += done;
-    }
-  }
-
   /** Zeros over memory that is there. */
   zero(addr: number, length: number): void {
     for (let at = 0; at < length;) {
       const part = Math.min(MiB, length - at);
-      this.#write(this.#zeros, part, addr + at);
+      this.#write(sys.ptrOf(this.#zeros), part, addr + at);
       at += part;
     }
   }
 
-  #write(buffer: Buffer, length: number, addr: number): void {
+  /** @param diagnose the reader's error: EFAULT is about our side, EIO about the target's */
+  #write(localAddr: number, length: number, addr: number, diagnose?: () => FslError): void {
     for (let at = 0; at < length;) {
-      const done = writeSync(this.#fd, buffer, at, length - at, addr + at);
-      if (done <= 0)
-        throw new FslError("TARGET_LOST", `memory at ${hex(addr + at)}: nothing could be written`);
+      const done = sys.pwrite(this.#fd, localAddr + at, length - at, addr + at);
+      if (done === -EFAULT && diagnose !== undefined) throw diagnose();
+      if (done <= 0) {
+        throw new FslError(
+          "TARGET_LOST",
+          `memory at ${hex(addr + at)}: cannot be written: ${sys.errnoText(-done)}`,
+        );
+      }
       at += done;
     }
   }
-}
-
-function readError(fileOffset: number, length: number, text: string, cause: unknown): FslError {
-  return new FslError(
-    "SNAPSHOT_OPEN",
-    `snapshot: expected ${length} bytes at ${hex(fileOffset)}, ${text}`,
-    { offset: fileOffset, length },
-    cause,
-  );
 }
 
 /**

@@ -6,7 +6,7 @@
  */
 import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
-import { GiB, hex, KiB } from "../pages.ts";
+import { GiB, hex, KiB, MiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
@@ -28,6 +28,11 @@ export const KEPT_STATE = "fsl-state";
  * another one.
  */
 const EAGER_PASSES_MAX = 16;
+/**
+ * What the eager load may have asked a page source for that has not come yet, bytes: enough for one
+ * far away, and a source need hold no more for pages that nobody waits for.
+ */
+const PENDING_MAX = 16 * MiB;
 /** How often a load without an eager Worker is looked at, ms. */
 const ALL_IN_PERIOD_MS = 200;
 /** How long the fault loop may take to notice that it is over. */
@@ -372,6 +377,7 @@ export class Serving {
       helpers: records.filter((_record, number) => number % workers === index),
       fileFd: this.#helpers.fileFd,
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
+      pendingMax: PENDING_MAX / workers,
       nice: eager.nice ?? 5,
     }));
   }

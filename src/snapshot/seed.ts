@@ -43,9 +43,14 @@ const BUFFER_LENGTH = 256 * 1024;
 /**
  * Decides which bytes of the snapshot the seed needs.
  * @param lazyIdstrs names of the blocks that something else fills; each must be a saved block of the snapshot
+ * @param hasPages false leaves the pages of the other blocks out too: somebody else writes them into the seed
  * @throws FslError SNAPSHOT_OPEN, SNAPSHOT_FORMAT when a bitmap can no longer be read
  */
-export function planSeed(snapshot: SeedSource, lazyIdstrs: ReadonlySet<string>): SeedPlan {
+export function planSeed(
+  snapshot: SeedSource,
+  lazyIdstrs: ReadonlySet<string>,
+  hasPages = true,
+): SeedPlan {
   const known = new Set(snapshot.blocks.map((block) => block.idstr));
   for (const idstr of lazyIdstrs)
     assert(known.has(idstr), `lazy block ${idstr} is in the snapshot`);
@@ -58,7 +63,7 @@ export function planSeed(snapshot: SeedSource, lazyIdstrs: ReadonlySet<string>):
     addPiece(pieces, streamOffset, block.headerOffset + MAPPED_RAM_HEADER_LENGTH);
     if (!lazyIdstrs.has(block.idstr)) {
       addPiece(pieces, block.bitmapOffset, block.bitmapOffset + block.bitmapLength);
-      addDataPages(pieces, block, snapshot.pageBitmap(block));
+      if (hasPages) addDataPages(pieces, block, snapshot.pageBitmap(block));
     }
     streamOffset = block.pagesOffset + block.usedLength;
   }

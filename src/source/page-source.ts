@@ -1,13 +1,14 @@
 /**
  * Where page bytes come from: the seam of the whole loader. A page source lives in each Worker that
- * supplies pages (the fault loop and the eager Workers have one each), is called synchronously, and
- * never blocks on a vCPU or on the main thread. It answers with an *address*: UFFDIO_COPY reads
- * straight from there, the bytes never pass through JavaScript.
+ * supplies pages (the fault loop and the eager Workers have one each) and, before the guest runs, on
+ * the main thread; it is called synchronously, and never blocks on a vCPU or on the main thread. It
+ * answers with an *address*: the kernel reads straight from there, the bytes never pass through
+ * JavaScript.
  */
 
 /**
- * What a source needs to know of a block: index in the load plan, name, and sizes.
- * Structured-cloneable.
+ * What a source needs to know of a block: name and sizes. Structured-cloneable. Not every source of
+ * a load is made with the same blocks: what says which block it is is its name, not its index.
  */
 export interface SourceBlock {
   readonly idstr: string;
@@ -52,7 +53,10 @@ export interface PageSource {
   isAtHand?(blockIndex: number, pageIndex: number, pages: number): boolean;
   /** Hint: these pages will be asked for soon. Must not block. */
   willNeed?(blockIndex: number, pageIndex: number, pages: number): void;
-  /** Hint: the pages were copied and the bytes behind them are not needed again. */
+  /**
+   * Hint: the bytes behind these pages are not needed for now. Nearly all were copied; the others
+   * are asked for again.
+   */
   release?(blockIndex: number, pageIndex: number, pages: number): void;
   /**
    * Why the bytes of a page cannot be read: a positive errno, or 0 when they can. May block on I/O.

@@ -10,11 +10,15 @@ import { dumpMemory, type GuestSnapshot, snapshotOf, whyNoGuests } from "../help
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { FslRun, plainEnvironment, whyNoExecutable } from "../helpers/load-runs.ts";
 import { patternPage, type TestSourceOptions } from "../helpers/load-sources.ts";
-import { openSnapshot } from "../../src/index.ts";
+import { specialSnapshot, type TemporarySnapshot } from "../helpers/load-snapshots.ts";
+import { type LoadReport, openSnapshot } from "../../src/index.ts";
 
 const TIMEOUT_MS = 60_000;
 const ROOT = join(import.meta.dir, "../..");
 const HELPERS = join(ROOT, "tests/helpers");
+/** Backends for a guest's memory. */
+const SHARED = "memory-backend-memfd,share=on";
+const TOUCHED = "memory-backend-ram,prealloc=on";
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
 
 let snapshot: GuestSnapshot;
@@ -53,6 +57,15 @@ beforeAll(async () => {
 afterAll(() => {
   for (const path of [project, elsewhere]) if (path) rmSync(path, { recursive: true, force: true });
 });
+
+/** The first data page of a block, from one page on. */
+function dataPage({ path }: GuestSnapshot, name: string, from: number): number {
+  using opened = openSnapshot(path);
+  const block = opened.blocks.find(({ idstr }) => idstr === name);
+  const run = block && opened.pageBitmap(block).nextDataRun(from);
+  if (run === undefined || run === null) throw new Error(`no data page ${from} of ${name}`);
+  return run.startIndex;
+}
 
 async function expectLoads(program: readonly string[], cwd: string): Promise<void> {
   await using run = await FslRun.start(snapshot, { program, cwd, flags: ["--paused"] });
@@ -127,18 +140,57 @@ describe.skipIf(skip)("the package", () => {
 });
 
 describe.skipIf(skip)("a page source of somebody else's", () => {
+  /** A guest with a balloon: shared memory is filled in full before it runs. */
+  let ballooned: TemporarySnapshot;
+  beforeAll(async () => {
+    if (skip) return;
+    const memoryBackend = "memory-backend-ram";
+    const extraArgs = ["-device", "virtio-balloon-pci"];
+    ballooned = await specialSnapshot({ guest: "bare", memoryBackend, extraArgs }, {});
+  }, TIMEOUT_MS);
+  afterAll(() => ballooned?.[Symbol.dispose]());
+
   /** Runs the script in this repository, where the test's source is. */
-  async function load(options: Omit<TestSourceOptions, "path">): Promise<FslRun> {
+  async function load(
+    options: Omit<TestSourceOptions, "path">,
+    from: GuestSnapshot = snapshot,
+    backend = "memory-backend-ram",
+  ): Promise<FslRun> {
     const spec = {
       module: join(HELPERS, "load-sources.ts"),
-      options: { path: snapshot.path, ...options },
+      options: { path: from.path, ...options },
     };
     const flags = ["--paused", "--source", JSON.stringify(spec)];
-    return FslRun.start(snapshot, {
+    return FslRun.start(from, {
       program: [process.execPath, "script.ts"],
       cwd: project,
       flags,
+      argv: from.argv.map((argument) => argument.replace(/^memory-backend-ram/, backend)),
     });
+  }
+
+  /** Data pages that are not the source's, and zero pages that are not zero, of every RAMBlock. */
+  async function wrongPages(run: FslRun, from: GuestSnapshot): Promise<string[]> {
+    const memory = await dumpMemory({ pid: await run.qemuPid(), qmp: run.qmp });
+    using opened = openSnapshot(from.path);
+    const zero = Bun.hash.wyhash(new Uint8Array(4096));
+    return opened.blocks.flatMap((block) => {
+      const hashes = memory.get(block.idstr)?.hashes;
+      if (hashes === undefined) return [`${block.idstr}: not there`];
+      const bitmap = opened.pageBitmap(block);
+      return [...hashes.keys()]
+        .filter((page) => {
+          const isData = page < block.pageCount && bitmap.has(page);
+          const made = patternPage(block.idstr, page, 4096);
+          return hashes[page] !== (isData ? Bun.hash.wyhash(made) : zero);
+        })
+        .map((page) => `${block.idstr} page ${page}`);
+    });
+  }
+
+  /** How the blocks with data got it. */
+  function waysOf({ blocks }: LoadReport): Set<string> {
+    return new Set(blocks.filter(({ dataBytes }) => dataBytes > 0).map(({ way }) => way));
   }
 
   test.each(["pread", "later", "thread"] as const)(
@@ -173,22 +225,71 @@ describe.skipIf(skip)("a page source of somebody else's", () => {
   );
 
   test(
-    "decides every byte of the data pages, and none of the zero pages",
+    "decides every byte of the data pages of every RAMBlock, and none of the zero pages",
     async () => {
       await using run = await load({ kind: "pattern" });
-      await run.complete();
-      const ram = (await dumpMemory({ pid: await run.qemuPid(), qmp: run.qmp })).get("pc.ram");
-      using opened = openSnapshot(snapshot.path);
-      const block = opened.blocks.find(({ idstr }) => idstr === "pc.ram");
-      if (block === undefined || ram === undefined) throw new Error("no pc.ram");
-      const bitmap = opened.pageBitmap(block);
-      const zero = Bun.hash.wyhash(new Uint8Array(4096));
-      const wrong = [...ram.hashes.keys()].filter((page) => {
-        const expected = bitmap.has(page) ? Bun.hash.wyhash(patternPage(0, page, 4096)) : zero;
-        return ram.hashes[page] !== expected;
-      });
-      expect(wrong).toEqual([]);
-      expect(bitmap.dataPages).toBeGreaterThan(10_000);
+      const report = await run.complete();
+      // What travels in the seed is the source's too.
+      expect(waysOf(report)).toEqual(new Set(["lazy", "seed"]));
+      expect(await wrongPages(run, snapshot)).toEqual([]);
+      expect(report.blocks.find(({ way }) => way === "lazy")?.dataBytes).toBeGreaterThan(4e7);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "decides every byte of blocks that are filled before resume",
+    async () => {
+      await using run = await load({ kind: "pattern" }, ballooned, SHARED);
+      expect(waysOf(await run.complete())).toEqual(new Set(["fill", "seed"]));
+      expect(await wrongPages(run, ballooned)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "decides every byte of pages that QEMU has touched before",
+    async () => {
+      await using run = await load({ kind: "pattern" }, ballooned, TOUCHED);
+      expect(waysOf(await run.complete())).toEqual(new Set(["lazy", "seed"]));
+      expect(run.stdout.text).toMatch(/info \d{8} bytes were in QEMU's memory already/);
+      expect(await wrongPages(run, ballooned)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["later", SHARED],
+    ["thread", SHARED],
+    ["later", TOUCHED],
+    ["thread", TOUCHED],
+  ] as const)(
+    "is waited for before the guest runs: %s, %s",
+    async (kind, backend) => {
+      await using run = await load({ kind }, ballooned, backend);
+      expect((await run.complete()).complete).toBe(true);
+      const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+      expect(await differencesFromOracle(ballooned, qemu)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["a block that is filled", SHARED],
+    ["a page that QEMU has touched", TOUCHED],
+  ])(
+    "that cannot read %s is an error that says so, and QEMU is ended",
+    async (_, backend) => {
+      const failPage = dataPage(ballooned, "ram0", 8000);
+      await using run = await load({ kind: "failing", failPage }, ballooned, backend);
+      expect(await run.end()).toBe(3);
+      expect(run.stderr.text).toMatch(
+        new RegExp(
+          `^SNAPSHOT_OPEN: page source .*: page ${failPage} of RAMBlock ram0 cannot be read: .*EIO`,
+          "m",
+        ),
+      );
+      expect(run.leftovers()).toEqual([]);
     },
     TIMEOUT_MS,
   );
@@ -199,12 +300,7 @@ describe.skipIf(skip)("a page source of somebody else's", () => {
   ])(
     "may break down once, %s: its Worker is replaced and every page comes",
     async (_, failPage) => {
-      using opened = openSnapshot(snapshot.path);
-      const block = opened.blocks.find(({ idstr }) => idstr === "pc.ram");
-      if (block === undefined) throw new Error("no pc.ram");
-      const bitmap = opened.pageBitmap(block);
-      let page = failPage;
-      while (!bitmap.has(page)) page += 1;
+      const page = dataPage(snapshot, "pc.ram", failPage);
       rmSync(join(elsewhere, `died-${failPage}`), { force: true });
       const marker = join(elsewhere, `died-${failPage}`);
       await using run = await load({ kind: "dying", failPage: page, marker });

@@ -7,6 +7,7 @@
  *   later    reads like pread, but a page is never there when it is first asked for
  *   thread   pages come from another thread, which reads them one by one and says so by an eventfd
  *   dying    like pread, but throws once, in the Worker that asks for page `failPage` first
+ *   never    is asked for pages, and has none
  *   failing  like pread, but page `failPage` cannot be read until the file `marker` is there
  */
 import { closeSync, existsSync, openSync, readSync, writeFileSync } from "node:fs";
@@ -15,7 +16,7 @@ import { EFD_NONBLOCK, EIO } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";
 
 export interface TestSourceOptions {
-  readonly kind: "pread" | "pattern" | "later" | "thread" | "dying" | "failing";
+  readonly kind: "pread" | "pattern" | "later" | "thread" | "never" | "dying" | "failing";
   readonly path: string;
   readonly failPage?: number;
   /** A file that says that it has thrown: Workers share no memory of ours. */
@@ -26,10 +27,11 @@ const PAGES_MAX = 64;
 const ONE = new BigUint64Array([1n]);
 
 /** The page that kind `pattern` makes up. */
-export function patternPage(blockIndex: number, pageIndex: number, pageSize: number): Uint8Array {
+export function patternPage(idstr: string, pageIndex: number, pageSize: number): Uint8Array {
   const words = new Uint32Array(pageSize / 4);
+  const block = Bun.hash.crc32(idstr);
   for (let word = 0; word < words.length; word += 1) {
-    words[word] = Math.imul(pageIndex * 1024 + word + 1, 2_654_435_761) ^ (blockIndex + 1);
+    words[word] = Math.imul(pageIndex * 1024 + word + 1, 2_654_435_761) ^ block;
   }
   return new Uint8Array(words.buffer);
 }
@@ -53,7 +55,7 @@ class TestSource implements PageSource {
   resolve(blockIndex: number, pageIndex: number, pagesMax: number, answer: PageBytes): void {
     const block = this.blocks[blockIndex];
     if (block === undefined) throw new Error(`no block ${blockIndex}`);
-    const { pageSize, pagesOffset } = block;
+    const { idstr, pageSize, pagesOffset } = block;
     const pages = this.#readable(pageIndex, Math.min(pagesMax, PAGES_MAX));
     answer.state = pages > 0 ? "ready" : "failed";
     answer.errno = pages > 0 ? 0 : EIO;
@@ -61,7 +63,7 @@ class TestSource implements PageSource {
       if (this.options.kind === "dying" && page === this.options.failPage) this.#dieOnce();
       const at = (page - pageIndex) * pageSize;
       const part = this.#buffer.subarray(at, at + pageSize);
-      if (this.options.kind === "pattern") part.set(patternPage(blockIndex, page, pageSize));
+      if (this.options.kind === "pattern") part.set(patternPage(idstr, page, pageSize));
       else readSync(this.#fd, part, 0, pageSize, pagesOffset + page * pageSize);
     }
     answer.address = sys.ptrOf(this.#buffer);
@@ -116,14 +118,23 @@ class LaterSource extends TestSource {
   }
 }
 
+class NeverSource extends TestSource {
+  override readonly readyFd = sys.check(sys.eventfd(0, EFD_NONBLOCK), "eventfd");
+
+  override resolve(_block: number, _page: number, _pagesMax: number, answer: PageBytes): void {
+    answer.state = "pending";
+  }
+}
+
 const SLOTS = 1024;
-/** Words of a slot: what is asked for (page + 1), and its state. */
-const SLOT_WORDS = 2;
+/** Words of a slot: page and block that are asked for, and its state. */
+const SLOT_WORDS = 3;
+const SLOT_STATE = 2;
 const FREE = 0;
 const ASKED = 1;
 const HERE = 2;
 
-/** Pages of one block come from a thread; a table of slots says which. */
+/** Pages come from a thread; a table of slots says which. */
 class ThreadSource implements PageSource {
   readonly readyFd = sys.check(sys.eventfd(0, EFD_NONBLOCK), "eventfd");
   readonly #slots = new Int32Array(new SharedArrayBuffer(SLOTS * SLOT_WORDS * 4 + 4));
@@ -133,23 +144,23 @@ class ThreadSource implements PageSource {
 
   constructor(options: TestSourceOptions, blocks: readonly SourceBlock[]) {
     this.#thread = new Worker(new URL("load-source-thread.ts", import.meta.url).href);
-    const [block] = blocks;
     this.#thread.postMessage({
       path: options.path,
-      pagesOffset: block?.pagesOffset,
+      pagesOffsets: blocks.map(({ pagesOffset }) => pagesOffset),
       slots: this.#slots,
       bytes: this.#bytes,
       readyFd: this.readyFd,
     });
   }
 
-  resolve(_block: number, page: number, _pagesMax: number, answer: PageBytes): void {
+  resolve(block: number, page: number, _pagesMax: number, answer: PageBytes): void {
     // The page that was given last has been copied.
-    if (this.#given !== undefined) Atomics.store(this.#slots, this.#given * SLOT_WORDS + 1, FREE);
+    if (this.#given !== undefined) this.#setState(this.#given, FREE);
     this.#given = undefined;
     const slot = page % SLOTS;
-    const state = Atomics.load(this.#slots, slot * SLOT_WORDS + 1);
-    if (state === HERE && this.#slots[slot * SLOT_WORDS] === page) {
+    const at = slot * SLOT_WORDS;
+    const state = Atomics.load(this.#slots, at + SLOT_STATE);
+    if (state === HERE && this.#slots[at] === page && this.#slots[at + 1] === block) {
       this.#given = slot;
       answer.state = "ready";
       answer.address = sys.ptrOf(this.#bytes) + slot * 4096;
@@ -158,12 +169,17 @@ class ThreadSource implements PageSource {
     }
     answer.state = "pending";
     // A slot that is taken by another page: asked for again when that one has been copied.
-    if (state === HERE) Atomics.store(this.#slots, slot * SLOT_WORDS + 1, FREE);
+    if (state === HERE) this.#setState(slot, FREE);
     if (state === ASKED) return;
-    this.#slots[slot * SLOT_WORDS] = page;
-    Atomics.store(this.#slots, slot * SLOT_WORDS + 1, ASKED);
+    this.#slots[at] = page;
+    this.#slots[at + 1] = block;
+    this.#setState(slot, ASKED);
     Atomics.add(this.#slots, SLOTS * SLOT_WORDS, 1);
     Atomics.notify(this.#slots, SLOTS * SLOT_WORDS);
+  }
+
+  #setState(slot: number, state: number): void {
+    Atomics.store(this.#slots, slot * SLOT_WORDS + SLOT_STATE, state);
   }
 
   acknowledge(): void {
@@ -179,5 +195,6 @@ export const createPageSource: CreatePageSource = (options, blocks) => {
   const test = options as TestSourceOptions;
   if (test.kind === "later") return new LaterSource(test, blocks);
   if (test.kind === "thread") return new ThreadSource(test, blocks);
+  if (test.kind === "never") return new NeverSource(test, blocks);
   return new TestSource(test, blocks);
 };

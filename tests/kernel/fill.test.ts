@@ -1,12 +1,20 @@
-/** What of a block is written before resume, on this process's own memory. */
+/**
+ * What of a block is written before resume, and where its bytes come from, on this process's own
+ * memory.
+ */
 import { afterEach, beforeEach, describe, expect, test } from "bun:test";
 import { closeSync, ftruncateSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { isFslError } from "../../src/errors.ts";
+import { type FslError, isFslError } from "../../src/errors.ts";
 import { writtenRanges } from "../../src/load/contents.ts";
 import { BlockFiller, type BlockPlace } from "../../src/load/fill.ts";
+import { PageReader } from "../../src/load/page-reader.ts";
+import { MemoryWriter } from "../../src/load/resident.ts";
+import type { PageSourceSpec } from "../../src/index.ts";
+import { patternPage, type TestSourceOptions } from "../helpers/load-sources.ts";
 import {
+  EIO,
   MAP_ANONYMOUS,
   MAP_PRIVATE,
   MAP_SHARED,
@@ -27,6 +35,8 @@ let directory: string;
 let fd: number;
 let hostAddr: number;
 let memory: Uint8Array;
+let reader: PageReader;
+const readers: PageReader[] = [];
 const path = (): string => join(directory, "snapshot");
 
 beforeEach(() => {
@@ -38,8 +48,10 @@ beforeEach(() => {
   const flags = MAP_PRIVATE | MAP_ANONYMOUS;
   hostAddr = sys.check(sys.mmap(0, LENGTH, PROT_READ | PROT_WRITE, flags, -1, 0), "mmap");
   memory = new Uint8Array(sys.view(hostAddr, LENGTH));
+  reader = readerOf({ options: { fd } });
 });
 afterEach(() => {
+  for (const one of readers.splice(0)) one.close();
   sys.munmap(hostAddr, LENGTH);
   closeSync(fd);
   rmSync(directory, { recursive: true, force: true });
@@ -69,18 +81,47 @@ function firstBytes(): number[] {
   });
 }
 
-async function refusal(work: Promise<unknown>): Promise<string> {
+function readerOf(source: PageSourceSpec, watched = process.pid, cancel?: AbortSignal): PageReader {
+  const one = new PageReader({
+    source,
+    blocks: [place()],
+    snapshotPath: path(),
+    pidfd: sys.check(sys.pidfdOpen(watched, 0), "pidfd_open"),
+    cancel,
+  });
+  readers.push(one);
+  return one;
+}
+
+/** A source of somebody else's: see load-sources.ts. */
+function source(kind: TestSourceOptions["kind"], more: Partial<TestSourceOptions> = {}) {
+  const module = join(import.meta.dir, "../helpers/load-sources.ts");
+  return { module, options: { kind, path: path(), ...more } };
+}
+
+/** What the pages of this block are by kind `pattern`, as `firstBytes` would have it. */
+function isPattern(page: number): boolean {
+  const bytes = memory.subarray(page * PAGE, (page + 1) * PAGE);
+  return Buffer.compare(bytes, patternPage("ram0", page, PAGE)) === 0;
+}
+
+async function refused(work: Promise<unknown>): Promise<FslError> {
   const error = await work.then(
     () => null,
     (reason: unknown) => reason,
   );
-  return isFslError(error) ? error.code : String(error);
+  if (!isFslError(error)) throw new Error(`was not refused: ${String(error)}`);
+  return error;
+}
+
+async function refusal(work: Promise<unknown>): Promise<string> {
+  return (await refused(work)).code;
 }
 
 describe("fill.BlockFiller", () => {
   test("writes the data pages, and nothing else", async () => {
     memory.fill(0xee);
-    const filler = new BlockFiller(process.pid, { fd, path: path() });
+    const filler = new BlockFiller(process.pid, reader);
     await filler.writeData(place(), DATA);
     const expected = firstBytes().map((_, page) => (HAS_DATA.includes(page) ? page + 1 : 0xee));
     expect(firstBytes()).toEqual(expected);
@@ -89,7 +130,7 @@ describe("fill.BlockFiller", () => {
 
   test("writes zeros over pages of a range that are zero in the snapshot", async () => {
     memory.fill(0xee);
-    const filler = new BlockFiller(process.pid, { fd, path: path() });
+    const filler = new BlockFiller(process.pid, reader);
     await filler.writeZeros(place(), DATA, 2, 42);
     const isZeroed = (page: number): boolean => page >= 2 && page < 42 && !HAS_DATA.includes(page);
     const expected = firstBytes().map((_, page) => (isZeroed(page) ? 0 : 0xee));
@@ -98,15 +139,85 @@ describe("fill.BlockFiller", () => {
 
   test("says that the snapshot has become too short", async () => {
     ftruncateSync(fd, OFFSET + 4 * PAGE);
-    const filler = new BlockFiller(process.pid, { fd, path: path() });
+    const filler = new BlockFiller(process.pid, reader);
     expect(await refusal(filler.writeData(place(), DATA))).toBe("SNAPSHOT_OPEN");
   });
 
   test("says that the target is gone", async () => {
     const child = Bun.spawn(["true"]);
     await child.exited;
-    const filler = new BlockFiller(child.pid, { fd, path: path() });
+    const filler = new BlockFiller(child.pid, reader);
     expect(await refusal(filler.writeData(place(), DATA))).toBe("TARGET_LOST");
+  });
+});
+
+/** The two that write before the guest runs, each all data pages. */
+const WRITERS: readonly [string, (from: PageReader) => Promise<unknown>][] = [
+  ["fill.BlockFiller", (from) => new BlockFiller(process.pid, from).writeData(place(), DATA)],
+  [
+    "resident.MemoryWriter",
+    async (from) => {
+      const writer = new MemoryWriter(process.pid);
+      try {
+        await writer.writePages(from, place(), DATA, 0, PAGES);
+      } finally {
+        writer.close();
+      }
+    },
+  ],
+];
+
+describe.each(WRITERS)("%s with a page source of somebody else's", (_, write) => {
+  test("takes every byte from it", async () => {
+    await write(readerOf(source("pattern")));
+    expect(HAS_DATA.filter((page) => !isPattern(page))).toEqual([]);
+  });
+
+  test.each(["later", "thread"] as const)("waits for what is pending: %s", async (kind) => {
+    await write(readerOf(source(kind)));
+    const expected = firstBytes().map((__, page) => (HAS_DATA.includes(page) ? page + 1 : 0));
+    expect(firstBytes()).toEqual(expected);
+  });
+
+  test("says which page cannot be had, and why", async () => {
+    const error = await refused(write(readerOf(source("failing", { failPage: 5 }))));
+    expect(error.code).toBe("SNAPSHOT_OPEN");
+    expect(error.message).toMatch(/^page source .*: page 5 of RAMBlock ram0 cannot be read: .*EIO/);
+    expect(error.details).toMatchObject({ idstr: "ram0", page: 5, errno: EIO });
+  });
+
+  test("waits no longer for it than for the target", async () => {
+    const child = Bun.spawn(["sleep", "0.05"]);
+    expect(await refusal(write(readerOf(source("never"), child.pid)))).toBe("TARGET_LOST");
+  });
+
+  test("waits no longer for it than the caller wants", async () => {
+    const cancel = AbortSignal.timeout(50);
+    const work = write(readerOf(source("never"), process.pid, cancel));
+    expect(String(await work.catch(String))).toContain("TimeoutError");
+  });
+});
+
+describe("resident.MemoryWriter", () => {
+  test("writes data pages, and zeros over those that are zero in the snapshot", async () => {
+    memory.fill(0xee);
+    const writer = new MemoryWriter(process.pid);
+    await writer.writePages(reader, place(), DATA, 2, 42);
+    writer.close();
+    const expected = firstBytes().map((_, page) => {
+      if (page < 2 || page >= 42) return 0xee;
+      return HAS_DATA.includes(page) ? page + 1 : 0;
+    });
+    expect(firstBytes()).toEqual(expected);
+  });
+
+  test("says that the snapshot has become too short", async () => {
+    ftruncateSync(fd, OFFSET + 4 * PAGE);
+    const writer = new MemoryWriter(process.pid);
+    const error = await refused(writer.writePages(reader, place(), DATA, 0, PAGES));
+    writer.close();
+    expect(error.code).toBe("SNAPSHOT_OPEN");
+    expect(error.message).toContain("page 4 of RAMBlock ram0 at 0x7000 cannot be read");
   });
 });
 

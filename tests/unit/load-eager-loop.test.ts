@@ -33,6 +33,7 @@ class Bench implements Disposable {
   replay: readonly number[] = [];
   bytesPerSecond = 0;
   pieceLength = 256 * 1024;
+  pendingMax = 2 ** 24;
 
   constructor(blocks: readonly BlockSpec[], options: StateSpec = {}) {
     this.made = makeState(blocks, options);
@@ -55,6 +56,7 @@ class Bench implements Disposable {
       replay: Int32Array.from(this.replay),
       movers: [],
       bytesPerSecond: this.bytesPerSecond,
+      pendingMax: this.pendingMax,
       onFailure: (failure) => this.failures.push(failure),
       onRecovered: (failure) => this.recovered.push(failure),
     });
@@ -239,6 +241,67 @@ describe("EagerLoop.run", () => {
     expect(b.count(C_EAGER_PAGES)).toBe(8);
     expect(b.failures).toEqual([]);
     expect(b.source.pagesAsked("acknowledge").length).toBeGreaterThan(0);
+  });
+
+  /** A source that holds what it was asked for until it says that all of it is there. */
+  function lateSource(b: Bench, pending: ReturnType<typeof pendingSource>) {
+    const { source } = pending;
+    const asked = new Set<number>();
+    const here = new Set<number>();
+    const late = { most: 0, deliver: (): boolean => asked.size > 0 };
+    b.source = source;
+    source.answer = (_, page) => {
+      if (here.has(page)) return "ready";
+      // What a resolve looks at beyond its first page has not been asked for.
+      if (source.calls.at(-1)?.page !== page) return 0;
+      asked.add(page);
+      late.most = Math.max(late.most, asked.size);
+      pending.announce();
+      return "pending";
+    };
+    const { acknowledge } = source;
+    source.acknowledge = () => {
+      acknowledge.call(source);
+      if (!late.deliver()) return pending.announce();
+      for (const page of asked) here.add(page);
+      asked.clear();
+    };
+    return late;
+  }
+
+  test("asks for no more pages than it may while others are pending, and brings all", () => {
+    const b = bench([{ pages: 4 * CHUNK_PAGES }]);
+    using pending = pendingSource();
+    const late = lateSource(b, pending);
+    b.pendingMax = 600 * PAGE;
+    // Nothing is given until the loop has come to wait for it.
+    let asks = 0;
+    late.deliver = () => (asks += 1) % 3 === 0;
+    expect(b.run()).toBe("finished");
+    expect(b.count(C_EAGER_PAGES)).toBe(4 * CHUNK_PAGES);
+    expect(late.most).toBeGreaterThan(500);
+    expect(late.most).toBeLessThanOrEqual(600);
+  });
+
+  test("asks for no more than that of the working set either, and brings it before the rest", () => {
+    const b = bench([{ pages: 4 * CHUNK_PAGES }]);
+    using pending = pendingSource();
+    const late = lateSource(b, pending);
+    let asks = 0;
+    late.deliver = () => (asks += 1) % 3 === 0;
+    b.pendingMax = 4 * PAGE;
+    const set = [1500, 3, 700, 1200, 9, 2000, 11, 1300];
+    b.replay = set.flatMap((page) => [0, page, 1]);
+    b.uffd.copy = (address, from, length) => {
+      b.uffd.calls.push({ call: "copy", address, length, source: from, result: length });
+      if (b.copies().length === set.length) b.state.stop();
+      return length;
+    };
+    expect(b.run()).toBe("stopped");
+    expect(b.copies().toSorted(([a = 0], [c = 0]) => a - c)).toEqual(
+      set.toSorted((a, c) => a - c).map((page) => [page, 1]),
+    );
+    expect(late.most).toBeLessThanOrEqual(4);
   });
 
   test("skips a huge page that cannot be read as a whole", () => {
