@@ -2,7 +2,7 @@
  * Ways to save, and versions of QEMU (docs/guests.md, "Snapshots"): all memory as QEMU's own load
  * brings it.
  *
- * Where setup could get no QEMU of 11.0 or later, its tests are skipped.
+ * Where setup could get no QEMU of 11.1 or later, its tests are skipped.
  */
 import { describe, expect, test } from "bun:test";
 import { copyFileSync, openSync, closeSync, readFileSync, rmSync, writeSync } from "node:fs";
@@ -118,6 +118,19 @@ describe.skipIf(skip || noNewer !== null)("versions of QEMU", () => {
       await using loaded = await loadAndCompare(snapshot);
       expect(Object.values(loaded.ways)).toContain("lazy");
       expect(loaded.said).not.toContain("warning");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "NVMe saved and loaded by the newer one",
+    async () => {
+      const drive = "driver=null-co,read-zeroes=on,size=8388608,node-name=n0";
+      const extraArgs = ["-blockdev", drive, "-device", "nvme,serial=1,drive=n0"];
+      const argv = newer(guestArgv({ guest: "bare", extraArgs }));
+      using snapshot = await saveGuest(argv, { ready: READY });
+      await using loaded = await loadAndCompare(snapshot);
+      expect(loaded.ways["pc.ram"]).toBe("lazy");
     },
     MATRIX_TIMEOUT_MS,
   );

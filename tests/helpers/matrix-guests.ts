@@ -189,7 +189,7 @@ export function qemuAarch64(): string | null {
   return existsSync(unpacked) ? unpacked : Bun.which("qemu-system-aarch64");
 }
 
-/** A QEMU of 11.0 or later: FSL_QEMU_NEWER, or where setup puts it. */
+/** A QEMU of 11.1 or later: FSL_QEMU_NEWER, or where setup puts it. */
 export const NEWER_QEMU =
   process.env["FSL_QEMU_NEWER"] ?? join(PACKAGES, "qemu-newer/usr/bin/qemu-system-x86_64");
 
