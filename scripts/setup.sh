@@ -9,6 +9,8 @@
 #   tools   node_modules: Bun, zig, the type checker, the linter
 #   qemu    QEMU 9.0 or later (FSL_QEMU names another binary); root and apt-get when it is missing
 #   guest   the guests of tests, demo and benchmark, in .cache/guest; apt-get; brings qemu along
+#   newer   a second, newer QEMU for tests, in .cache/packages; Debian only. Tried once, may fail.
+#           FSL_QEMU_NEWER names one that is here already
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -27,13 +29,15 @@ tools_ready() {
   [ -x node_modules/.bin/bun ] && [ ! package-lock.json -nt node_modules/.package-lock.json ]
 }
 
+major_version() { "$1" --version | sed -n 's/.*version \([0-9][0-9]*\)\..*/\1/p' | head -n 1; }
+
 # Starting QEMU only to ask its version takes 50 ms and more, so the answer is kept until the binary
 # changes.
 qemu_ready() {
   qemu=$(command -v "${FSL_QEMU:-qemu-system-x86_64}") || return 1
   checked=.cache/qemu-checked
   [ -f $checked ] && [ "$(cat $checked)" = "$qemu" ] && [ $checked -nt "$qemu" ] && return
-  version=$("$qemu" --version | sed -n 's/.*version \([0-9][0-9]*\)\..*/\1/p' | head -n 1)
+  version=$(major_version "$qemu")
   [ "${version:-0}" -ge 9 ] || return 1
   mkdir -p .cache
   echo "$qemu" >$checked
@@ -42,6 +46,13 @@ qemu_ready() {
 guest_ready() {
   made=.cache/guest/guest.json
   [ -f .cache/packages/matrix-tried ] && [ -f $made ] && [ -z "$(find scripts/guest -newer $made -type f)" ]
+}
+
+# The unpacked QEMU holds absolute paths: it is made again when this directory has moved.
+newer_ready() {
+  [ -z "${FSL_QEMU_NEWER:-}" ] || return 0
+  tried=.cache/packages/newer-tried
+  [ -f $tried ] && [ "$(head -n 1 $tried)" = "$(cd .cache/packages && pwd -P)" ]
 }
 
 # -- apt, without touching the machine's configuration ---------------------------------------------
@@ -60,28 +71,30 @@ private_apt() {
     -o Acquire::Languages=none -o Acquire::Retries=3 "$@"
 }
 
-# Which server a machine takes its packages from is the machine's affair: the address of backports
-# is derived from the one that the release itself comes from.
-add_backports() {
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+
+# Which server a machine takes its packages from is the machine's affair: the address of other
+# suites is derived from the one that the release itself comes from.
+find_mirror() {
   codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-  [ "$codename" = bookworm ] || return 0
   uris=$(private_apt apt-get update --print-uris)
-  case $uris in *"/dists/$codename-backports/"*) return 0 ;; esac
   mirror=$(printf '%s\n' "$uris" |
     sed -n "s|^'\(.*\)/dists/$codename/InRelease'.*|\1|p" | head -n 1)
+}
+
+add_backports() {
+  [ "$(. /etc/os-release && echo "${VERSION_CODENAME:-}")" = bookworm ] || return 0
+  find_mirror
+  case $uris in *"/dists/$codename-backports/"*) return 0 ;; esac
   [ -n "$mirror" ] ||
     fail "apt has no source for Debian $codename, so none for its backports; install QEMU by hand"
   {
     printf 'Types: deb\nURIs: %s\nSuites: %s-backports\nComponents: main\n' "$mirror" "$codename"
-    keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     [ ! -f "$keyring" ] || echo "Signed-By: $keyring"
   } >.cache/apt/sources.list.d/fsl-backports.sources
 }
 
-apt_prepared=
-prepare_apt() {
-  [ -z "$apt_prepared" ] || return 0
-  say "reading package lists"
+copy_sources() {
   rm -rf .cache/apt/sources.list.d
   mkdir -p .cache/apt/sources.list.d .cache/apt/lists/partial .cache/apt/cache/archives/partial
   : >.cache/apt/sources.list
@@ -89,6 +102,13 @@ prepare_apt() {
   for source in /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
     [ ! -f "$source" ] || cp "$source" .cache/apt/sources.list.d/
   done
+}
+
+apt_prepared=
+prepare_apt() {
+  [ -z "$apt_prepared" ] || return 0
+  say "reading package lists"
+  copy_sources
   add_backports
   # A source that has nothing to do with us may fail; what we need and do not get is noticed below.
   private_apt apt-get update >.cache/apt/update.log 2>&1 ||
@@ -185,6 +205,71 @@ set_up_guest() {
   bun scripts/guest/build.ts .cache/packages/kernel .cache/packages/busybox
 }
 
+# apt-get of a machine with nothing installed and no sources but those of the newer QEMU.
+newer_apt() {
+  private_apt apt-get \
+    -o Dir::Etc::sourcelist="$root/.cache/apt/newer/sources.list" \
+    -o Dir::Etc::sourceparts=/dev/null \
+    -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null \
+    -o Dir::State::lists="$root/.cache/apt/newer/lists" \
+    -o Dir::State::status="$root/.cache/apt/newer/status" \
+    -o Dir::Cache="$root/.cache/apt/newer" "$@" >>.cache/apt/newer.log 2>&1
+}
+
+# Unpacks the newest QEMU of Debian 13 with all of its libraries, the C library and its loader among
+# them, and makes the program use these. It stays an ordinary ELF program that fsl can preload its
+# library into. Prints why it cannot be had.
+fetch_newer() {
+  because() {
+    echo "$*"
+    exit 1
+  }
+  at=$1
+  grep -qx 'ID="*debian"*' /etc/os-release || because "only Debian has a package of it"
+  rm -rf .cache/apt/newer "$at"
+  mkdir -p .cache/apt/newer/lists/partial .cache/apt/newer/archives/partial "$at"
+  : >.cache/apt/newer.log
+  copy_sources
+  find_mirror
+  [ -n "$mirror" ] || because "apt has no source for Debian $codename"
+  signed=
+  [ ! -f $keyring ] || signed="[signed-by=$keyring] "
+  for suite in trixie trixie-backports; do
+    echo "deb $signed$mirror $suite main"
+  done >.cache/apt/newer/sources.list
+  : >.cache/apt/newer/status
+  newer_apt update --error-on=any || because "$(sed -n '/^[EW]: /{p;q;}' .cache/apt/newer.log)"
+  newer_apt install --download-only -y --no-install-recommends -t trixie-backports \
+    qemu-system-x86 patchelf || because "$(grep '^E: ' .cache/apt/newer.log | tail -n 1)"
+  for package in .cache/apt/newer/archives/*.deb; do
+    dpkg -x "$package" "$at" || because "$package cannot be unpacked"
+  done
+  rm -rf .cache/apt/newer "$at/usr/share/doc" "$at/usr/share/man" "$at/usr/share/locale"
+  # Where QEMU looks for its firmware and modules before it looks at the machine's.
+  ln -s ../.. "$at/usr/bin/qemu-bundle"
+  loader=$(find "$at/usr/lib" -name 'ld-linux-*.so.*' -type f | head -n 1)
+  qemu=$at/usr/bin/qemu-system-x86_64
+  "$loader" --library-path "${loader%/*}" "$at/usr/bin/patchelf" --set-interpreter "$loader" \
+    --force-rpath --set-rpath "${loader%/*}" "$qemu" >&2 || because "patchelf failed"
+  version=$(major_version "$qemu")
+  [ "${version:-0}" -ge 11 ] || because "expected QEMU 11.0 or later, found ${version:-none}"
+}
+
+set_up_newer() {
+  newer_ready && return
+  say "fetching a newer QEMU (50 MB)"
+  mkdir -p .cache/packages
+  packages=$(cd .cache/packages && pwd -P)
+  if why=$(fetch_newer "$packages/qemu-newer"); then
+    echo "$packages" >.cache/packages/newer-tried
+  else
+    rm -rf .cache/apt/newer "$packages/qemu-newer"
+    why=${why:-see .cache/apt/newer.log}
+    printf '%s\n%s\n' "$packages" "$why" >.cache/packages/newer-tried
+    say "going on without a newer QEMU: $why (once more: rm .cache/packages/newer-tried)"
+  fi
+}
+
 # -- go --------------------------------------------------------------------------------------------
 
 # Sets up one set, unless it is ready; never two at a time.
@@ -197,7 +282,7 @@ set_up() {
   exec 9>&-
 }
 
-[ $# -gt 0 ] || set -- tools qemu guest
+[ $# -gt 0 ] || set -- tools qemu guest newer
 while [ $# -gt 0 ]; do
   case $1 in
   tools) set_up tools ;;
@@ -206,12 +291,13 @@ while [ $# -gt 0 ]; do
     set_up qemu
     set_up guest
     ;;
+  newer) set_up newer ;;
   try)
     shift
     sh "$root/scripts/setup.sh" "$@" || say "going on without $*"
     break
     ;;
-  *) fail "unknown set '$1': expected tools, qemu or guest" ;;
+  *) fail "unknown set '$1': expected tools, qemu, guest or newer" ;;
   esac
   shift
 done

@@ -87,8 +87,9 @@ export function qemuCommandLine(argv: readonly string[], qmpFd: number): string[
     "-S",
     "-chardev",
     `socket,id=${chardev},fd=${qmpFd},server=on,wait=off`,
-    "-mon",
-    `chardev=${chardev},mode=control`,
+    // The same as `-mon chardev=…,mode=control`, which QEMU 11.1 warns of.
+    "-qmp",
+    `chardev:${chardev}`,
     "-incoming",
     "defer",
   ];

@@ -233,12 +233,7 @@ export class QmpClient {
   #isNotReady: (error: Error) => void = () => {};
 
   private constructor(path: string) {
-    this.args = [
-      "-chardev",
-      `socket,id=fsl-test-qmp,path=${path}`,
-      "-mon",
-      "chardev=fsl-test-qmp,mode=control",
-    ];
+    this.args = ["-chardev", `socket,id=fsl-test-qmp,path=${path}`, "-qmp", "chardev:fsl-test-qmp"];
     this.ready = new Promise((resolve, reject) => {
       this.#isReady = resolve;
       this.#isNotReady = reject;

@@ -1,6 +1,7 @@
 /**
  * Memory that a guest gives back while it is loaded: by QEMU's own account (its trace of
- * ram_block_discard_range), against what is there in the end and what the snapshot has.
+ * ram_block_discard_range, in 11.1 ram_block_discard_shared_range), against what is there in the end
+ * and what the snapshot has.
  */
 import { closeSync, openSync, readFileSync, readSync } from "node:fs";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
@@ -10,7 +11,7 @@ import { PAGE } from "./matrix-guests.ts";
 
 /** QEMU arguments that write every discard down. */
 export function traceArgs(path: string): string[] {
-  return ["-trace", "enable=ram_block_discard_range", "-D", path];
+  return ["-trace", "enable=ram_block_discard*", "-D", path];
 }
 
 interface Discard {
@@ -19,7 +20,7 @@ interface Discard {
 }
 
 export function discardsIn(path: string): Discard[] {
-  const line = /ram_block_discard_range .*@(0x[0-9a-f]+) \+ (0x[0-9a-f]+):/g;
+  const line = /ram_block_discard(?:_shared)?_range .*@(0x[0-9a-f]+) \+ (0x[0-9a-f]+):/g;
   return [...readFileSync(path, "utf8").matchAll(line)].map(([, address, length]) => ({
     address: Number(address),
     length: Number(length),

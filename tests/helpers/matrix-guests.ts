@@ -15,7 +15,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { BUILD, modifiedMs, ROOT } from "../../scripts/build-shim.ts";
 import type { LoadReport } from "../../src/index.ts";
-import { type GuestSnapshot, type Qemu, startQemu } from "./guests.ts";
+import { type GuestSnapshot, QEMU, type Qemu, qemuVersion, startQemu } from "./guests.ts";
 import { differencesFromOracle } from "./load-oracle.ts";
 import { FslRun } from "./load-runs.ts";
 
@@ -187,6 +187,20 @@ export function ovmfArgs(directory: string): string[] {
 export function qemuAarch64(): string | null {
   const unpacked = join(PACKAGES, "qemu-arm/usr/bin/qemu-system-aarch64");
   return existsSync(unpacked) ? unpacked : Bun.which("qemu-system-aarch64");
+}
+
+/** A QEMU of 11.1 or later: FSL_QEMU_NEWER, or where setup puts it. */
+export const NEWER_QEMU =
+  process.env["FSL_QEMU_NEWER"] ?? join(PACKAGES, "qemu-newer/usr/bin/qemu-system-x86_64");
+
+/** Why no newer QEMU can be used, or null when one can; one that is named must be there. */
+export async function whyNoNewerQemu(): Promise<string | null> {
+  const version = await qemuVersion();
+  if (Number.parseInt(version) >= 11) return `${QEMU} is no older one: ${version}`;
+  if (process.env["FSL_QEMU_NEWER"] !== undefined || existsSync(NEWER_QEMU)) return null;
+  const tried = join(PACKAGES, "newer-tried");
+  const [, reason] = existsSync(tried) ? readFileSync(tried, "utf8").split("\n") : [];
+  return `no newer QEMU: ${reason || "run: npm run setup"}`;
 }
 
 /** The bare guest for aarch64 (matrix-aarch64.c), compiled when it is older than its source. */

@@ -45,8 +45,8 @@ describe("qemuCommandLine", () => {
       "-S",
       "-chardev",
       "socket,id=fsl-qmp,fd=7,server=on,wait=off",
-      "-mon",
-      "chardev=fsl-qmp,mode=control",
+      "-qmp",
+      "chardev:fsl-qmp",
       "-incoming",
       "defer",
     ]);
