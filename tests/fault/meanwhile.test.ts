@@ -157,33 +157,38 @@ describe.skipIf(reason !== null)("while RAM comes in", () => {
   // In place, so that the command line of source and destination is the same.
   const image = join(tmpdir(), "fsl-fault-guest-disk.qcow2");
   const devices = { vmstate: "image0", devices: ["image0"] };
-  test.skipIf(Bun.which("qemu-img") === null).each<
-    [string, (qmp: QmpClient) => Promise<void>, (qmp: QmpClient) => Promise<void>]
-  >([
-    [
-      "savevm",
-      async (qmp) => expect(await qmp.hmp("savevm inside")).toBe(""),
-      async (qmp) => expect(await qmp.hmp("loadvm inside")).toBe(""),
-    ],
-    [
-      "snapshot-save",
-      async (qmp) => {
-        await qmp.execute("snapshot-save", { "job-id": "save", tag: "inside", ...devices });
-        await concluded(qmp, "save");
-      },
-      async (qmp) => {
-        await qmp.execute("snapshot-load", { "job-id": "load", tag: "inside", ...devices });
-        await concluded(qmp, "load");
-      },
-    ],
-  ])(
+  test
+    .skipIf(Bun.which("qemu-img") === null)
+    .each<[string, (qmp: QmpClient) => Promise<void>, (qmp: QmpClient) => Promise<void>]>([
+      [
+        "savevm",
+        async (qmp) => expect(await qmp.hmp("savevm inside")).toBe(""),
+        async (qmp) => expect(await qmp.hmp("loadvm inside")).toBe(""),
+      ],
+      [
+        "snapshot-save",
+        async (qmp) => {
+          await qmp.execute("snapshot-save", { "job-id": "save", tag: "inside", ...devices });
+          await concluded(qmp, "save");
+        },
+        async (qmp) => {
+          await qmp.execute("snapshot-load", { "job-id": "load", tag: "inside", ...devices });
+          await concluded(qmp, "load");
+        },
+      ],
+    ])(
     "%s into a qcow2 disk: a fresh QEMU's own load of it has the right data",
     async (_, save, load) => {
       const create = ["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"];
       try {
         expect(Bun.spawnSync(create).exitCode).toBe(0);
         const file = `driver=file,filename=${image},node-name=file0`;
-        const blockdevs = ["-blockdev", file, "-blockdev", "driver=qcow2,file=file0,node-name=image0"];
+        const blockdevs = [
+          "-blockdev",
+          file,
+          "-blockdev",
+          "driver=qcow2,file=file0,node-name=image0",
+        ];
         const spec = { extraArgs: [...blockdevs, "-device", "virtio-blk-pci,drive=image0"] };
         const { argv, checksum } = await snapshotOf(spec);
         await using run = await loading(spec);
