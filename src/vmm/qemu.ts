@@ -189,7 +189,7 @@ export class QemuTarget implements Target {
       readyAtMs,
       version: formatVersion(known.version),
       machineType: known.machineType,
-      regions: locateRegions(known.ramblocks, this.pid),
+      regions: locateRegions(known.ramblocks, this.pid, known.hasHelpers),
       canDiscard: known.canDiscard,
       startsStopped: this.#process.startsStopped,
     };

@@ -231,7 +231,9 @@ describe.skipIf(skip)("memory back ends", () => {
       await run.serial.waitFor(READY);
       const report = await run.complete();
       expect(report.blocks.find(({ idstr }) => idstr === "ram0")?.way).toBe("fill");
-      expect(run.stderr.text.match(/RAMBlock ram0 is loaded in full before resume: other/g)).toHaveLength(1);
+      expect(
+        run.stderr.text.match(/RAMBlock ram0 is loaded in full before resume: other/g),
+      ).toHaveLength(1);
       run.serial.send("shell\n");
       const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
       run.serial.send("md5sum /dev/vda\n");
