@@ -120,11 +120,15 @@ function unreadable(path: string, block: RAMBlock, page: number, errno: number):
 }
 
 function unwritable(pid: number, addr: number, result: number): FslError {
-  const isGone = result === -ESRCH || result === -EFAULT || result === 0;
+  const isNotThere = result === -EFAULT || result === 0;
+  const isGone = isNotThere || result === -ESRCH;
+  const hint = isNotThere
+    ? "; the host has no memory for it (huge pages: vm.nr_hugepages), or it is mapped no more"
+    : "; run fsl as root, or as QEMU's user";
   return new FslError(
     isGone ? "TARGET_LOST" : "HOST_UNSUPPORTED",
     `memory of process ${pid} at ${hex(addr)}: cannot be written: ${sys.errnoText(-result)}` +
-      (isGone ? "" : "; run fsl as root, or as QEMU's user"),
+      (result === -ESRCH ? "" : hint),
     { pid, addr, errno: -result },
   );
 }

@@ -110,6 +110,24 @@ describe.skipIf(reason !== null)("huge pages that run out", () => {
   );
 
   test(
+    "before the guest runs, in memory that cannot be lazy: exit code 8, and nothing is left",
+    async () => {
+      using _pages = hugePages(60);
+      await using _other = await otherProcess();
+      const balloon = ["-device", "virtio-balloon-pci"];
+      const snapshot = await snapshotOf({ ...SPEC, extraArgs: balloon });
+      await using run = await startLoad(snapshot);
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain("ram0 is loaded in full before resume");
+      expect(stderr).toContain("the host has no memory for it (huge pages: vm.nr_hugepages)");
+      expect(code).toBe(8);
+      expect(run.serial.lines).toEqual([]);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "for ever, --on-error kill: exit code 9",
     async () => {
       using _pages = hugePages(60);
