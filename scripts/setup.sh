@@ -149,7 +149,8 @@ set_up_qemu() {
   prepare_apt
   codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
   if [ "$codename" = bookworm ]; then set -- -t bookworm-backports; else set --; fi
-  apt_install "$@" qemu-system-x86
+  # qemu-utils has qemu-img and qemu-storage-daemon; tests skip what is not there.
+  apt_install "$@" qemu-system-x86 qemu-utils
   qemu_ready ||
     fail "QEMU: expected 9.0 or later, found $(qemu-system-x86_64 --version | head -n 1)"
 }

@@ -95,6 +95,11 @@ FSL_EXPORT int32_t fsl_socketpair(int32_t type, int32_t *out);
  */
 FSL_EXPORT int32_t fsl_unix_listen(const char *path, int32_t backlog);
 FSL_EXPORT int32_t fsl_unix_connect(const char *path);
+/*
+ * 0 when somebody has a stream socket bound to the path, -ECONNREFUSED when its owner is gone. Who
+ * has it notices nothing: no connection comes about.
+ */
+FSL_EXPORT int32_t fsl_unix_is_bound(const char *path);
 FSL_EXPORT int32_t fsl_unix_accept(fd_t listener);
 FSL_EXPORT int32_t fsl_shutdown(fd_t socket, int32_t how);
 /*

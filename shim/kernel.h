@@ -156,6 +156,7 @@ static inline long sys6(long number, long a, long b, long c, long d, long e, lon
 #define EINVAL 22
 #define ENAMETOOLONG 36
 #define ENOSYS 38
+#define EPROTOTYPE 91
 #define ETIMEDOUT 110
 /* Internal to the kernel, visible to a tracer: a system call that will be restarted. */
 #define ERESTARTSYS 512
@@ -236,6 +237,7 @@ struct uffd_msg {
 #define F_DUPFD_CLOEXEC 1030
 #define AF_UNIX 1
 #define SOCK_STREAM 1
+#define SOCK_DGRAM 2
 #define SOCK_SEQPACKET 5
 #define SOCK_CLOEXEC 02000000
 #define SOCK_NONBLOCK O_NONBLOCK

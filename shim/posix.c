@@ -139,6 +139,18 @@ int32_t fsl_unix_connect(const char *path) {
   return (int32_t)result;
 }
 
+int32_t fsl_unix_is_bound(const char *path) {
+  struct sockaddr_unix address;
+  int32_t length = unix_address(&address, path);
+  if (length < 0) return length;
+  /* Of another type: the kernel looks for the owner first, and then refuses. */
+  long fd = sys(NR_socket, AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return (int32_t)fd;
+  long result = sys(NR_connect, fd, &address, length);
+  sys(NR_close, fd);
+  return result == -EPROTOTYPE ? 0 : (int32_t)result;
+}
+
 int32_t fsl_unix_accept(fd_t listener) {
   return (int32_t)sys(NR_accept4, listener, 0, 0, SOCK_CLOEXEC);
 }

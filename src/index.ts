@@ -7,6 +7,7 @@ export {
   resumeLoad,
   type ResumeHandle,
   type ResumeOptions,
+  unbegunLoad,
 } from "./load/recovery.ts";
 export type { EagerOptions, Logger, OnError, ServingOptions } from "./load/serving.ts";
 export type { PageFailure } from "./load/fault-loop.ts";
@@ -40,6 +41,7 @@ export {
 export { findQemus, type FoundQemu } from "./vmm/find-qemu.ts";
 export { reattachQemu } from "./vmm/reattach.ts";
 export { saveSnapshot, type SaveOptions, type SaveProgress } from "./vmm/save.ts";
+export { findUnbegun } from "./vmm/unbegun.ts";
 export { spawnQemu, type SpawnOptions } from "./vmm/spawn.ts";
 export type {
   ExitStatus,

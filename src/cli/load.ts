@@ -229,6 +229,12 @@ async function stay(handle: LoadHandle, pid: number, run: Run): Promise<number> 
   });
   const exit = await handle.exited;
   if ("error" in end) throw end.error;
+  if (exit.signal === "SIGBUS" && !handle.supplyFailed) {
+    log.warn(
+      "QEMU died of SIGBUS: the host had no page for its memory (huge pages or a tmpfs have run out), or a file of " +
+        "its memory was truncated",
+    );
+  }
   return exitCodeOf(exit, handle.supplyFailed);
 }
 

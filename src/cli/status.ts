@@ -1,6 +1,6 @@
 /** `fsl status`: the loads that are going on, or wait for somebody to go on with them. */
 import { defineCommand } from "citty";
-import { findLoads, type FoundLoad } from "../index.ts";
+import { findLoads, findUnbegun, type FoundLoad, unbegunLoad } from "../index.ts";
 import { formatBytes, formatTable } from "./format.ts";
 
 export const statusCommand = defineCommand({
@@ -9,8 +9,10 @@ export const statusCommand = defineCommand({
     description: "Shows the loads of this host, and those whose fsl has died",
   },
   args: { json: { type: "boolean", description: "one JSON array on stdout" } },
-  run({ args: flags }) {
-    const loads = findLoads();
+  async run({ args: flags }) {
+    const begun = findLoads();
+    const unbegun = (await findUnbegun()).filter((pid) => begun.every((load) => load.pid !== pid));
+    const loads = [...begun, ...unbegun.map(unbegunLoad)];
     if (flags.json) {
       console.log(JSON.stringify(loads));
       return;
@@ -29,6 +31,8 @@ export const statusCommand = defineCommand({
 
 /** What to do about a load that nobody serves. */
 const WHAT_NOW: Readonly<Record<FoundLoad["phase"], string>> = {
+  "not begun":
+    "waits for a state, of which its fsl did not live to begin the load: end it (kill PID), and load again",
   armed:
     "waits for its state, which its fsl did not live to give: end it, or load again with --qmp",
   "handing over": "waits for its pages: fsl resume --pid PID",

@@ -87,11 +87,15 @@ export class BlockFiller {
 }
 
 function unwritable(pid: number, addr: number, result: number): FslError {
-  const isGone = result === -ESRCH || result === -EFAULT || result === 0;
+  const isNotThere = result === -EFAULT || result === 0;
+  const isGone = isNotThere || result === -ESRCH;
+  const hint = isNotThere
+    ? "; the host has no memory for it (huge pages: vm.nr_hugepages), or it is mapped no more"
+    : "; run fsl as root, or as QEMU's user";
   return new FslError(
     isGone ? "TARGET_LOST" : "HOST_UNSUPPORTED",
     `memory of process ${pid} at ${hex(addr)}: cannot be written: ${sys.errnoText(-result)}` +
-      (isGone ? "" : "; run fsl as root, or as QEMU's user"),
+      (result === -ESRCH ? "" : hint),
     { pid, addr, errno: -result },
   );
 }

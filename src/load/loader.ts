@@ -214,7 +214,8 @@ class Load {
     const { set } = prepared;
     await Promise.all([handedOver, served]);
     state.phase = PHASE_STATE_LOADED;
-    if (!this.#isPaused) await this.#resume();
+    if (this.#isPaused) await this.#target.putSettingsBack?.();
+    else await this.#resume();
     state.phase = PHASE_RUNNING;
     releaseProgramText();
     serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));

@@ -34,7 +34,7 @@ const UFFD_LINK = "anon_inode:[userfaultfd]";
 export interface FoundLoad {
   readonly pid: number;
   readonly snapshotPath: string;
-  readonly phase: "armed" | "handing over" | "loaded" | "running" | "finished";
+  readonly phase: "not begun" | "armed" | "handing over" | "loaded" | "running" | "finished";
   /** A living fsl holds its lock. */
   readonly served: boolean;
   readonly progress: LoadProgress;
@@ -75,6 +75,19 @@ export function findLoads(): FoundLoad[] {
     if (load !== null) loads.push(load);
   }
   return loads;
+}
+
+/** A target that waits for its state, and whose fsl has left nothing in it. */
+export function unbegunLoad(pid: number): FoundLoad {
+  const progress = { dataBytes: 0, loadedBytes: 0, faults: 0, failedPages: 0 };
+  return {
+    pid,
+    snapshotPath: "",
+    phase: "not begun",
+    served: false,
+    progress,
+    lastFailure: null,
+  };
 }
 
 const PHASES: Readonly<Record<number, FoundLoad["phase"]>> = {

@@ -8,7 +8,7 @@ import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
 import { GiB, hex, KiB, MiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
-import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA } from "../sys/abi.ts";
+import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA, ENOMEM } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
@@ -457,23 +457,34 @@ export class Serving {
       this.#failuresUntold += 1;
       const count = this.#failuresUntold;
       if ((count & (count - 1)) === 0) {
-        this.#options.logger?.warn(`${count} more pages that nobody waits for cannot be read`);
+        this.#options.logger?.warn(`${count} more pages that nobody waits for cannot come in`);
       }
       return;
     }
     this.#failuresTold += 1;
     const who = demanded ? "the vCPU that needs it waits" : "nobody waits for it yet";
     this.#options.logger?.warn(
-      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} cannot be read at file offset ` +
-        `${hex(failure.fileOffset)}: ${readErrorText(failure.errno)}; ${who}, reading is tried again`,
+      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} ${this.#why(failure)}; ${who}, it is tried again`,
     );
+  }
+
+  #why(failure: PageFailure): string {
+    const { errno, fileOffset } = failure;
+    if (errno === ENOMEM) {
+      const { hostPageSize, pageSize } = this.#blockOf(failure).block;
+      const isHuge = hostPageSize !== pageSize;
+      const limit = isHuge ? ` (pages of ${hostPageSize / MiB} MiB: vm.nr_hugepages)` : "";
+      return `cannot come in: the host has no memory for it${limit}`;
+    }
+    const text = errno === ENODATA ? "the file ends before it" : sys.errnoText(errno);
+    return `cannot be read at file offset ${hex(fileOffset)}: ${text}`;
   }
 
   #recover(failure: PageFailure): void {
     if (!this.#failures.delete(failureKey(failure))) return;
+    const what = failure.errno === ENOMEM ? "has come" : "could be read again";
     this.#options.logger?.info(
-      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} could be read again after ` +
-        `${failure.attempts} attempts`,
+      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} ${what} after ${failure.attempts} attempts`,
     );
   }
 
@@ -489,7 +500,7 @@ export class Serving {
       this.#suppliedWrong = true;
       if (this.#options.onError === "kill") {
         this.#options.logger?.warn(
-          `${this.#target.description} is killed: a page stayed unreadable`,
+          `${this.#target.description} is killed: a page could not be supplied`,
         );
         clearInterval(this.#errorTimer);
         this.#target.kill();
@@ -519,7 +530,7 @@ export class Serving {
     const first = (hostPage * block.hostPageSize) / block.pageSize;
     setRange(done, first, first + block.hostPageSize / block.pageSize);
     this.#options.logger?.warn(
-      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} is poisoned: it stayed unreadable`,
+      `RAMBlock ${failure.idstr}: page ${failure.pageIndex} is poisoned: it could not be supplied`,
     );
   }
 
@@ -532,10 +543,6 @@ export class Serving {
 
 /** What an eventfd takes: a u64 of 1. */
 const ONE = new BigUint64Array([1n]);
-
-function readErrorText(errno: number): string {
-  return errno === ENODATA ? "the file ends before it" : sys.errnoText(errno);
-}
 
 function failureKey(failure: PageFailure): string {
   return `${failure.idstr}:${failure.pageIndex}`;

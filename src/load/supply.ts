@@ -29,6 +29,7 @@ import {
 } from "../uffd/uffd.ts";
 import { FslError } from "../errors.ts";
 import { nextMissing, setRange } from "./bits.ts";
+import { residentRanges } from "./resident.ts";
 import { add, type BlockState, C_REDUNDANT_PAGES, C_RETRIES, type LoadState } from "./state.ts";
 
 /** What came of an attempt to supply pages. */
@@ -49,7 +50,7 @@ export class Supply {
   readonly #uffd: Uffd;
   readonly #source: PageSource;
   readonly #counters: Float64Array;
-  readonly #load: Pick<LoadState, "halted">;
+  readonly #load: Pick<LoadState, "halted" | "metadata">;
   readonly #answer: PageBytes = { state: "ready", address: 0, pages: 0, errno: 0 };
   readonly #selfPid = process.pid;
   /** Where a host page larger than the bitmap's page is put together; made at first use. */
@@ -65,12 +66,12 @@ export class Supply {
   errno = 0;
   failedPage = 0;
 
-  /** @param load says when the source is not to be asked any more */
+  /** @param load says whose memory it is, and when the source is not to be asked any more */
   constructor(
     uffd: Uffd,
     source: PageSource,
     counters: Float64Array,
-    load: Pick<LoadState, "halted">,
+    load: Pick<LoadState, "halted" | "metadata">,
   ) {
     this.#load = load;
     this.#uffd = uffd;
@@ -225,6 +226,10 @@ export class Supply {
         this.pagesDone = pages;
         return SUPPLIED;
       case COPY_EXISTS:
+        // Linux says so of a page that is not there, too, when no huge page is left for it: to take
+        // that for done would let the guest go on with zeros.
+        // @source Linux mm/hugetlb.c hugetlb_mfill_atomic_pte
+        if (!this.#isThere(address, block.hostPageSize)) return this.#failed(firstPage, ENOMEM);
         this.#uffd.wake(address, block.hostPageSize);
         setRange(state.done, firstPage, end);
         add(this.#counters, C_REDUNDANT_PAGES, pages);
@@ -247,6 +252,15 @@ export class Supply {
   close(): void {
     if (this.#assemblyAddress !== 0) sys.munmap(this.#assemblyAddress, this.#assemblyLength);
     this.#assemblyAddress = 0;
+  }
+
+  /** By the target's page table. False also when that cannot be read. */
+  #isThere(address: number, length: number): boolean {
+    try {
+      return residentRanges(this.#load.metadata.target.pid, address, length).length > 0;
+    } catch {
+      return false;
+    }
   }
 
   #failed(page: number, errno: number): Outcome {

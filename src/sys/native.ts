@@ -56,6 +56,7 @@ const SYMBOLS = {
   fsl_socketpair: { args: [i32, pointer], returns: i32 },
   fsl_unix_listen: { args: [pointer, i32], returns: i32 },
   fsl_unix_connect: { args: [pointer], returns: i32 },
+  fsl_unix_is_bound: { args: [pointer], returns: i32 },
   fsl_unix_accept: { args: [i32], returns: i32 },
   fsl_shutdown: { args: [i32, i32], returns: i32 },
   fsl_send: { args: [i32, pointer, f64, pointer, i32, i32], returns: f64 },
@@ -408,6 +409,11 @@ export function unixListen(path: string, backlog: number): number {
 /** socket(2), connect(2). Does not wait: EAGAIN when the listener's backlog is full. */
 export function unixConnect(path: string): number {
   return lib.fsl_unix_connect(cString(path));
+}
+
+/** 0 when a socket is bound to the path, -ECONNREFUSED when its owner is gone; nobody notices. */
+export function unixIsBound(path: string): number {
+  return lib.fsl_unix_is_bound(cString(path));
 }
 
 export function unixAccept(listener: number): number {

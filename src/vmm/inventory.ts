@@ -28,6 +28,8 @@ export interface Inventory {
   readonly machineType: string | null;
   readonly ramblocks: readonly RamblockLine[];
   readonly canDiscard: boolean;
+  /** Some device of it works with a process that maps guest memory, by QEMU's word. */
+  readonly hasHelpers: boolean;
   readonly settings: MigrationSettings;
   /** An fdset number that nobody uses; null when that was not asked. */
   readonly freeFdset: number | null;
@@ -39,6 +41,9 @@ const VERSION_MAJOR_MIN = 9;
 const HOST_PAGE_LENGTH = readHostPageLength();
 /** QMP types of devices that hand guest memory back to the host. */
 const DISCARDING_DEVICE = /^child<(?:virtio-(?:balloon|mem)|.*-balloon)\b/;
+
+/** Devices and network back ends whose work another process does, in guest memory. */
+const HELPED = /vhost-user|vfio-user/;
 
 /** What is known of a QEMU without asking. */
 export interface KnownBefore {
@@ -62,7 +67,7 @@ export async function takeInventory(
   known: KnownBefore = NOTHING_KNOWN,
 ): Promise<Inventory> {
   const { isWaiting, hasNoDiscards } = known;
-  const [version, table, type, settings, fdsets, lists, state] = await Promise.all([
+  const [version, table, type, settings, fdsets, lists, state, network] = await Promise.all([
     qmp.ready,
     qmp.execute("x-query-ramblock"),
     qmp.execute("qom-get", { path: "/machine", property: "type" }),
@@ -70,6 +75,8 @@ export async function takeInventory(
     isWaiting ? null : qmp.execute("query-fdsets"),
     Promise.all(hasNoDiscards ? [] : DEVICE_LISTS.map((path) => askForList(qmp, path))),
     Promise.all(isWaiting ? [] : [qmp.request("query-status"), qmp.request("query-migrate")]),
+    // What came by `netdev_add` is on no command line.
+    isWaiting ? null : qmp.execute("human-monitor-command", { "command-line": "info network" }),
   ]);
   checkVersion(version);
   if (!isWaiting) checkWaiting(state[0], state[1]);
@@ -78,6 +85,8 @@ export async function takeInventory(
     machineType: machineTypeOf(type),
     ramblocks: parseRamblocks(await ramblockText(qmp, table)),
     canDiscard: lists.some(hasDiscardingDevice),
+    hasHelpers:
+      lists.some(hasHelperDevice) || (network?.ok === true && HELPED.test(String(network.value))),
     settings,
     freeFdset: fdsets === null ? null : freeFdset(fdsets),
   };
@@ -94,14 +103,18 @@ function askForList(qmp: QmpClient, path: string): Promise<QmpReply> {
  * Pairs QEMU's RAMBlocks with the kernel's account of that process.
  * @throws FslError TARGET_MISMATCH when a block is not where QEMU says, or not of the kind it says
  */
-export function locateRegions(ramblocks: readonly RamblockLine[], pid: number): GuestRegion[] {
+export function locateRegions(
+  ramblocks: readonly RamblockLine[],
+  pid: number,
+  hasHelpersByQemu = false,
+): GuestRegion[] {
   const maps = ProcessMaps.read(pid);
   const located = ramblocks
     .filter((block) => block.length > 0)
     .map((block) => ({ block, range: locate(block, maps) }));
   const sharedFiles = new Set(located.flatMap(({ range }) => (range.shared ? range.files : [])));
   const isShareable = sharedFiles.size > 0;
-  const hasHelpers = isShareable && hasHelperProcesses(pid);
+  const hasHelpers = isShareable && (hasHelpersByQemu || hasHelperProcesses(pid));
   const foreignFiles =
     isShareable && !hasHelpers ? mappedByOthers(sharedFiles, pid) : new Set<string>();
   const policies = readNodePolicies(pid);
@@ -153,7 +166,9 @@ function locate(block: RamblockLine, maps: ProcessMaps): RangeBacking {
  */
 function hasHelperProcesses(pid: number): boolean {
   try {
-    return /vhost-user|vfio-user|x-vfio-user/.test(readFileSync(`/proc/${pid}/cmdline`, "latin1"));
+    const commandLine = readFileSync(`/proc/${pid}/cmdline`, "latin1");
+    // A file of options may name some too.
+    return HELPED.test(commandLine) || commandLine.includes("-readconfig\0");
   } catch {
     return true;
   }
@@ -207,6 +222,11 @@ function machineTypeOf(reply: QmpReply): string | null {
   if (!reply.ok || typeof reply.value !== "string") return null;
   const match = /^([\x21-\x7e]{1,255})-machine$/.exec(reply.value);
   return match?.[1] ?? null;
+}
+
+function hasHelperDevice(reply: QmpReply): boolean {
+  if (!reply.ok || !Array.isArray(reply.value)) return false;
+  return reply.value.some((entry) => isRecord(entry) && HELPED.test(String(entry["type"])));
 }
 
 /** A list that QEMU does not give counts as one with such a device. */

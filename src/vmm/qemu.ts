@@ -121,6 +121,7 @@ export class QemuTarget implements Target {
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
   #earlier: TargetRecord | null = null;
+  #settingsBack: Promise<void> = Promise.resolve();
   #isEndWatched = false;
 
   /** @param qmp connected, not necessarily greeted yet; owned by the target from now on */
@@ -188,7 +189,7 @@ export class QemuTarget implements Target {
       readyAtMs,
       version: formatVersion(known.version),
       machineType: known.machineType,
-      regions: locateRegions(known.ramblocks, this.pid),
+      regions: locateRegions(known.ramblocks, this.pid, known.hasHelpers),
       canDiscard: known.canDiscard,
       startsStopped: this.#process.startsStopped,
     };
@@ -293,8 +294,20 @@ export class QemuTarget implements Target {
     this.#phase = "loaded";
   }
 
+  /**
+   * With mapped-ram on, `savevm` and a migration to another host fail. What QEMU refuses or does not
+   * answer is tried again at the end.
+   */
+  async putSettingsBack(): Promise<void> {
+    this.#settingsBack = this.#known?.settings.restore() ?? Promise.resolve();
+    await this.#settingsBack.catch(() => {});
+  }
+
   async resume(): Promise<void> {
-    await this.#guard(this.#qmp.request("cont"));
+    const resumed = this.#guard(this.#qmp.request("cont"));
+    // Sent along, so that it is done before anybody knows that the guest runs.
+    void this.putSettingsBack();
+    await resumed;
   }
 
   async pause(): Promise<void> {
@@ -546,6 +559,7 @@ export class QemuTarget implements Target {
     );
     this.#keptNames.clear();
     await Promise.all(this.#dropSeedsLater.splice(0).map((drop) => drop()));
+    await this.#settingsBack.catch(() => {});
     await Promise.all<QmpReply | void | undefined>([...dropped, this.#known?.settings.restore()]);
   }
 

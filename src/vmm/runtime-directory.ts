@@ -2,10 +2,18 @@
  * A private directory for QMP sockets: made with an unpredictable name and mode 0700, in a place of
  * the caller's own.
  */
-import { lstatSync, mkdtempSync, rmdirSync, rmSync, unlinkSync } from "node:fs";
+import { lstatSync, mkdtempSync, readdirSync, rmdirSync, rmSync, unlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
+import { ECONNREFUSED } from "../sys/abi.ts";
+import * as native from "../sys/native.ts";
+
+/** Name of the socket in it. */
+export const CONTROL_NAME = "qmp";
+const DIRECTORY_NAME = /^fsl-\w{6}$/;
+/** A directory is younger while its fsl is about to bind the socket. */
+const STALE_MS = 60_000;
 
 /**
  * Makes the directory: in XDG_RUNTIME_DIR, in /run for root, else in TMPDIR.
@@ -44,13 +52,49 @@ export function removeRuntimeDirectory(path: string): void {
  */
 export function removeRuntimeDirectoryOf(socketPath: string): void {
   const directory = dirname(socketPath);
-  if (!/^fsl-\w{6}$/.test(basename(directory))) return;
+  if (!DIRECTORY_NAME.test(basename(directory))) return;
   try {
     unlinkSync(socketPath);
     rmdirSync(directory);
   } catch {
     // See removeRuntimeDirectory.
   }
+}
+
+/**
+ * Removes what a fsl that was killed has left of its own user's in `base`, when the QEMU of it has
+ * ended too: an empty directory, or one with a socket that nobody has. Never throws.
+ */
+export function removeStaleDirectories(base: string): void {
+  for (const socketPath of controlPaths(base)) {
+    const directory = dirname(socketPath);
+    try {
+      const { uid, mtimeMs } = lstatSync(directory);
+      if (uid !== process.getuid?.() || Date.now() - mtimeMs < STALE_MS) continue;
+      if (readdirSync(directory).length === 0) rmdirSync(directory);
+      else if (native.unixIsBound(socketPath) === -ECONNREFUSED)
+        removeRuntimeDirectoryOf(socketPath);
+    } catch {
+      // Gone meanwhile, or not to be removed.
+    }
+  }
+}
+
+/** Where the QMP sockets of loads are, or were: one path for each directory in `base`. */
+export function controlPaths(base: string): string[] {
+  try {
+    const names = readdirSync(base).filter((name) => DIRECTORY_NAME.test(name));
+    return names.map((name) => join(base, name, CONTROL_NAME));
+  } catch {
+    return [];
+  }
+}
+
+/** Where `makeRuntimeDirectory` makes them. */
+export function runtimeBases(
+  env: Readonly<Record<string, string | undefined>> = process.env,
+): string[] {
+  return candidates(env);
 }
 
 function candidates(env: Readonly<Record<string, string | undefined>>): string[] {

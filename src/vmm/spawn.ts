@@ -7,7 +7,7 @@
  * the private directory.
  */
 import { readFileSync, readdirSync, statSync, writeSync } from "node:fs";
-import { basename, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
 import { MFD_CLOEXEC, O_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
@@ -23,7 +23,12 @@ import {
 } from "./qemu-command.ts";
 import { type QemuProcess, QemuTarget } from "./qemu.ts";
 import { QmpClient } from "./qmp.ts";
-import { makeRuntimeDirectory, removeRuntimeDirectory } from "./runtime-directory.ts";
+import {
+  CONTROL_NAME,
+  makeRuntimeDirectory,
+  removeRuntimeDirectory,
+  removeStaleDirectories,
+} from "./runtime-directory.ts";
 import type { ExitStatus } from "./target.ts";
 import type { UserfaultfdWay } from "./userfaultfd.ts";
 
@@ -76,7 +81,7 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
   const forTarget = new Handles();
   let child: Bun.Subprocess | undefined;
   try {
-    const socketPath = join(directory, "qmp");
+    const socketPath = join(directory, CONTROL_NAME);
     const listener = checked(native.unixListen(socketPath, 1), `listen on ${socketPath}`);
     forChild.add(listener);
     const connection = checked(native.unixConnect(socketPath), `connect to ${socketPath}`);
@@ -171,6 +176,7 @@ class SpawnedQemu implements QemuProcess {
     this.#pidfd = pidfd;
     this.exited = child.exited.then(() => {
       removeRuntimeDirectory(directory);
+      removeStaleDirectories(dirname(directory));
       return exitStatusOf(child);
     });
   }

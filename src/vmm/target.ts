@@ -139,6 +139,11 @@ export interface Target extends ServedTarget {
    * @param capabilities migration capabilities that the stream was saved with; absent: mapped-ram
    */
   loadState(streamOffset: number, capabilities?: readonly string[]): Promise<void>;
+  /**
+   * After `loadState`: what was changed for it, so that the guest can be saved and migrated while
+   * its RAM comes in. `resume` does it too, `release` at the latest.
+   */
+  putSettingsBack?(): Promise<void>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
 }

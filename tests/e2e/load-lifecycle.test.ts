@@ -9,6 +9,7 @@ import { join } from "node:path";
 import {
   dumpMemory,
   memoryDifferences,
+  type QmpClient,
   ramBlocks,
   snapshotOf,
   startQemu,
@@ -266,6 +267,18 @@ describe.skipIf(skip)("fsl load on a terminal", () => {
   );
 });
 
+/** fsl puts them back when the guest runs, or would if it were not to stay stopped. */
+async function settingsBack(qmp: QmpClient): Promise<void> {
+  for (let left = 500; left > 0; left -= 1) {
+    const all = await qmp.execute<{ capability: string; state: boolean }[]>(
+      "query-migrate-capabilities",
+    );
+    if (!all.some(({ capability, state }) => capability === "mapped-ram" && state)) return;
+    await Bun.sleep(2);
+  }
+  throw new Error("mapped-ram is still on");
+}
+
 describe.skipIf(skip)("a QEMU after its load", () => {
   test(
     "has nothing of fsl's any more but the monitor",
@@ -313,8 +326,9 @@ describe.skipIf(skip)("a QEMU after its load", () => {
         });
         const { qmp } = first;
         await first.hasState();
+        await settingsBack(qmp);
+        await qmp.setCapabilities(["mapped-ram"]);
         const from = qmp.events.length;
-        // fsl has set what a mapped-ram file needs, and has not put it back yet.
         await qmp.execute("migrate", { uri: `file:${path}` });
         await qmp.waitMigrated(from);
         await first.complete();
@@ -343,13 +357,13 @@ describe.skipIf(skip)("a QEMU after its load", () => {
         });
         const { qmp } = run;
         await run.hasState();
+        await settingsBack(qmp);
+        await qmp.setCapabilities([]);
         await qmp.execute("migrate-set-parameters", { "max-bandwidth": 65_536 });
         await qmp.execute("migrate", { uri: `file:${join(directory, "slow.snap")}` });
         const report = await run.complete();
         expect(report.complete).toBe(true);
-        expect(run.stderr.text).toMatch(
-          /migration settings: .*There's a migration process in progress/,
-        );
+        expect(run.stderr.text).not.toContain("migration settings");
         await qmp.execute("migrate_cancel");
         await qmp.waitEvent("MIGRATION", ({ status }) => status === "cancelled");
         await qmp.execute("cont");

@@ -149,4 +149,49 @@ describe.skipIf(skip)("memory given back while it is loaded", () => {
     },
     MATRIX_TIMEOUT_MS,
   );
+
+  /** Pages given back may hold the snapshot's bytes; nothing that the guest uses is wrong. */
+  test.each([
+    ["by request: balloon inflated and deflated in shared memory", "virtio-balloon-pci", balloon],
+    [
+      "by request: free pages reported in shared memory",
+      "virtio-balloon-pci,free-page-reporting=on",
+      report,
+    ],
+  ])(
+    "%s",
+    async (_, device, give) => {
+      const spec = { dataMiB: 16, memoryBackend: "memory-backend-memfd,share=on" };
+      const argv = guestArgv({ ...spec, extraArgs: ["-device", device] });
+      using snapshot = await saveGuest(argv, SAVE);
+      const trace = join(snapshot.directory, "trace");
+      const flags = [...FLAGS, "--lazy-despite-discards"];
+      await using run = await FslRun.start(snapshot, { flags, qemuArgs: traceArgs(trace) });
+      await run.serial.waitFor(/^tick /);
+      await give({ snapshot, run, trace });
+      expect(run.stderr.text).not.toMatch(/all RAM in after/);
+      await run.qmp.execute("stop");
+      const { blocks } = await run.complete(MATRIX_TIMEOUT_MS);
+      expect(blocks.find(({ idstr }) => idstr === "ram0")?.way).toBe("lazy");
+      expect((await lookAtDiscarded(run, snapshot.path, trace)).dataPages).toBeGreaterThan(1024);
+      await run.qmp.execute("cont");
+      // All of the memory that was given back is used again.
+      await run.qmp.execute("balloon", { value: 256 * MIB });
+      await run.serial.command("fill 64");
+      expect((await run.serial.command("verify"))[0]).toBe("ok");
+      expect((await run.serial.command("sum"))[0]).toBe("ok");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
 });
+
+async function balloon({ run, trace }: Given): Promise<void> {
+  await run.qmp.execute("balloon", { value: 160 * MIB });
+  await discarded(trace, 64 * MIB);
+}
+
+async function report({ run, trace }: Given): Promise<void> {
+  await run.serial.command("fill 48");
+  await run.serial.command("free 48");
+  await discarded(trace, 32 * MIB);
+}

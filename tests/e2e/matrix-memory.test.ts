@@ -5,17 +5,19 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import {
   closeSync,
+  existsSync,
   ftruncateSync,
   mkdirSync,
   openSync,
   readFileSync,
   readSync,
+  rmSync,
   writeFileSync,
   writeSync,
 } from "node:fs";
 import { join } from "node:path";
 import { guestArgv, type Qemu, ramBlocks, whyNoGuests } from "../helpers/guests.ts";
-import { FslRun, whyNoExecutable } from "../helpers/load-runs.ts";
+import { FslRun, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import {
   hugePages,
   loadAndCompare,
@@ -74,6 +76,29 @@ function hasOldContents(path: string): boolean {
   readSync(fd, bytes, 0, MIB, 20 * MIB);
   closeSync(fd);
   return bytes.every((byte) => byte === 0xa5);
+}
+
+/** A process that serves a disk by vhost-user, and maps guest memory for that. */
+async function storageDaemon(disk: string, socket: string): Promise<AsyncDisposable> {
+  rmSync(socket, { force: true });
+  const node = `driver=file,node-name=disk,filename=${disk}`;
+  const address = `addr.type=unix,addr.path=${socket}`;
+  const shown = `type=vhost-user-blk,id=export,node-name=disk,writable=on,${address}`;
+  const argv = ["qemu-storage-daemon", "--blockdev", node, "--export", shown];
+  const daemon = Bun.spawn(["setpriv", "--pdeathsig", "KILL", ...argv], {
+    stdio: ["ignore", "ignore", "inherit"],
+  });
+  const end = async (): Promise<void> => {
+    daemon.kill("SIGKILL");
+    await daemon.exited;
+  };
+  try {
+    await until(() => (existsSync(socket) ? true : null), 10_000, "qemu-storage-daemon");
+  } catch (error) {
+    await end();
+    throw error;
+  }
+  return { [Symbol.asyncDispose]: end };
 }
 
 describe.skipIf(skip)("memory back ends", () => {
@@ -173,6 +198,51 @@ describe.skipIf(skip)("memory back ends", () => {
       expect(loaded.ways["ram0"]).toBe("fill");
       expect(loaded.said).toMatch(/RAMBlock ram0 is loaded in full before resume: other processes/);
       expect(mapped[20 * MIB]).not.toBe(0xa5);
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.skipIf(Bun.which("qemu-storage-daemon") === null)(
+    "vhost-user: a disk of qemu-storage-daemon",
+    async () => {
+      const disk = join(directory.path, "disk");
+      const socket = join(directory.path, "vhost-user");
+      const contents = Buffer.alloc(24 * MIB, "what the disk has ");
+      const md5 = new Bun.CryptoHasher("md5").update(contents).digest("hex");
+      writeFileSync(disk, contents);
+      const device = ["-device", "vhost-user-blk-pci,chardev=backend,num-queues=1"];
+      const argv = guestArgv({
+        memoryBackend: "memory-backend-memfd,share=on",
+        extraArgs: ["-chardev", `socket,id=backend,path=${socket}`, ...device],
+      });
+      let checksum = "";
+      let saved: MatrixSnapshot;
+      {
+        await using _ = await storageDaemon(disk, socket);
+        const prepare = async ({ serial }: Qemu): Promise<void> => {
+          checksum = (await serial.command("info"))[1] ?? "";
+        };
+        saved = await saveGuest(argv, { ready: READY, prepare });
+      }
+      using own = saved;
+      await using _ = await storageDaemon(disk, socket);
+      // The daemon maps guest memory when the guest's device starts, which is after the hand-over.
+      await using run = await FslRun.start(own);
+      await run.serial.waitFor(READY);
+      const report = await run.complete();
+      expect(report.blocks.find(({ idstr }) => idstr === "ram0")?.way).toBe("fill");
+      expect(
+        run.stderr.text.match(/RAMBlock ram0 is loaded in full before resume: other/g),
+      ).toHaveLength(1);
+      run.serial.send("shell\n");
+      const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
+      run.serial.send("md5sum /dev/vda\n");
+      expect((await line).text.slice(0, 32)).toBe(md5);
+      run.serial.send("exit\n");
+      await run.serial.waitForNext(READY);
+      const [verdict, , found] = await run.serial.command("sum");
+      expect([verdict, found]).toEqual(["ok", checksum]);
+      expect((await run.serial.command("verify"))[0]).toBe("ok");
     },
     MATRIX_TIMEOUT_MS,
   );

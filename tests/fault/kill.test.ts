@@ -4,6 +4,8 @@
  * Many more kills with `npm run soak`.
  */
 import { describe, expect, test } from "bun:test";
+import { readdirSync, utimesSync } from "node:fs";
+import { join } from "node:path";
 import {
   PHASE_FINISHED,
   PHASE_HANDING_OVER,
@@ -27,7 +29,7 @@ import {
   whyNoKvm,
 } from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
-import { until, whyNoExecutable, within } from "../helpers/load-runs.ts";
+import { isRunning, until, whyNoExecutable, within } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 120_000;
 const SOAK_MS = 3_600_000;
@@ -88,13 +90,26 @@ describe.skipIf(reason !== null)("fsl killed", () => {
       const pid = await run.qemuPid();
       await run.fsl.kill();
       await run.qmp.ready;
-      expect(await run.status()).toBeNull();
+      expect(await run.status()).toMatchObject({ phase: "not begun", served: false });
+      expect((await run.command("status").end()).stdout).toContain(`end it (kill ${pid})`);
       const { code, stderr } = await (await run.resume()).end();
       expect(stderr).toContain(`process ${pid}: has no load of fsl to go on with`);
       expect(code).toBe(8);
       expect(await run.qmp.execute<object>("query-status")).toMatchObject({ status: "inmigrate" });
       process.kill(pid, "SIGTERM");
       await run.qmp.waitEvent("SHUTDOWN");
+      // The next fsl takes its directory away, once it is old enough to be nobody's.
+      await until(() => (isRunning(pid) ? null : true), 10_000, "the end of QEMU");
+      const runtime = join(run.directory, "run");
+      const [left = ""] = readdirSync(runtime);
+      expect(left).toMatch(/^fsl-/);
+      const start = (): Promise<number> =>
+        run.command("load", snapshot.path, "--", ...snapshot.argv.slice(0, 1), "-version").exited;
+      await start();
+      expect(readdirSync(runtime)).toEqual([left]);
+      utimesSync(join(runtime, left), new Date(0), new Date(0));
+      await start();
+      expect(readdirSync(runtime)).toEqual([]);
     },
     TIMEOUT_MS,
   );
@@ -111,7 +126,13 @@ describe.skipIf(reason !== null)("fsl killed", () => {
       const status = await run.status();
       if (status === null || status.phase !== "armed") {
         // Too early for QEMU's copy: as while it starts. Or it had been quicker.
-        expect(status?.phase ?? "armed").toBeOneOf(["armed", "handing over", "loaded", "running"]);
+        expect(status?.phase ?? "armed").toBeOneOf([
+          "not begun",
+          "armed",
+          "handing over",
+          "loaded",
+          "running",
+        ]);
         return;
       }
       expect(status).toMatchObject({ served: false });

@@ -5,7 +5,14 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { PHASE_RUNNING } from "../../src/load/state.ts";
 import { collect, FaultRun } from "../helpers/fault-runs.ts";
-import { ordinaryLoad, snapshotOf, type SnapshotSpec, whyNoGuests } from "../helpers/guests.ts";
+import {
+  ordinaryLoad,
+  type QmpClient,
+  snapshotOf,
+  type SnapshotSpec,
+  startQemu,
+  whyNoGuests,
+} from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { Watched, whyNoExecutable, within } from "../helpers/load-runs.ts";
 
@@ -114,6 +121,92 @@ describe.skipIf(reason !== null)("while RAM comes in", () => {
       const { qemu } = await ordinaryLoad({ path, argv: snapshot.argv }, { paused: true });
       await using _ = qemu;
       expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a migration to another host: the guest there has the right data",
+    async () => {
+      using directory = new Directory();
+      const { argv, checksum } = await snapshotOf({});
+      await using run = await loading({});
+      await run.serial.waitFor(/^tick /);
+      await expectStillLoading(run);
+      await using there = await startQemu([...argv, "-incoming", "defer"]);
+      const uri = `unix:${directory.file("migration")}`;
+      await there.qmp.execute("migrate-incoming", { uri });
+      await run.qmp.setCapabilities([]);
+      const from = run.qmp.events.length;
+      await run.qmp.execute("migrate", { uri });
+      await run.qmp.waitMigrated(from);
+      const [verdict, , found] = await there.serial.command("sum");
+      expect([verdict, found]).toEqual(["ok", checksum]);
+      expect((await there.serial.command("verify"))[0]).toBe("ok");
+    },
+    TIMEOUT_MS,
+  );
+
+  /** Waits for the end of a job; rejects with its error. */
+  async function concluded(qmp: QmpClient, id: string): Promise<void> {
+    await qmp.waitEvent("JOB_STATUS_CHANGE", (job) => job.id === id && job.status === "concluded");
+    const jobs = await qmp.execute<{ id: string; error?: string }[]>("query-jobs");
+    expect(jobs.find((job) => job.id === id)?.error).toBeUndefined();
+  }
+
+  // In place, so that the command line of source and destination is the same.
+  const image = join(tmpdir(), "fsl-fault-guest-disk.qcow2");
+  const devices = { vmstate: "image0", devices: ["image0"] };
+  test
+    .skipIf(Bun.which("qemu-img") === null)
+    .each<[string, (qmp: QmpClient) => Promise<void>, (qmp: QmpClient) => Promise<void>]>([
+      [
+        "savevm",
+        async (qmp) => expect(await qmp.hmp("savevm inside")).toBe(""),
+        async (qmp) => expect(await qmp.hmp("loadvm inside")).toBe(""),
+      ],
+      [
+        "snapshot-save",
+        async (qmp) => {
+          await qmp.execute("snapshot-save", { "job-id": "save", tag: "inside", ...devices });
+          await concluded(qmp, "save");
+        },
+        async (qmp) => {
+          await qmp.execute("snapshot-load", { "job-id": "load", tag: "inside", ...devices });
+          await concluded(qmp, "load");
+        },
+      ],
+    ])(
+    "%s into a qcow2 disk: a fresh QEMU's own load of it has the right data",
+    async (_, save, load) => {
+      const create = ["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"];
+      try {
+        expect(Bun.spawnSync(create).exitCode).toBe(0);
+        const file = `driver=file,filename=${image},node-name=file0`;
+        const blockdevs = [
+          "-blockdev",
+          file,
+          "-blockdev",
+          "driver=qcow2,file=file0,node-name=image0",
+        ];
+        const spec = { extraArgs: [...blockdevs, "-device", "virtio-blk-pci,drive=image0"] };
+        const { argv, checksum } = await snapshotOf(spec);
+        await using run = await loading(spec);
+        await run.serial.waitFor(/^tick /);
+        await expectStillLoading(run);
+        await save(run.qmp);
+        await expectRightData(run, spec);
+        await run.qmp.execute("quit");
+        expect(await within(run.fsl.exited, 10_000, "the end")).toBe(0);
+        await using fresh = await startQemu([...argv, "-S"]);
+        await load(fresh.qmp);
+        await fresh.qmp.execute("cont");
+        const [verdict, , found] = await fresh.serial.command("sum");
+        expect([verdict, found]).toEqual(["ok", checksum]);
+        expect((await fresh.serial.command("verify"))[0]).toBe("ok");
+      } finally {
+        rmSync(image, { force: true });
+      }
     },
     TIMEOUT_MS,
   );

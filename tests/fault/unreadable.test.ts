@@ -104,7 +104,7 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
         /page \d+ cannot be read at file offset 0x[0-9a-f]+: .*EIO.*; nobody waits/,
       );
       // A dead disk is not told page by page.
-      await run.fsl.stderr.waitFor(/16 more pages that nobody waits for cannot be read/);
+      await run.fsl.stderr.waitFor(/16 more pages that nobody waits for cannot come in/);
       expect(
         run.fsl.stderr.text.match(/cannot be read at file offset/g)?.length,
       ).toBeLessThanOrEqual(8);
@@ -151,7 +151,7 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       ]);
       await run.fsl.stderr.waitFor(UNREADABLE);
       const { code, stderr } = await run.fsl.end(10_000);
-      expect(stderr).toContain("is killed: a page stayed unreadable");
+      expect(stderr).toContain("is killed: a page could not be supplied");
       expect(code).toBe(9);
       expect(await run.leftovers()).toEqual([]);
     },
@@ -172,7 +172,9 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
         "500",
       ]);
       const [, page] = await run.fsl.stderr.waitFor(UNREADABLE);
-      await run.fsl.stderr.waitFor(new RegExp(`page ${page} is poisoned: it stayed unreadable`));
+      await run.fsl.stderr.waitFor(
+        new RegExp(`page ${page} is poisoned: it could not be supplied`),
+      );
       // What QEMU makes of SIGBUS differs: it dies of it, or stops the guest with an error. It
       // never goes on.
       await Promise.race([run.fsl.exited, run.qmp.waitEvent("STOP", () => true, 10_000)]).catch(

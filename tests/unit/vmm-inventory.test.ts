@@ -29,6 +29,7 @@ beforeEach(() => {
     "qom-get": { return: "pc-q35-10.0-machine" },
     "qom-list": { return: [{ name: "type", type: "string" }] },
     "query-fdsets": { return: [] },
+    "human-monitor-command": { return: "" },
   });
   monitor.send(GREETING);
 });
@@ -60,6 +61,15 @@ describe("takeInventory", () => {
       return: command.arguments?.["path"] === "/machine/peripheral" ? [] : [{ name: "d", type }],
     });
     expect((await takeInventory(client)).canDiscard).toBe(true);
+  });
+
+  test.each([
+    ["qom-list", { return: [{ name: "d", type: "child<vhost-user-blk-pci>" }] }, true],
+    ["human-monitor-command", { return: "n: index=0,type=vhost-user\n" }, true],
+    ["human-monitor-command", { return: "n: index=0,type=user\n" }, false],
+  ])("sees by %s that another process works in guest memory", async (command, reply, expected) => {
+    monitor.replies[command] = reply;
+    expect((await takeInventory(client)).hasHelpers).toBe(expected);
   });
 
   test("takes a device list that it cannot get for one with a balloon", async () => {

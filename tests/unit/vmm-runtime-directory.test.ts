@@ -1,10 +1,20 @@
 import { afterAll, describe, expect, test } from "bun:test";
-import { chmodSync, existsSync, mkdirSync, statSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  statSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { dirname, join } from "node:path";
+import * as native from "../../src/sys/native.ts";
 import {
   makeRuntimeDirectory,
   removeRuntimeDirectory,
   removeRuntimeDirectoryOf,
+  removeStaleDirectories,
 } from "../../src/vmm/runtime-directory.ts";
 import { Scratch } from "../helpers/qemu-vmm.ts";
 
@@ -60,5 +70,47 @@ describe("removeRuntimeDirectoryOf", () => {
     writeFileSync(join(other, "qmp"), "");
     removeRuntimeDirectoryOf(join(other, "qmp"));
     expect(existsSync(join(other, "qmp"))).toBe(true);
+  });
+});
+
+describe("removeStaleDirectories", () => {
+  test("takes what nobody has any more, and nothing else", () => {
+    const base = directory("stale", 0o700);
+    const make = (name: string, isOld = true): string => {
+      const path = join(base, name);
+      mkdirSync(path);
+      if (isOld) utimesSync(path, new Date(0), new Date(0));
+      return path;
+    };
+    const bind = (name: string, isOld: boolean): number => {
+      const path = make(name, false);
+      const socket = native.check(native.unixListen(join(path, "qmp"), 1), "listen");
+      if (isOld) utimesSync(path, new Date(0), new Date(0));
+      return socket;
+    };
+    make("fsl-empty0");
+    make("fsl-young0", false);
+    make("fsl-empty0-not");
+    make("other");
+    writeFileSync(join(make("fsl-files0"), "notes"), "");
+    utimesSync(join(base, "fsl-files0"), new Date(0), new Date(0));
+    const living = bind("fsl-living", true);
+    native.close(bind("fsl-dead00", true));
+    native.close(bind("fsl-dead01", false));
+    removeStaleDirectories(base);
+    const left = [
+      "fsl-dead01",
+      "fsl-empty0-not",
+      "fsl-files0",
+      "fsl-living",
+      "fsl-young0",
+      "other",
+    ];
+    expect(readdirSync(base).toSorted()).toEqual(left);
+    // Who listens has noticed nothing.
+    const socket = native.unixConnect(join(base, "fsl-living", "qmp"));
+    expect(socket).toBeGreaterThan(0);
+    for (const fd of [socket, living]) native.close(fd);
+    removeStaleDirectories(join(base, "none"));
   });
 });
