@@ -123,6 +123,7 @@ export class QemuTarget implements Target {
   #earlier: TargetRecord | null = null;
   #settingsBack: Promise<void> = Promise.resolve();
   #isEndWatched = false;
+  #isClosed = false;
 
   /** @param qmp connected, not necessarily greeted yet; owned by the target from now on */
   constructor(process: QemuProcess, qmp: QmpClient, options: QemuTargetOptions = {}) {
@@ -240,6 +241,16 @@ export class QemuTarget implements Target {
     this.#way = preloaded.way;
     this.#helpers.push(...preloaded.helpers);
     this.#prepare(this.keepDescriptor(USERFAULTFD_NAME, preloaded.fd));
+  }
+
+  /** What a QEMU has sent that died before it answered: its helpers are children of this process. */
+  #dropPreloaded(): void {
+    const { preloadSocket, runsStartedProgram } = this.#process;
+    if (preloadSocket < 0) return;
+    const left = receivePreloaded(preloadSocket, this.pid, runsStartedProgram);
+    if (left === null) return;
+    native.close(left.fd);
+    for (const helper of left.helpers) void endHelper(helper);
   }
 
   takeHelpers(): HelperRecord[] {
@@ -373,6 +384,8 @@ export class QemuTarget implements Target {
 
   /** Closes fsl's descriptors: the QMP connection and the pidfd. QEMU goes on. Idempotent. */
   close(): void {
+    if (!this.#isClosed) this.#dropPreloaded();
+    this.#isClosed = true;
     this.#endHelpers();
     if (this.#preloaded !== null) native.close(this.#preloaded.fd);
     this.#preloaded = null;

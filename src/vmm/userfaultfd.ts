@@ -25,7 +25,7 @@ import {
   SYS_USERFAULTFD,
   USERFAULTFD_IOC_NEW,
 } from "../sys/abi.ts";
-import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
+import { endHelper, type HelperRecord, reapHelper } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import {
   PRELOAD_DESCRIPTORS_MAX,
@@ -98,6 +98,8 @@ export function receivePreloaded(
   const message = fd < 0 ? null : parsePreloadMessage(bytes.subarray(0, received), fds);
   if (message?.pid !== pid || !isUserfaultfd(fd)) {
     for (const each of fds) native.close(each);
+    // Their sockets are among those; they are children of this process all the same.
+    for (const helper of message?.helpers ?? []) void reapHelper(helper.pid);
     return null;
   }
   const { helpers } = message;

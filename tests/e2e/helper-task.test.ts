@@ -156,7 +156,7 @@ describe.each(KINDS)("helper tasks in QEMU on %s", (name, argv) => {
 });
 
 describe("helper tasks that QEMU has", () => {
-  test("are none by default", async () => {
+  test("are none when none are wanted", async () => {
     const { helpers } = await start(argvOf("tcg"), { helperTasks: 0 });
     expect(helpers).toEqual([]);
     expect(namesOf(children())).not.toContain("fsl-helper");
