@@ -54,7 +54,7 @@ const HELPER_FD = 4;
 const NO_EVENT = 0;
 
 /**
- * After so many faults the source lets go of what it has mapped: the kernel maps up to 0.4 MiB of a
+ * After so many faults, or runs of the working set, the source lets go of what it has mapped: the kernel maps up to 0.4 MiB of a
  * file for each.
  */
 const RELEASE_FAULTS = 8;
@@ -435,7 +435,8 @@ export class FaultLoop {
     const start = replay[this.#replayAt + 1] ?? 0;
     const pages = replay[this.#replayAt + 2] ?? 0;
     this.#replayAt += 3;
-    if (this.#replayAt >= replay.length) this.#releaseSource();
+    const isLast = this.#replayAt >= replay.length;
+    if (isLast || this.#replayAt % (3 * RELEASE_FAULTS) === 0) this.#releaseSource();
     if (state === undefined || pages === 0) return SUPPLIED;
     if (!testBit(state.data, start)) {
       const isOver = testBit(state.done, start) || !state.splitChunk(start);
