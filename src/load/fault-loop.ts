@@ -54,8 +54,8 @@ const HELPER_FD = 4;
 const NO_EVENT = 0;
 
 /**
- * After so many faults, or runs of the working set, the source lets go of what it has mapped: the kernel maps up to 0.4 MiB of a
- * file for each.
+ * After so many faults, or runs of the working set, the source lets go of what it has mapped: the
+ * kernel maps up to 0.4 MiB of a file for each.
  */
 const RELEASE_FAULTS = 8;
 
