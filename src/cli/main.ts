@@ -19,18 +19,17 @@ interface Entry {
 /** What `main` needs of a command, whatever its arguments are. */
 function entry<T extends ArgsDef>(
   command: CommandDef<T>,
-  usage: () => Promise<string> = () => renderUsage(command, { meta: { name: "fsl" } }),
+  amend: (usage: string) => string = (usage) => usage,
 ): Entry {
   return {
     args: (command.args ?? {}) as ArgsDef,
-    usage,
+    usage: async () => amend(await renderUsage(command, { meta: { name: "fsl" } })),
     run: (rawArgs, data) => runCommand(command, { rawArgs, data }),
   };
 }
 
 const entries: Readonly<Record<string, Entry>> = {
-  load: entry(loadCommand, async () => {
-    const usage = await renderUsage(loadCommand, { meta: { name: "fsl" } });
+  load: entry(loadCommand, (usage) => {
     return `${Bun.stripANSI(usage).replace(/^USAGE .*$/m, LOAD_USAGE)}\n${LOAD_EXAMPLES}`;
   }),
   resume: entry(resumeCommand),

@@ -215,8 +215,7 @@ export class EagerLoop {
   }
 
   #isUntouched(planChunk: number): boolean {
-    const { blocks } = this.#options.state;
-    const state = blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
+    const state = this.#options.state.blockOfChunk(planChunk);
     return state !== undefined && state.chunks[planChunk - state.firstChunk] === CHUNK_FREE;
   }
 
@@ -318,7 +317,7 @@ export class EagerLoop {
    */
   #bringChunk(planChunk: number): Outcome {
     const { state: load, workerIndex, bytesPerSecond } = this.#options;
-    const state = load.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
+    const state = load.blockOfChunk(planChunk);
     const chunk = planChunk - (state?.firstChunk ?? 0);
     if (state === undefined || chunk >= state.chunks.length) return SUPPLIED;
     const isUntouched = state.chunks[chunk] === CHUNK_FREE;

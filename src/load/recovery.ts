@@ -22,7 +22,7 @@ import {
   PHASE_RUNNING,
   PHASE_STATE_LOADED,
 } from "./state.ts";
-import { countBits, testBit } from "./bits.ts";
+import { testBit } from "./bits.ts";
 import { Crew } from "./workers.ts";
 
 const LOCK_TRIES = 10;
@@ -120,7 +120,7 @@ function lookAt(pid: number, stateNumber: number): FoundLoad | null {
         snapshotPath: state.metadata.snapshotPath,
         phase: PHASES[state.phase] ?? "armed",
         served,
-        progress: progressOf(state, dataBytesOf(state)),
+        progress: progressOf(state, state.dataBytes),
         lastFailure: missingFailure(state),
       };
     } finally {
@@ -147,10 +147,6 @@ function missingFailure(state: LoadState): LoadState["lastFailure"] {
   if (lastFailure === null) return null;
   const block = state.blocks.find(({ block: { idstr } }) => idstr === lastFailure.idstr);
   return block === undefined || testBit(block.done, lastFailure.pageIndex) ? null : lastFailure;
-}
-
-function dataBytesOf(state: LoadState): number {
-  return state.blocks.reduce((sum, { data, block }) => sum + countBits(data) * block.pageSize, 0);
 }
 
 /** Descriptor numbers of a process that link to `wanted`; empty when it cannot be looked at. */
@@ -284,7 +280,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     serving.wakeAll();
     serving.letEagerGo(0);
     await goOn(adopted, target);
-    const dataBytes = dataBytesOf(adopted);
+    const { dataBytes } = adopted;
     const done = bringRest(serving, target, adopted).finally(() => {
       snapshot.close();
       guard?.close();

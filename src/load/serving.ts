@@ -13,7 +13,7 @@ import * as sys from "../sys/native.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import type { ServedTarget } from "../vmm/target.ts";
-import { countMissing, countRange, setRange, testBit } from "./bits.ts";
+import { countMissing, setRange, testBit } from "./bits.ts";
 import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { SnapshotGuard } from "./guard.ts";
@@ -363,7 +363,7 @@ export class Serving {
     const records = this.#helpers.records.slice(0, width);
     // One Worker keeps all helpers busy. What a guest has touched before has to be copied, though.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
-    const workers = isMoved && this.#dataBytes() < ALONE_MAX ? 1 : width;
+    const workers = isMoved && state.dataBytes < ALONE_MAX ? 1 : width;
     const order = planChunks(state);
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
@@ -380,14 +380,6 @@ export class Serving {
       pendingMax: PENDING_MAX / workers,
       nice: eager.nice ?? 5,
     }));
-  }
-
-  #dataBytes(): number {
-    let bytes = 0;
-    for (const { data, pageCount, block } of this.#state.blocks) {
-      bytes += countRange(data, 0, pageCount) * block.pageSize;
-    }
-    return bytes;
   }
 
   /** Somebody waits to write to the snapshot: the rest comes as fast as it can. */

@@ -15,6 +15,7 @@
 import { assert, FslError } from "../errors.ts";
 import { alignDown, alignUp, hex } from "../pages.ts";
 import type { TargetRecord } from "../vmm/target.ts";
+import { countBits } from "./bits.ts";
 import * as sys from "../sys/native.ts";
 import { MAP_SHARED, MFD_CLOEXEC, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
 
@@ -94,8 +95,6 @@ export const CHUNK_COPYING = 32;
 
 /** Counters of a Worker: float64 index within its area. Times are in ns. */
 export const C_FAULTS = 0;
-/** More faults than a guest needs to go on where it was; one that reads much soon has more. */
-const BULK_FAULTS = 256;
 export const C_FAULT_PAGES = 1;
 export const C_EAGER_PAGES = 2;
 export const C_ZERO_PAGES = 3;
@@ -110,6 +109,8 @@ export const C_PENDING = 10;
 export const C_MOVED_CHUNKS = 11;
 export const C_CHUNK_FAULTS = 12;
 const C_HISTOGRAM = 64;
+/** More faults than a guest needs to go on where it was; one that reads much soon has more. */
+const BULK_FAULTS = 256;
 /** Latency histogram: 16 buckets per power of two of ns, from 256 ns to 2^38 ns. */
 const HISTOGRAM_SHIFT = 8;
 const HISTOGRAM_BUCKETS = 30 * 16;
@@ -510,6 +511,16 @@ export class LoadState {
   }
   set failedPages(value: number) {
     Atomics.store(this.#header, H_FAILED_PAGES, value);
+  }
+
+  /** Bytes that the snapshot has of all blocks. Counted anew each time. */
+  get dataBytes(): number {
+    return this.blocks.reduce((sum, { data, block }) => sum + countBits(data) * block.pageSize, 0);
+  }
+
+  /** The block that a plan-wide chunk number lies in; the last one's for numbers beyond the plan. */
+  blockOfChunk(planChunk: number): BlockState | undefined {
+    return this.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
   }
 
   /** The guest waits for memory rather than for the CPU: it has asked for so many pages by now. */
