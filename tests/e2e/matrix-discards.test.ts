@@ -137,7 +137,7 @@ describe.skipIf(skip)("memory given back while it is loaded", () => {
   ])(
     "free pages reported in %s, which was loaded in full before resume",
     async (_, backend, pages) => {
-      using _reserved = hugePages(pages);
+      using _reserved = await hugePages(pages);
       const extraArgs = ["-device", "virtio-balloon-pci,free-page-reporting=on"];
       const memory = { dataMiB: 16, memoryBackend: "memory-backend-ram" };
       const argv = guestArgv({ ...memory, extraArgs });

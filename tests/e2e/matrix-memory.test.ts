@@ -254,7 +254,7 @@ describe.skipIf(skip)("memory back ends", () => {
   ])(
     "%s",
     async (_, backend, way) => {
-      using _pages = hugePages(40);
+      using _pages = await hugePages(40);
       const argv = withBackend(`memory-backend-${backend}`);
       await using loaded = await loadAndCompare(snapshot, { argv });
       expect(loaded.ways["ram0"]).toBe(way);
@@ -270,7 +270,7 @@ describe.skipIf(skip)("memory back ends", () => {
   ])(
     "%s",
     async (_, share, hasContents) => {
-      using _pages = hugePages(72);
+      using _pages = await hugePages(72);
       const mount = join(directory.path, "huge");
       mkdirSync(mount, { recursive: true });
       const mounted = Bun.spawnSync(["mount", "-t", "hugetlbfs", "none", mount]);

@@ -3,7 +3,6 @@
  * with reserve=off can come too late. Whoever needs the page waits; no byte is wrong.
  */
 import { describe, expect, test } from "bun:test";
-import { readFileSync } from "node:fs";
 import { FaultRun } from "../helpers/fault-runs.ts";
 import {
   type GuestSnapshot,
@@ -15,7 +14,7 @@ import {
 } from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { whyNoExecutable } from "../helpers/load-runs.ts";
-import { hugePages, withArgument } from "../helpers/matrix-guests.ts";
+import { freeHugePages, hugePages, withArgument } from "../helpers/matrix-guests.ts";
 
 const TIMEOUT_MS = 60_000;
 const reason = whyNoExecutable() ?? whyNoGuests();
@@ -23,17 +22,9 @@ const SPEC = { guest: "bare", memoryBackend: "memory-backend-ram" } as const;
 /** Of 2 MiB. The guest has 32. */
 const LEFT = 10;
 
-/** Pages that nobody has and nobody has reserved. */
-function freePages(): number {
-  const text = readFileSync("/proc/meminfo", "utf8");
-  const field = (name: string): number =>
-    Number(new RegExp(`^HugePages_${name}:\\s+(\\d+)`, "m").exec(text)?.[1] ?? 0);
-  return field("Free") - field("Rsvd");
-}
-
 /** Another process that has all huge pages but a few. */
 async function otherProcess(left = LEFT): Promise<Qemu> {
-  const size = `${2 * (freePages() - left)}M`;
+  const size = `${2 * (freeHugePages() - left)}M`;
   const backend = `memory-backend-memfd,id=all,hugetlb=on,hugetlbsize=2M,prealloc=on,size=${size}`;
   return startQemu([QEMU, "-M", "none", "-nodefaults", "-display", "none", "-object", backend]);
 }
@@ -61,7 +52,7 @@ describe.skipIf(reason !== null)("huge pages that run out", () => {
   test(
     "are waited for: with more of them the load comes to its end, every byte right",
     async () => {
-      using _pages = hugePages(60);
+      using _pages = await hugePages(60);
       const snapshot = await snapshotOf(SPEC);
       await using other = await otherProcess();
       await using run = await ranOut(snapshot, ["--paused"]);
@@ -78,7 +69,7 @@ describe.skipIf(reason !== null)("huge pages that run out", () => {
   test(
     "while the guest runs: its vCPU waits, then its own check is right",
     async () => {
-      using _pages = hugePages(60);
+      using _pages = await hugePages(60);
       await using other = await otherProcess();
       await using run = await ranOut(await snapshotOf(SPEC), []);
       await run.fsl.stderr.waitFor(/the vCPU that needs it waits/);
@@ -93,7 +84,7 @@ describe.skipIf(reason !== null)("huge pages that run out", () => {
   test(
     "after the load, for memory that was zero: QEMU dies of SIGBUS as without fsl, which is said",
     async () => {
-      using _pages = hugePages(140);
+      using _pages = await hugePages(140);
       const snapshot = await snapshotOf({ ...SPEC, guest: "linux" });
       await using run = await startLoad(snapshot);
       await run.fsl.stderr.waitFor(/all RAM in after/);
@@ -112,7 +103,7 @@ describe.skipIf(reason !== null)("huge pages that run out", () => {
   test(
     "before the guest runs, in memory that cannot be lazy: exit code 8, and nothing is left",
     async () => {
-      using _pages = hugePages(60);
+      using _pages = await hugePages(60);
       await using _other = await otherProcess();
       const balloon = ["-device", "virtio-balloon-pci"];
       const snapshot = await snapshotOf({ ...SPEC, extraArgs: balloon });
@@ -130,7 +121,7 @@ describe.skipIf(reason !== null)("huge pages that run out", () => {
   test(
     "for ever, --on-error kill: exit code 9",
     async () => {
-      using _pages = hugePages(60);
+      using _pages = await hugePages(60);
       await using _other = await otherProcess();
       const flags = ["--on-error", "kill", "--error-limit-ms", "300"];
       await using run = await ranOut(await snapshotOf(SPEC), flags);

@@ -140,16 +140,37 @@ export function withArgument(argv: readonly string[], from: string, to: string):
 
 const HUGE = "/proc/sys/vm/nr_hugepages";
 
-/** Reserves huge pages of 2 MiB; `Symbol.dispose` gives them back. */
-export function hugePages(count: number): Disposable {
-  const before = readFileSync(HUGE, "utf8");
-  writeFileSync(HUGE, String(Number(before) + count));
+/** Of 2 MiB, that nobody has and nobody has reserved. */
+export function freeHugePages(): number {
+  const text = readFileSync("/proc/meminfo", "utf8");
+  const field = (name: string): number =>
+    Number(new RegExp(`^HugePages_${name}:\\s+(\\d+)`, "m").exec(text)?.[1] ?? 0);
+  return field("Free") - field("Rsvd");
+}
+
+/**
+ * `count` huge pages of 2 MiB, all of them free when this returns; `Symbol.dispose` gives them back.
+ * A process that was killed gives its own back a little later, and they would count as new ones.
+ */
+export async function hugePages(count: number): Promise<Disposable> {
+  const total = (): number => Number(readFileSync(HUGE, "utf8"));
+  const before = total();
+  writeFileSync(HUGE, String(before + count));
   // Others may have reserved some meanwhile.
-  const put = (): void => writeFileSync(HUGE, String(Number(readFileSync(HUGE, "utf8")) - count));
-  if (Number(readFileSync(HUGE, "utf8")) >= Number(before) + count)
-    return { [Symbol.dispose]: put };
-  writeFileSync(HUGE, before);
-  throw new Error(`the kernel has no ${count} huge pages`);
+  const put = (): void => writeFileSync(HUGE, String(total() - count));
+  if (total() < before + count) {
+    writeFileSync(HUGE, String(before));
+    throw new Error(`the kernel has no ${count} huge pages`);
+  }
+  const deadline = performance.now() + 10_000;
+  while (freeHugePages() < count) {
+    if (performance.now() > deadline) {
+      put();
+      throw new Error(`of ${count} huge pages ${freeHugePages()} are free`);
+    }
+    await Bun.sleep(5);
+  }
+  return { [Symbol.dispose]: put };
 }
 
 // -- firmware and other architectures -------------------------------------------------------------
