@@ -137,6 +137,8 @@ FSL_EXPORT num_t fsl_process_madvise(fd_t pidfd, num_t addr, num_t length, int32
 FSL_EXPORT int32_t fsl_gettid(void);
 /* PRIO_PROCESS of one thread. */
 FSL_EXPORT int32_t fsl_setpriority(int32_t tid, int32_t nice);
+/* Of one thread, to a policy without priorities: SCHED_OTHER, SCHED_IDLE. */
+FSL_EXPORT int32_t fsl_sched_setscheduler(int32_t tid, int32_t policy);
 FSL_EXPORT int32_t fsl_sched_setaffinity(int32_t tid, const void *mask, num_t mask_bytes);
 /* Returns the bytes of the mask that were written. */
 FSL_EXPORT int32_t fsl_sched_getaffinity(int32_t tid, void *mask, num_t mask_bytes);
@@ -158,6 +160,8 @@ FSL_EXPORT num_t fsl_mmap(num_t addr, num_t length, int32_t prot, int32_t flags,
 FSL_EXPORT int32_t fsl_munmap(num_t addr, num_t length);
 FSL_EXPORT int32_t fsl_madvise(num_t addr, num_t length, int32_t advice);
 FSL_EXPORT int32_t fsl_mincore(num_t addr, num_t length, void *vector);
+/* cachestat(2), Linux 6.5: pages of this range that are in the page cache. */
+FSL_EXPORT num_t fsl_cachestat(fd_t fd, num_t offset, num_t length);
 FSL_EXPORT int32_t fsl_mlock(num_t addr, num_t length);
 
 /* ---- one system call inside another process, by ptrace (shim/remote.c) ---- */

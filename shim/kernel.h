@@ -31,6 +31,7 @@
 #define NR_accept4 BY_ARCH(288, 242)
 #define NR_bind BY_ARCH(49, 200)
 #define NR_capset BY_ARCH(126, 91)
+#define NR_cachestat 451
 #define NR_clock_gettime BY_ARCH(228, 113)
 #define NR_close BY_ARCH(3, 57)
 #define NR_close_range BY_ARCH(436, 436) /* Linux 5.9 */
@@ -81,6 +82,7 @@
 #define NR_rt_sigreturn BY_ARCH(15, 139)
 #define NR_sched_getaffinity BY_ARCH(204, 123)
 #define NR_sched_setaffinity BY_ARCH(203, 122)
+#define NR_sched_setscheduler BY_ARCH(144, 119)
 #define NR_sendmsg BY_ARCH(46, 211)
 #define NR_set_mempolicy BY_ARCH(238, 237)
 #define NR_setpriority BY_ARCH(141, 140)

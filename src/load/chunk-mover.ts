@@ -1,18 +1,17 @@
 /**
  * Brings whole chunks, each in one piece: a helper task in the target's address space reads the
  * bytes of a chunk from the snapshot file into a fresh huge page, and moves that page into guest RAM
- * (UFFDIO_MOVE, Linux 6.8). At the speed and the cost of an ordinary load, and the guest has a huge
- * page afterwards, where copying leaves 512 small ones.
+ * (UFFDIO_MOVE, Linux 6.8), which wakes whoever waits there. At the speed and the cost of an ordinary
+ * load, and the guest has a huge page afterwards, where copying leaves 512 small ones.
  *
- * Runs in an eager Worker, which has a mover for each helper and waits for none of them: `begin` has
- * a chunk read, `proceed` takes the answer, `queueMove` has it moved together with the reads of the
- * next chunk. The staging memory has room for two chunks, so that the helper is always at work.
+ * A packet to the helper holds a few chunks: `add` them, `send` it, `proceed` takes the answer. No
+ * call here waits for the helper but `proceed` and `moveNow`.
  *
  * Only for chunks in which no page is present: the kernel moves a huge page whole, or has to split
  * it first.
  */
 import { HelperTask, type HelperRecord } from "../sys/helper-task.ts";
-import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
+import { HELPER_CALLS_MAX, MADV_DONTNEED, MADV_POPULATE_WRITE } from "../sys/abi.ts";
 import { nextBit } from "./bits.ts";
 import { type BlockState, CHUNK_LENGTH } from "./state.ts";
 
@@ -22,49 +21,64 @@ import { type BlockState, CHUNK_LENGTH } from "./state.ts";
  */
 const RUNS_MAX = 64;
 
-/** Whether a chunk can come as a whole; looked at again by the kernel when it does. */
-export function canMove(state: BlockState, chunk: number): boolean {
+/**
+ * In how many runs of data a chunk lies that can come as a whole; 0 when it cannot. The kernel looks
+ * again when it does.
+ */
+export function movableRuns(state: BlockState, chunk: number): number {
   const { block } = state;
   const start = state.chunkStart(chunk);
   const end = state.chunkEnd(chunk);
-  if (!block.movable || (end - start) * block.pageSize !== CHUNK_LENGTH) return false;
-  if (nextBit(state.done, start, end, true) !== end) return false;
+  if (!block.movable || (end - start) * block.pageSize !== CHUNK_LENGTH) return 0;
+  if (nextBit(state.done, start, end, true) !== end) return 0;
   let runs = 0;
   for (let at = nextBit(state.data, start, end, true); at < end; runs += 1) {
     at = nextBit(state.data, nextBit(state.data, at, end, false), end, true);
   }
-  return runs > 0 && runs <= RUNS_MAX;
+  return runs <= RUNS_MAX ? runs : 0;
 }
 
-/** A chunk in hand: number within its block. */
+/** A chunk that a helper has in hand: number within its block. */
 export interface ChunkInHand {
   readonly state: BlockState;
   readonly chunk: number;
+  /** After `proceed`. unmoved: it has to come otherwise. read: `moveNow` is to move it. */
+  fate: "reading" | "read" | "moved" | "unmoved";
+  /** The first page that no packet has asked for yet. */
+  nextPage: number;
+  /** Index in the packet of the call that moves it; -1 when there is none. */
+  moveCall: number;
+}
+
+export interface ChunkMoverOptions {
+  /** Chunks are only read; each is moved by `moveNow`, after a look at what was given back. */
+  readonly isGuarded: boolean;
+  /** Makes the next huge page before it is needed: a vCPU that waits saves the time to zero it. */
+  readonly preparesAhead: boolean;
 }
 
 export class ChunkMover {
   readonly #helper: HelperTask;
+  readonly #options: ChunkMoverOptions;
   /** Descriptor of the snapshot in the helper. */
   readonly #fileFd: number;
+  readonly #inHand: ChunkInHand[] = [];
   #isGone: boolean;
   #isRunning = false;
-  /** Calls of the batch that is being made up or runs. */
+  /** Calls of the packet that is made up or runs. */
   #calls = 0;
-  #reading: ChunkInHand | null = null;
-  /** The first page that no batch has asked for yet. */
-  #nextPage = 0;
-  #moving: ChunkInHand | null = null;
-  #hasMoved = false;
-  /** Which half of the staging memory the next chunk is read into. */
-  #half = 0;
-  /** Halves that hold bytes of a chunk that was not moved. */
-  readonly #isDirty = [false, false];
+  /** Calls of a packet that ends with a read: all of them have to succeed. */
+  #readsEnd = 0;
+  /** The staging memory holds bytes of a chunk that was not moved. */
+  #isDirty = false;
 
   /** @param fileFd descriptor of the snapshot in this process */
-  constructor(record: HelperRecord, fileFd: number) {
+  constructor(record: HelperRecord, fileFd: number, options: ChunkMoverOptions) {
     this.#helper = new HelperTask(record);
+    this.#options = options;
     this.#fileFd = this.#helper.sendDescriptor(fileFd);
-    this.#isGone = this.#fileFd < 0 || record.stagingLength < 2 * CHUNK_LENGTH;
+    this.#isGone = this.#fileFd < 0 || record.stagingLength < CHUNK_LENGTH;
+    if (!this.#isGone) this.#prepareNext();
   }
 
   /** Readable when there is something to `proceed` with. */
@@ -77,133 +91,140 @@ export class ChunkMover {
     return this.#isGone;
   }
 
-  /** A batch has been sent, and its answer has not been taken. */
+  /** A packet has been sent, and its answer has not been taken. */
   get isRunning(): boolean {
     return this.#isRunning;
   }
 
-  /** A chunk can be begun. */
-  get isFree(): boolean {
-    return !this.#isGone && !this.#isRunning && this.#reading === null;
+  /** What the packet that is made up or runs is to bring. */
+  get inHand(): readonly ChunkInHand[] {
+    return this.#inHand;
   }
 
-  /**
-   * The chunk that is being read: between `begin` and `queueMove` or `drop`. `moving`: from there to
-   * `settle`.
-   */
-  get reading(): ChunkInHand | null {
-    return this.#reading;
-  }
-  get moving(): ChunkInHand | null {
-    return this.#moving;
-  }
-  /** After `proceed`: what was to be moved is in guest RAM, all of it. */
-  get hasMoved(): boolean {
-    return this.#hasMoved;
+  /** Another chunk of so many runs can be added. */
+  canTake(runs: number): boolean {
+    if (this.#isGone || this.#isRunning) return false;
+    if (this.#inHand.length === 0) return true;
+    return !this.#options.isGuarded && this.#calls + runs + 1 <= HELPER_CALLS_MAX;
   }
 
-  /**
-   * Has the chunk's data pages read into the staging memory, where the rest is zero; and what is
-   * queued moved before.
-   */
-  begin(state: BlockState, chunk: number): void {
-    this.#reading = { state, chunk };
-    this.#nextPage = nextBit(state.data, state.chunkStart(chunk), state.chunkEnd(chunk), true);
-    if (this.#calls === 0) this.#helper.begin();
-    if (this.#isDirty[this.#half] === true) {
-      this.#helper.madvise(this.#stagingAddr(this.#half), CHUNK_LENGTH, MADV_DONTNEED);
-      this.#calls += 1;
+  /** Adds a chunk to the packet, as far as there is room. Only when `canTake` says so. */
+  add(state: BlockState, chunk: number): void {
+    if (this.#inHand.length === 0) this.#begin();
+    const nextPage = nextBit(state.data, state.chunkStart(chunk), state.chunkEnd(chunk), true);
+    const taken: ChunkInHand = { state, chunk, fate: "reading", nextPage, moveCall: -1 };
+    this.#inHand.push(taken);
+    this.#fill(taken);
+  }
+
+  /** Sends what was added. A failure shows when the answer is taken. */
+  send(): void {
+    if (this.#isRunning || this.#calls === 0) return;
+    const isMoving = (this.#inHand.at(-1)?.moveCall ?? -1) >= 0;
+    if (this.#options.preparesAhead && isMoving && this.#calls < HELPER_CALLS_MAX) {
+      this.#populate();
     }
-    this.#isDirty[this.#half] = true;
-    this.#readMore(state, chunk);
-  }
-
-  /**
-   * Takes the answer of the helper, and blocks until it is there. Then `hasMoved` tells of `moving`.
-   * @returns of `reading`: null when more of it is to be read (which goes on), else whether all was
-   */
-  proceed(): boolean | null {
-    this.#isRunning = false;
-    const calls = this.#calls;
-    this.#calls = 0;
-    const made = this.#isGone ? -1 : this.#helper.finish();
-    if (made < 0) this.#isGone = true;
-    if (this.#moving !== null) {
-      this.#hasMoved = made >= 0 && this.#helper.moveOutcome(0) === CHUNK_LENGTH;
-      // A page that was moved leaves nothing behind: the next one is fresh.
-      if (this.#hasMoved) this.#isDirty[1 - this.#half] = false;
-    }
-    if (this.#reading === null) return false;
-    if (made !== calls || this.#helper.result(calls - 1) < 0) return false;
-    const { state, chunk } = this.#reading;
-    if (this.#nextPage >= state.chunkEnd(chunk)) return true;
-    return null;
-  }
-
-  /** After `proceed` said null, and `settle`: the next reads of the same chunk. */
-  goOn(): void {
-    if (this.#reading === null) return;
-    this.#helper.begin();
-    this.#readMore(this.#reading.state, this.#reading.chunk);
-  }
-
-  /**
-   * Has what was read moved into guest RAM, which wakes whoever waits there: with the next `begin`,
-   * or with `flush`.
-   */
-  queueMove(): void {
-    const chunk = this.#reading;
-    if (chunk === null) return;
-    const { state } = chunk;
-    const target = state.block.hostAddr + state.chunkStart(chunk.chunk) * state.block.pageSize;
-    this.#helper.begin();
-    this.#helper.move(target, this.#stagingAddr(this.#half), CHUNK_LENGTH, 0, false);
-    this.#calls = 1;
-    this.#half = 1 - this.#half;
-    this.#moving = chunk;
-    this.#hasMoved = false;
-    this.#reading = null;
-  }
-
-  /** Sends what is queued. */
-  flush(): void {
-    if (this.#calls > 0 && !this.#isRunning) this.#start();
-  }
-
-  /** What was moved, or not, is out of hand. */
-  settle(): void {
-    this.#moving = null;
-  }
-
-  /** What was read, or not, is not to be moved. */
-  drop(): void {
-    this.#reading = null;
-  }
-
-  #stagingAddr(half: number): number {
-    return this.#helper.record.stagingAddr + half * CHUNK_LENGTH;
-  }
-
-  /** Fills the batch with reads and sends it. */
-  #readMore(state: BlockState, chunk: number): void {
-    const helper = this.#helper;
-    const { pageSize, pagesOffset } = state.block;
-    const start = state.chunkStart(chunk);
-    const end = state.chunkEnd(chunk);
-    const stagingAddr = this.#stagingAddr(this.#half);
-    let at = this.#nextPage;
-    while (at < end && this.#calls < HELPER_CALLS_MAX) {
-      const runEnd = nextBit(state.data, at, end, false);
-      const target = stagingAddr + (at - start) * pageSize;
-      helper.preadInto(this.#fileFd, target, (runEnd - at) * pageSize, pagesOffset + at * pageSize);
-      this.#calls += 1;
-      at = nextBit(state.data, runEnd, end, true);
-    }
-    this.#nextPage = at;
     this.#start();
   }
 
-  /** A failure shows when the answer is taken. */
+  /**
+   * Takes the answer of the helper, and blocks until it is there. Then what is in hand has a fate;
+   * one that is still `reading` goes on with `goOn`.
+   */
+  proceed(): void {
+    this.#isRunning = false;
+    this.#calls = 0;
+    const made = this.#isGone ? -1 : this.#helper.finish();
+    if (made < 0) this.#isGone = true;
+    for (const taken of this.#inHand) taken.fate = this.#fateOf(taken, made);
+  }
+
+  /** The next calls for a chunk that did not fit into one packet. */
+  goOn(): void {
+    const taken = this.#inHand[0];
+    if (taken === undefined) return;
+    this.#helper.begin();
+    this.#fill(taken);
+    this.send();
+  }
+
+  /** Moves a chunk that was read, and blocks until that is done. */
+  moveNow(taken: ChunkInHand): boolean {
+    this.#helper.begin();
+    const call = this.#addMove(taken);
+    const isMade = !this.#isGone && this.#helper.run() >= 0;
+    const isMoved = isMade && this.#helper.moveOutcome(call) === CHUNK_LENGTH;
+    taken.fate = isMoved ? "moved" : "unmoved";
+    return isMoved;
+  }
+
+  /** Nothing is in hand any more. */
+  clear(): void {
+    if (this.#inHand.some(({ fate }) => fate !== "moved")) this.#isDirty = true;
+    this.#inHand.length = 0;
+    if (this.#options.isGuarded) this.#prepareNext();
+  }
+
+  #fateOf(taken: ChunkInHand, made: number): ChunkInHand["fate"] {
+    if (taken.moveCall >= 0) {
+      return this.#helper.moveOutcome(taken.moveCall) === CHUNK_LENGTH ? "moved" : "unmoved";
+    }
+    // It is alone in its packet, which ends with a read.
+    if (made < this.#readsEnd) return "unmoved";
+    const isRead = taken.nextPage >= taken.state.chunkEnd(taken.chunk);
+    return isRead && this.#options.isGuarded ? "read" : "reading";
+  }
+
+  #begin(): void {
+    this.#helper.begin();
+    this.#calls = 0;
+    if (!this.#isDirty) return;
+    this.#isDirty = false;
+    this.#helper.madvise(this.#helper.record.stagingAddr, CHUNK_LENGTH, MADV_DONTNEED);
+    this.#calls = 1;
+  }
+
+  /** Reads of the chunk's data pages, the rest is zero; then, if there is room, the move. */
+  #fill(taken: ChunkInHand): void {
+    const { state, chunk } = taken;
+    const { pageSize, pagesOffset } = state.block;
+    const { stagingAddr } = this.#helper.record;
+    const start = state.chunkStart(chunk);
+    const end = state.chunkEnd(chunk);
+    let at = taken.nextPage;
+    while (at < end && this.#calls < HELPER_CALLS_MAX) {
+      const runEnd = nextBit(state.data, at, end, false);
+      const target = stagingAddr + (at - start) * pageSize;
+      const length = (runEnd - at) * pageSize;
+      this.#helper.preadInto(this.#fileFd, target, length, pagesOffset + at * pageSize);
+      this.#calls += 1;
+      at = nextBit(state.data, runEnd, end, true);
+    }
+    taken.nextPage = at;
+    this.#readsEnd = this.#calls;
+    if (this.#options.isGuarded || at < end || this.#calls === HELPER_CALLS_MAX) return;
+    taken.moveCall = this.#addMove(taken);
+    this.#calls += 1;
+  }
+
+  /** A move that fails ends the packet: the next chunk would find its bytes in the staging memory. */
+  #addMove({ state, chunk }: ChunkInHand): number {
+    const target = state.block.hostAddr + state.chunkStart(chunk) * state.block.pageSize;
+    return this.#helper.move(target, this.#helper.record.stagingAddr, CHUNK_LENGTH, 0);
+  }
+
+  #prepareNext(): void {
+    if (!this.#options.preparesAhead || this.#isGone || this.#isRunning) return;
+    this.#begin();
+    this.#populate();
+    this.#start();
+  }
+
+  #populate(): void {
+    this.#helper.madvise(this.#helper.record.stagingAddr, CHUNK_LENGTH, MADV_POPULATE_WRITE);
+    this.#calls += 1;
+  }
+
   #start(): void {
     this.#isRunning = true;
     if (this.#helper.start() < 0) this.#isGone = true;

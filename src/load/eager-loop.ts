@@ -33,8 +33,13 @@ import { WholeChunks } from "./whole-chunks.ts";
  * How many chunks the eager load follows a fault; and that of a guest that reads much: 64 MiB are
  * read in 20 ms.
  */
-const FOLLOWED = 2;
+const FOLLOWED = 3;
 const FOLLOWED_BULK = 32;
+/**
+ * A helper has so many in hand at a time: it is waked and asked less often. A vCPU may have to wait for
+ * all of them, a millisecond and a half.
+ */
+const CHUNKS_AT_ONCE = Number(process.env["X_CAO"] ?? 3);
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
 /** Of poll(2). */
@@ -80,7 +85,11 @@ export interface EagerLoopOptions {
   readonly onRecovered: (failure: PageFailure) => void;
 }
 
-/** Plan-wide numbers of all chunks that have data, by address. */
+/**
+ * Plan-wide numbers of all chunks that have data, from both ends inwards: that is where a kernel has
+ * itself and what it uses most (the image and the first allocations at the bottom of memory, page
+ * tables and per-CPU areas at the top). A guest whose first steps are not known yet takes them there.
+ */
 export function planChunks(state: LoadState): Uint32Array {
   const numbers: number[] = [];
   for (const block of state.blocks) {
@@ -91,7 +100,12 @@ export function planChunks(state: LoadState): Uint32Array {
       page = nextBit(block.data, block.chunkEnd(chunk), block.pageCount, true);
     }
   }
-  return Uint32Array.from(numbers);
+  const order = new Uint32Array(numbers.length);
+  for (let at = 0; at < order.length; at += 1) {
+    const isFromEnd = at % 2 === 1;
+    order[at] = numbers[isFromEnd ? numbers.length - 1 - (at >> 1) : at >> 1] ?? 0;
+  }
+  return order;
 }
 
 export class EagerLoop {
@@ -126,7 +140,12 @@ export class EagerLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
-    this.#whole = new WholeChunks({ ...options, readsEvents: false, pagesCounter: C_EAGER_PAGES });
+    this.#whole = new WholeChunks({
+      ...options,
+      readsEvents: false,
+      pagesCounter: C_EAGER_PAGES,
+      chunksAtOnce: options.state.metadata.canDiscard ? 1 : CHUNKS_AT_ONCE,
+    });
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
     const perPace = (bytesPerSecond * PACE_MS) / 1000;
@@ -137,14 +156,8 @@ export class EagerLoop {
   run(): EagerEnd {
     const { state, priority } = this.#options;
     let isReplaying = true;
-    let isGoing = false;
     this.#startedMs = performance.now();
     while (!this.#isOver()) {
-      if (!isGoing && state.eagerGo) {
-        isGoing = true;
-        this.#startedMs = performance.now();
-        this.#bytes = 0;
-      }
       priority?.look(state.isBulk);
       this.#advance(0);
       if (this.#pending.size > 0) {
@@ -154,16 +167,12 @@ export class EagerLoop {
       }
       // Where the guest is now comes first, and what lies behind it; then the working set; then
       // the order.
-      let chunk = isGoing ? this.#nextFollowed() : undefined;
+      let chunk = this.#nextFollowed();
       if (chunk === undefined && isReplaying) {
         const outcome = this.#replayNext();
         if (outcome === GONE) return "gone";
         isReplaying = outcome !== null;
         if (!isReplaying) this.#releaseSource();
-        continue;
-      }
-      if (chunk === undefined && !isGoing) {
-        if (!this.#advance(PARK_MS)) this.#sleep(PARK_MS);
         continue;
       }
       chunk ??= this.#whole.unmoved.pop() ?? this.#nextOrdered();
@@ -321,7 +330,7 @@ export class EagerLoop {
     const chunk = planChunk - (state?.firstChunk ?? 0);
     if (state === undefined || chunk >= state.chunks.length) return SUPPLIED;
     const isUntouched = state.chunks[chunk] === CHUNK_FREE;
-    if (isUntouched && this.#whole.waitFree() && this.#whole.begin(state, chunk)) {
+    if (isUntouched && this.#whole.begin(state, chunk)) {
       // Nothing may be in hand while the rate makes this Worker sleep.
       while (bytesPerSecond !== 0 && this.#advance(FOREVER));
       return SUPPLIED;

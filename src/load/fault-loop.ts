@@ -21,6 +21,7 @@ import {
   type BlockState,
   C_BATCHES,
   C_CHUNK_FAULTS,
+  CHUNK_FREE,
   CHUNK_MOVING,
   C_EAGER_PAGES,
   C_FAULT_PAGES,
@@ -34,17 +35,13 @@ import {
   recordLatency,
 } from "./state.ts";
 import type { ChunkMover } from "./chunk-mover.ts";
+import { raise } from "./priority.ts";
 import { COMING, FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
 
 /** First pause before a failed read is tried again, and the longest, ms. */
 const RETRY_PAUSE_MS = 20;
 const RETRY_PAUSE_MAX_MS = 2000;
-
-/**
- * A guest that asks for so many pages while the eager load still holds back is better served by it.
- */
-const FAULTS_PAUSE_MAX = 1024;
 
 /** The fault loop's place among the Workers. */
 const FAULT_WORKER = 0;
@@ -83,7 +80,7 @@ export interface FaultLoopOptions {
   readonly pidfd: number;
   /** Data pages brought in around a faulting page after the batch is served, aligned; 1 = none. */
   readonly clusterPages: number;
-  /** Brings whole chunks to a guest that reads much; none: all faults are served page by page. */
+  /** Bring whole chunks; none: all faults are served page by page. */
   readonly movers: readonly ChunkMover[];
   /** Helpers of the eager load: a vCPU may wait for a chunk that one of them has in hand. */
   readonly helperPids: readonly number[];
@@ -134,6 +131,7 @@ export class FaultLoop {
       ...options,
       workerIndex: FAULT_WORKER,
       readsEvents: true,
+      chunksAtOnce: 1,
       pagesCounter: C_FAULT_PAGES,
     });
     const { readyFd } = options.source;
@@ -260,7 +258,6 @@ export class FaultLoop {
     }
     state.eventCount = 0;
     state.busy = false;
-    if (this.#faults >= FAULTS_PAUSE_MAX) state.letEagerGo();
     if (this.#faults - this.#faultsAtRelease >= RELEASE_FAULTS) this.#releaseSource();
     return this.#options.clusterPages > 1 ? this.#bringNeighbours() : SUPPLIED;
   }
@@ -324,7 +321,8 @@ export class FaultLoop {
       return outcome;
     }
     if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
-    if (this.#options.state.isBulk && this.#whole.begin(state, state.chunkOf(page))) {
+    const chunk = state.chunkOf(page);
+    if (this.#isWholeBest(state, chunk) && this.#whole.begin(state, chunk)) {
       return this.#awaitChunk(state, page);
     }
     if (!state.splitChunk(page)) return this.#awaitChunk(state, page);
@@ -343,6 +341,28 @@ export class FaultLoop {
   }
 
   /**
+   * To read a chunk that is in the page cache, and to move it, takes as long as three faults. From a
+   * disk it takes many times as long as the page: only for a guest that wants all of it anyway.
+   */
+  #isWholeBest(state: BlockState, chunk: number): boolean {
+    if (state.chunks[chunk] !== CHUNK_FREE || this.#whole.isEmpty) return false;
+    return this.#options.state.isBulk || this.#isAtHand(state, chunk);
+  }
+
+  /** All data of the chunk. */
+  #isAtHand(state: BlockState, chunk: number): boolean {
+    const { source } = this.#options;
+    const end = state.chunkEnd(chunk);
+    let at = nextBit(state.data, state.chunkStart(chunk), end, true);
+    while (at < end) {
+      const runEnd = nextBit(state.data, at, end, false);
+      if (source.isAtHand?.(state.index, at, runEnd - at) !== true) return false;
+      at = nextBit(state.data, runEnd, end, true);
+    }
+    return true;
+  }
+
+  /**
    * The whole chunk is being brought, and whoever waits in it is woken, whether that succeeds or
    * not.
    */
@@ -353,8 +373,8 @@ export class FaultLoop {
     if (state.chunkFaultNs[chunk] === 0) {
       state.chunkFaultNs[chunk] = sys.clockNs();
       if (state.chunks[chunk] === CHUNK_MOVING + FAULT_WORKER) return COMING;
-      // Whichever it is. Where that is not permitted, the chunk comes a little later.
-      for (const pid of this.#options.helperPids) sys.setpriority(pid, 0);
+      // Whichever it is.
+      for (const pid of this.#options.helperPids) raise(pid);
     }
     return COMING;
   }

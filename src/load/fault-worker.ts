@@ -4,6 +4,8 @@ import { FaultLoop } from "./fault-loop.ts";
 import type { FaultWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
 
+import { compileIdly } from "./priority.ts";
+
 serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
   const loop = new FaultLoop({
     state,
@@ -19,6 +21,7 @@ serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, r
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),
   });
+  compileIdly();
   report({ type: "serving" });
   try {
     return loop.run();

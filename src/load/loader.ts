@@ -20,6 +20,7 @@ import { makeSource } from "../source/make-source.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { UFFD_FEATURES } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
+import { compileIdly } from "./priority.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { ExitStatus, Target, TargetInfo } from "../vmm/target.ts";
@@ -210,16 +211,18 @@ class Load {
     handedOver.catch(() => {});
     // Once QEMU has been told, and so has something to do meanwhile.
     await Bun.sleep(0);
+    // What the guest will ask for comes while QEMU loads its devices, and so does the beginning of the
+    // rest.
+    serving.startEager();
     await this.#letZeroExtentsGo(state, zero);
-    const { set } = prepared;
     await Promise.all([handedOver, served]);
     state.phase = PHASE_STATE_LOADED;
     if (this.#isPaused) await this.#target.putSettingsBack?.();
     else await this.#resume();
     state.phase = PHASE_RUNNING;
     releaseProgramText();
-    serving.startEager(set === null ? new Int32Array(0) : planReplay(set, state));
-    serving.letEagerGo(this.#isPaused || set !== null ? 0 : EAGER_PAUSE_MS);
+    compileIdly();
+    const { set } = prepared;
     return this.#handle(this.#finish(serving, set).catch((error) => this.#giveUp(serving, error)));
   }
 
@@ -419,7 +422,10 @@ class Load {
       this.#options.source === undefined ? this.#guard : undefined,
     );
     this.#serving = serving;
-    const served = serving.serveFaults(planFirst(prepared.set, state));
+    const { set } = prepared;
+    const served = serving.serveFaults(
+      set === null ? new Int32Array(0) : planReplay(set, state, serving.bringsWholeChunks),
+    );
     const kept = this.#keepState(fd);
     served.catch(() => {});
     kept.catch(() => {});
@@ -645,23 +651,9 @@ async function unlessCancelled<T>(work: Promise<T>, cancel: AbortSignal | undefi
  * beforehand.
  */
 const RECORD_MS = 2000;
-/**
- * How long the guest's first steps have the CPUs to themselves, when no working set is there to
- * speed them.
- */
-const EAGER_PAUSE_MS = 10;
-
 function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
   const { size, mtimeNs } = snapshot.identity;
   return { size, mtimeNs, streamOffset: snapshot.streamOffset };
-}
-
-/** A chunk with more pages of the set would be slower page by page than as a whole, after resume. */
-const FIRST_DENSE_PAGES = 64;
-
-/** What of the set the fault loop brings while QEMU loads its devices. */
-function planFirst(set: WorkingSet | null, state: LoadState): Int32Array<ArrayBuffer> {
-  return set === null ? new Int32Array(0) : planReplay(set, state, FIRST_DENSE_PAGES);
 }
 
 /** What can be worked out of the snapshot alone, while the target starts. */

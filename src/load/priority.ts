@@ -1,21 +1,31 @@
 /**
- * Who has the CPU: vCPUs and the fault loop before the eager load. Runs in an eager Worker, for
- * itself and for its helpers in the target.
+ * Who has the CPU: vCPUs and the fault loop before everything else of a load.
  *
- * In the first second the helpers take only what nobody else wants: the guest's first steps are
- * what somebody waits for. Then they have a share of a busy host too, or the load would never end. A
- * helper that a vCPU waits for gets the vCPU's own priority (from `FaultLoop`), and is put back here.
- * The Worker itself hardly uses the CPU, and is not to keep a helper waiting.
+ * In the first second the helpers of the eager load take only what nobody else wants (SCHED_IDLE: a
+ * vCPU that wakes up has their CPU at once, where it would have to wait a little for a thread of nice
+ * 19). The guest's first steps are what somebody waits for. Then they have a share of a busy host
+ * too, or the load would never end. A helper that a vCPU waits for gets the vCPU's own priority (from
+ * `FaultLoop`), and is put back here.
+ *
+ * JavaScript is compiled by threads of its own while it runs: 20 to 50 ms of CPU time at each load,
+ * just when the guest takes its first steps. They never have more than what is left.
  */
+import { readdirSync, readFileSync } from "node:fs";
+import { SCHED_IDLE, SCHED_OTHER } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 
+/** Of the eager Worker itself, as long as its helpers are gentle: it has little to do. */
 const GENTLE_NICE = 19;
 /** How long helpers are so gentle, ms. */
-const GENTLE_MS = 1000;
+const GENTLE_MS = 300;
+/** JavaScriptCore's name for its compiling threads. */
+const COMPILER_NAME = "JITWorker";
 
+/** Runs in an eager Worker, for itself and for its helpers in the target. */
 export class Priority {
   readonly #helperPids: readonly number[];
   readonly #nice: number;
+  readonly #thread = sys.gettid();
   #gentleUntilMs: number;
 
   /** @param nice of the Worker and its helpers after the first second; 0..19 */
@@ -24,8 +34,7 @@ export class Priority {
     this.#nice = nice;
     // Whoever may not raise a priority could never take it back.
     this.#gentleUntilMs = mayRaise() ? performance.now() + GENTLE_MS : 0;
-    sys.setpriority(sys.gettid(), nice);
-    this.putBack();
+    this.#set();
   }
 
   /** Looked at often; changes something once. @param isBulk see `LoadState.isBulk` */
@@ -33,18 +42,62 @@ export class Priority {
     if (this.#gentleUntilMs === 0) return;
     if (!isBulk && performance.now() < this.#gentleUntilMs) return;
     this.#gentleUntilMs = 0;
-    this.putBack();
+    this.#set();
   }
 
   /** Helpers as they ought to be now: a chunk that was waited for has come. */
   putBack(): void {
-    const nice = this.#gentleUntilMs > 0 ? GENTLE_NICE : this.#nice;
-    for (const pid of this.#helperPids) sys.setpriority(pid, nice);
+    for (const pid of this.#helperPids) {
+      sys.setpriority(pid, this.#nice);
+      if (this.#gentleUntilMs > 0) sys.schedSetscheduler(pid, SCHED_IDLE);
+    }
+  }
+
+  #set(): void {
+    const isGentle = this.#gentleUntilMs > 0;
+    sys.setpriority(this.#thread, isGentle ? GENTLE_NICE : this.#nice);
+    if (!isGentle) for (const pid of this.#helperPids) sys.schedSetscheduler(pid, SCHED_OTHER);
+    this.putBack();
   }
 }
 
-/** CAP_SYS_NICE, or RLIMIT_NICE: tried with this thread. */
+/** A helper that a vCPU waits for. Where that is not permitted, what it brings comes a little later. */
+export function raise(helperPid: number): void {
+  sys.schedSetscheduler(helperPid, SCHED_OTHER);
+  sys.setpriority(helperPid, 0);
+}
+
+/**
+ * What compiles JavaScript in this process takes only the CPU time that is left; or as before. Threads
+ * that are made later have the policy of whoever makes them, so this is called again and again.
+ */
+export function compileIdly(isIdle = true): void {
+  if (!mayRaise()) return;
+  for (const tid of readdirSync("/proc/self/task")) {
+    try {
+      const name = readFileSync(`/proc/self/task/${tid}/comm`, "latin1");
+      if (!name.startsWith(COMPILER_NAME)) continue;
+      sys.schedSetscheduler(Number(tid), isIdle ? SCHED_IDLE : SCHED_OTHER);
+    } catch {
+      // It has ended.
+    }
+  }
+}
+
+let isRaisable: boolean | undefined;
+
+/**
+ * Whether this process may give a thread back what it took from it (CAP_SYS_NICE, RLIMIT_NICE): tried
+ * with the calling thread.
+ */
 function mayRaise(): boolean {
+  return (isRaisable ??= tryToRaise());
+}
+
+function tryToRaise(): boolean {
+  const stat = readFileSync("/proc/thread-self/stat", "latin1");
+  // Fields from the third on, behind the name; proc_pid_stat(5) counts nice as the 19th.
+  const nice = Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[16]);
   const thread = sys.gettid();
-  return sys.setpriority(thread, 1) === 0 && sys.setpriority(thread, 0) === 0;
+  return sys.setpriority(thread, nice + 1) === 0 && sys.setpriority(thread, nice) === 0;
 }

@@ -278,7 +278,6 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     if (adopted.metadata.canDiscard) adopted.closeGate();
     await serving.serveFaults();
     serving.wakeAll();
-    serving.letEagerGo(0);
     await goOn(adopted, target);
     const { dataBytes } = adopted;
     const done = bringRest(serving, target, adopted).finally(() => {

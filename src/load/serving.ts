@@ -112,13 +112,14 @@ export class Serving {
   readonly #guard: SnapshotGuard | undefined;
   /** Resolved unless the eager load is on hold. */
   #released = Promise.withResolvers<void>();
+  /** The working set. */
+  #replay = new Int32Array(0);
   readonly #failures = new Map<string, KnownFailure>();
   /** Failures that were told one by one, and those that were only counted. */
   #failuresTold = 0;
   #failuresUntold = 0;
   readonly #lost = Promise.withResolvers<never>();
   #errorTimer: ReturnType<typeof setInterval> | undefined;
-  #goTimer: ReturnType<typeof setTimeout> | undefined;
   #eager: Promise<CrewEnd> | undefined;
   #suppliedWrong = false;
   #isStopped = false;
@@ -188,6 +189,7 @@ export class Serving {
    * @returns when faults are served
    */
   async serveFaults(replay = new Int32Array(0)): Promise<void> {
+    this.#replay = replay;
     const width = eagerWidth(this.#options);
     await this.#crew.serveFaults({
       role: "fault",
@@ -214,28 +216,20 @@ export class Serving {
     }
   }
 
-  /**
-   * Sets the eager Workers to work: first the working set, then, when they are let go, everything.
-   * @param replay runs of pages that the guest will ask for, see `flattenRuns`
-   */
-  startEager(replay: Int32Array): void {
-    this.#eager = this.#crew.loadEagerly(this.#eagerStarts(replay));
-    this.#eager.catch(() => {});
+  /** There are helpers, which move chunks as they are. */
+  get bringsWholeChunks(): boolean {
+    return this.#helpers.records.length > 0;
   }
 
-  /**
-   * Lets the eager load begin after a pause, or at once when the guest asks for many pages
-   * (fault-loop.ts).
-   */
-  letEagerGo(delayMs: number): void {
-    if (delayMs <= 0) this.#state.letEagerGo();
-    else this.#goTimer = setTimeout(() => this.#state.letEagerGo(), delayMs);
+  /** Sets the eager Workers to work: first the working set, then everything. */
+  startEager(): void {
+    this.#eager = this.#crew.loadEagerly(this.#eagerStarts());
+    this.#eager.catch(() => {});
   }
 
   /** Somebody wants the load to be over: no pause and no limit any more. */
   hurry(): void {
     this.#state.hurry();
-    this.letEagerGo(0);
   }
 
   /**
@@ -244,7 +238,7 @@ export class Serving {
    */
   async bringRest(): Promise<boolean> {
     const gone = this.#target.exited.then(() => "gone" as const);
-    if (this.#eager === undefined) this.startEager(new Int32Array(0));
+    if (this.#eager === undefined) this.startEager();
     for (let pass = 0; pass < EAGER_PASSES_MAX; pass += 1) {
       const eager = this.#eager?.catch(() => "lost" as const);
       let end = await Promise.race([eager, gone, this.#lost.promise]);
@@ -256,7 +250,7 @@ export class Serving {
       if (!isIntact) break;
       await Promise.race([this.#released.promise, gone]);
       this.#state.resetChunks();
-      this.startEager(new Int32Array(0));
+      this.startEager();
     }
     // Pages are missing and nobody brings them: nothing may be closed while the target lives.
     await gone;
@@ -310,7 +304,6 @@ export class Serving {
     if (this.#isStopped) return;
     this.#isStopped = true;
     clearInterval(this.#errorTimer);
-    clearTimeout(this.#goTimer);
     this.#state.stop();
     sys.write(this.#stopFd, ONE);
     await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);
@@ -356,7 +349,7 @@ export class Serving {
     }
   }
 
-  #eagerStarts(replay: Int32Array): EagerWorkerStart[] {
+  #eagerStarts(): EagerWorkerStart[] {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
     const width = eagerWidth(this.#options);
@@ -373,7 +366,7 @@ export class Serving {
       workerIndex: index + 1,
       pieceLength: eager.pieceLength ?? 256 * KiB,
       order,
-      replay,
+      replay: this.#replay,
       helpers: records.filter((_record, number) => number % workers === index),
       fileFd: this.#helpers.fileFd,
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,

@@ -54,8 +54,6 @@ const H_BUSY = 10;
 const H_FAILURE = 11;
 /** Where the last fault was, plus 1: plan-wide chunk number. The eager load follows it. */
 const H_HOT_CHUNK = 14;
-/** The eager load may begin. */
-const H_EAGER_GO = 15;
 const H_REPLAY_CURSOR = 16;
 /** No page may be taken from the source any more. */
 const H_HALTED = 17;
@@ -401,16 +399,6 @@ export class LoadState {
   }
   takeHotChunk(): number {
     return Atomics.exchange(this.#header, H_HOT_CHUNK, 0) - 1;
-  }
-
-  /**
-   * Eager Workers hold back until this is set: the guest's first steps have the CPU to themselves.
-   */
-  get eagerGo(): boolean {
-    return Atomics.load(this.#header, H_EAGER_GO) !== 0;
-  }
-  letEagerGo(): void {
-    Atomics.store(this.#header, H_EAGER_GO, 1);
   }
 
   /**

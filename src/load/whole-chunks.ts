@@ -6,7 +6,7 @@ import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { countRange, nextBit, setRange } from "./bits.ts";
-import { canMove, type ChunkInHand, type ChunkMover } from "./chunk-mover.ts";
+import { type ChunkInHand, type ChunkMover, movableRuns } from "./chunk-mover.ts";
 import type { Priority } from "./priority.ts";
 import {
   add,
@@ -33,6 +33,8 @@ export interface WholeChunksOptions {
   readonly readsEvents: boolean;
   /** Counter of the pages that come: C_EAGER_PAGES, C_FAULT_PAGES. */
   readonly pagesCounter: number;
+  /** Chunks that a helper is given at a time, at most. */
+  readonly chunksAtOnce: number;
   readonly priority?: Priority | undefined;
 }
 
@@ -58,7 +60,7 @@ export class WholeChunks {
 
   /** Something is in hand. */
   get isBusy(): boolean {
-    return this.#options.movers.some(({ isRunning, moving }) => isRunning || moving !== null);
+    return this.#options.movers.some(({ isRunning, inHand }) => isRunning || inHand.length > 0);
   }
 
   /** A descriptor that polls readable when `advance` has something to do; -1 when there is none. */
@@ -67,32 +69,31 @@ export class WholeChunks {
   }
 
   /**
-   * Takes a chunk that nobody has touched in hand, if a helper is free.
+   * Takes a chunk that nobody has touched in hand. Waits while all helpers are at work.
    * @returns false when it has to come otherwise
    */
   begin(state: BlockState, chunk: number): boolean {
-    const { movers, workerIndex } = this.#options;
-    const mover = movers.find(({ isFree }) => isFree);
-    if (mover === undefined || state.chunks[chunk] !== CHUNK_FREE || !canMove(state, chunk)) {
-      return false;
-    }
-    const word = CHUNK_MOVING + workerIndex;
+    const runs = movableRuns(state, chunk);
+    if (runs === 0 || state.chunks[chunk] !== CHUNK_FREE) return false;
+    const mover = this.#free(runs);
+    if (mover === undefined) return false;
+    const word = CHUNK_MOVING + this.#options.workerIndex;
     if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, word) !== CHUNK_FREE) return false;
-    mover.begin(state, chunk);
+    mover.add(state, chunk);
+    if (mover.inHand.length >= this.#options.chunksAtOnce) mover.send();
     return true;
   }
 
-  /** A helper is free now, or after a wait for one. @returns false when there is none any more */
-  waitFree(): boolean {
-    while (!this.#options.movers.some(({ isFree }) => isFree)) {
-      if (!this.advance(-1)) return false;
+  #free(runs: number): ChunkMover | undefined {
+    for (;;) {
+      const free = this.#options.movers.find((mover) => mover.canTake(runs));
+      if (free !== undefined || !this.advance(-1)) return free;
     }
-    return true;
   }
 
-  /** Nobody waits for a chunk that was read while this thread does something else. */
+  /** Nothing that was begun waits for more to go with it. */
   flush(): void {
-    for (const mover of this.#options.movers) mover.flush();
+    for (const mover of this.#options.movers) mover.send();
   }
 
   /**
@@ -118,47 +119,30 @@ export class WholeChunks {
 
   /** The next step of what a helper has in hand. */
   #proceed(mover: ChunkMover): void {
-    const { state: load, readsEvents } = this.#options;
-    const read = mover.proceed();
-    if (mover.moving !== null) {
-      this.#settle(mover.moving, mover.hasMoved);
-      mover.settle();
-    }
-    const { reading } = mover;
-    if (reading === null) return;
-    if (read === null) {
+    const { state: load } = this.#options;
+    mover.proceed();
+    if (mover.inHand[0]?.fate === "reading" && !load.halted) {
       mover.goOn();
-    } else if (!read || load.halted) {
-      mover.drop();
-      this.#settle(reading, false);
-    } else if (!load.metadata.canDiscard) {
-      mover.queueMove();
-      // Somebody waits for what the reader of events brings.
-      if (readsEvents) mover.flush();
-    } else {
-      this.#moveGuarded(mover, reading);
+      return;
     }
+    for (const taken of mover.inHand) {
+      if (taken.fate === "read" && !load.halted) this.#moveGuarded(mover, taken);
+      this.#settle(taken);
+    }
+    mover.clear();
   }
 
   /** Where pages can be given back: looked at and moved while no event is read. */
-  #moveGuarded(mover: ChunkMover, reading: ChunkInHand): void {
+  #moveGuarded(mover: ChunkMover, taken: ChunkInHand): void {
     const { state: load, workerIndex, readsEvents } = this.#options;
-    const { state, chunk } = reading;
+    const { state, chunk } = taken;
     while (!readsEvents && !load.enterCopy(workerIndex)) {
       sys.poll(this.#fds, this.#revents, 0, 0, GATE_PAUSE_MS);
     }
     const end = state.chunkEnd(chunk);
     // A REMOVE may have marked pages while the bytes were read: those are zero now.
-    if (load.halted || nextBit(state.done, state.chunkStart(chunk), end, true) !== end) {
-      mover.drop();
-      this.#settle(reading, false);
-    } else {
-      mover.queueMove();
-      mover.flush();
-      mover.proceed();
-      this.#settle(reading, mover.hasMoved);
-      mover.settle();
-    }
+    const isWhole = nextBit(state.done, state.chunkStart(chunk), end, true) === end;
+    if (isWhole && !load.halted && mover.moveNow(taken)) setMoved(taken);
     if (!readsEvents) load.leaveCopy(workerIndex);
   }
 
@@ -166,19 +150,21 @@ export class WholeChunks {
    * A chunk has come as a whole, or could not. Faults in it have waited for it; they are woken in any
    * case.
    */
-  #settle({ state, chunk }: ChunkInHand, moved: boolean): void {
+  #settle(taken: ChunkInHand): void {
     const { counters, uffd, priority } = this.#options;
+    const { state, chunk } = taken;
     const { block } = state;
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
-    if (moved) setRange(state.done, start, end);
-    Atomics.store(state.chunks, chunk, moved ? CHUNK_MOVED : CHUNK_SPLIT);
+    const isMoved = taken.fate === "moved";
+    if (isMoved) setMoved(taken);
+    Atomics.store(state.chunks, chunk, isMoved ? CHUNK_MOVED : CHUNK_SPLIT);
     const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
     if (waitingSinceNs > 0) priority?.putBack();
-    if (!moved || waitingSinceNs > 0) {
+    if (!isMoved || waitingSinceNs > 0) {
       uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
     }
-    if (!moved) {
+    if (!isMoved) {
       this.unmoved.push(state.firstChunk + chunk);
       return;
     }
@@ -188,4 +174,9 @@ export class WholeChunks {
     add(counters, C_MOVED_CHUNKS, 1);
     this.bytesCome += dataPages * block.pageSize;
   }
+}
+
+/** All its pages have come. Where pages can be given back: before another event is read. */
+function setMoved({ state, chunk }: ChunkInHand): void {
+  setRange(state.done, state.chunkStart(chunk), state.chunkEnd(chunk));
 }

@@ -8,7 +8,7 @@ import type { PageSource } from "../source/page-source.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { ChunkMover } from "./chunk-mover.ts";
-import type { WorkerReport, WorkerStart } from "./protocol.ts";
+import type { EagerWorkerStart, FaultWorkerStart, WorkerReport } from "./protocol.ts";
 import { LoadState } from "./state.ts";
 
 declare const self: Worker;
@@ -30,7 +30,7 @@ function report(message: WorkerReport): void {
  * Runs `loop` once, when the start message has come. @param prepare done before that, and without
  * need: it may fail
  */
-export function serveWorker<Start extends WorkerStart>(
+export function serveWorker<Start extends EagerWorkerStart | FaultWorkerStart>(
   loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
   prepare?: () => unknown,
 ): void {
@@ -42,7 +42,11 @@ export function serveWorker<Start extends WorkerStart>(
       const source = await makeSource(start.source, start.handle.metadata.blocks);
       // The descriptor is the main thread's: it is not closed here.
       const uffd = new Uffd(start.uffdFd);
-      const movers = start.helpers.map((helper) => new ChunkMover(helper, start.fileFd));
+      const options = {
+        isGuarded: state.metadata.canDiscard,
+        preparesAhead: start.role === "fault",
+      };
+      const movers = start.helpers.map((helper) => new ChunkMover(helper, start.fileFd, options));
       const end = loop(start, { state, uffd, source, counters, movers, report });
       source.close();
       report({ type: "ended", end });

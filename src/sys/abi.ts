@@ -241,6 +241,10 @@ export const MAP_HUGETLB = 0x40000;
 /** log2 of the huge page size goes into the flags from this bit on. */
 export const MAP_HUGE_SHIFT = 26;
 
+/** sched_setscheduler(2). */
+export const SCHED_OTHER = 0;
+export const SCHED_IDLE = 5;
+
 export const MADV_NORMAL = 0;
 export const MADV_RANDOM = 1;
 export const MADV_SEQUENTIAL = 2;

@@ -73,6 +73,7 @@ const SYMBOLS = {
   fsl_process_madvise: { args: [i32, f64, f64, i32], returns: f64 },
   fsl_gettid: { args: [], returns: i32 },
   fsl_setpriority: { args: [i32, i32], returns: i32 },
+  fsl_sched_setscheduler: { args: [i32, i32], returns: i32 },
   fsl_sched_setaffinity: { args: [i32, pointer, f64], returns: i32 },
   fsl_sched_getaffinity: { args: [i32, pointer, f64], returns: i32 },
   fsl_set_mempolicy: { args: [i32, pointer, f64], returns: i32 },
@@ -85,6 +86,7 @@ const SYMBOLS = {
   fsl_munmap: { args: [f64, f64], returns: i32 },
   fsl_madvise: { args: [f64, f64, i32], returns: i32 },
   fsl_mincore: { args: [f64, f64, pointer], returns: i32 },
+  fsl_cachestat: { args: [i32, f64, f64], returns: f64 },
   fsl_mlock: { args: [f64, f64], returns: i32 },
   fsl_remote_syscall: { args: [i32, i32, pointer, pointer, i32], returns: i32 },
 } as const;
@@ -527,6 +529,11 @@ export function setpriority(tid: number, nice: number): number {
   return lib.fsl_setpriority(tid, nice);
 }
 
+/** Policy of one thread: SCHED_OTHER or SCHED_IDLE. */
+export function schedSetscheduler(tid: number, policy: number): number {
+  return lib.fsl_sched_setscheduler(tid, policy);
+}
+
 export function schedSetaffinity(tid: number, mask: Memory, maskBytes: number): number {
   return lib.fsl_sched_setaffinity(tid, mask, maskBytes);
 }
@@ -590,6 +597,11 @@ export function munmap(addr: number, length: number): number {
 
 export function madvise(addr: number, length: number, advice: number): number {
   return lib.fsl_madvise(addr, length, advice);
+}
+
+/** cachestat(2), Linux 6.5: how many pages of this range of a file are in the page cache. */
+export function cachestat(fd: number, offset: number, length: number): number {
+  return lib.fsl_cachestat(fd, offset, length);
 }
 
 /** One byte per page into `vector`. */

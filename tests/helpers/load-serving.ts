@@ -175,8 +175,7 @@ export class Rig implements AsyncDisposable {
    * Begins the eager load. @returns when all is in: true; false when the toucher has ended before
    */
   bringRest(): Promise<boolean> {
-    this.serving.startEager(new Int32Array(0));
-    this.serving.letEagerGo(0);
+    this.serving.startEager();
     return within(this.serving.bringRest(), COMMAND_MS, "the eager load");
   }
 

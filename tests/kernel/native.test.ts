@@ -2,7 +2,7 @@
  * The binding itself: loading, the ABI table, memory, sockets with descriptors, polling, leases.
  */
 import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import {
@@ -34,6 +34,8 @@ import {
   POLLIN,
   PROT_READ,
   PROT_WRITE,
+  SCHED_IDLE,
+  SCHED_OTHER,
   SEEK_DATA,
   SEEK_HOLE,
   SOCK_STREAM,
@@ -125,6 +127,16 @@ describe("memory", () => {
     expect(sys.mincore(addr, PAGE, vector)).toBe(0);
     expect(new Uint8Array(sys.view(addr, PAGE))[0]).toBe(9);
     sys.munmap(addr, PAGE);
+  });
+
+  test("cachestat counts the pages of a file that are in the page cache", () => {
+    const fd = memfd(4 * PAGE);
+    const page = new Uint8Array(PAGE).fill(1);
+    expect(sys.pwrite(fd, sys.ptrOf(page), PAGE, PAGE)).toBe(PAGE);
+    expect(sys.cachestat(fd, 0, 4 * PAGE)).toBe(1);
+    expect(sys.cachestat(fd, 2 * PAGE, PAGE)).toBe(0);
+    expect(sys.cachestat(fd, PAGE, PAGE)).toBe(1);
+    expect(sys.cachestat(-1, 0, PAGE)).toBe(-EBADF);
   });
 
   test("an empty view and the address of nothing are harmless", () => {
@@ -301,6 +313,12 @@ describe("threads and limits", () => {
     const tid = sys.gettid();
     expect(tid).toBeGreaterThan(0);
     expect(sys.setpriority(tid, 0)).toBe(0);
+    expect(sys.schedSetscheduler(tid, SCHED_IDLE)).toBe(0);
+    const stat = readFileSync("/proc/thread-self/stat", "latin1");
+    // The 41st field, counted from the third on.
+    expect(Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[38])).toBe(SCHED_IDLE);
+    expect(sys.schedSetscheduler(tid, SCHED_OTHER)).toBe(0);
+    expect(sys.schedSetscheduler(tid, 99)).toBe(-EINVAL);
     const mask = new Uint8Array(128);
     const written = sys.schedGetaffinity(tid, mask, mask.length);
     expect(written).toBeGreaterThan(0);
