@@ -33,13 +33,8 @@ import { WholeChunks } from "./whole-chunks.ts";
  * How many chunks the eager load follows a fault; and that of a guest that reads much: 64 MiB are
  * read in 20 ms.
  */
-const FOLLOWED = 3;
+const FOLLOWED = 2;
 const FOLLOWED_BULK = 32;
-/**
- * A helper has so many in hand at a time: it is waked and asked less often. A vCPU may have to wait for
- * all of them, a millisecond and a half.
- */
-const CHUNKS_AT_ONCE = Number(process.env["X_CAO"] ?? 3);
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
 /** Of poll(2). */
@@ -140,12 +135,7 @@ export class EagerLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
-    this.#whole = new WholeChunks({
-      ...options,
-      readsEvents: false,
-      pagesCounter: C_EAGER_PAGES,
-      chunksAtOnce: options.state.metadata.canDiscard ? 1 : CHUNKS_AT_ONCE,
-    });
+    this.#whole = new WholeChunks({ ...options, readsEvents: false, pagesCounter: C_EAGER_PAGES });
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
     const perPace = (bytesPerSecond * PACE_MS) / 1000;
@@ -386,7 +376,6 @@ export class EagerLoop {
     const { state: load, counters, workerIndex } = this.#options;
     const { canDiscard } = load.metadata;
     const { block } = state;
-    this.#whole.flush();
     if (canDiscard && !load.enterCopy(workerIndex)) return RETRY;
     // Looked up again inside the gate: a REMOVE may have marked pages since the caller looked.
     const at = nextMissing(state.data, state.done, from, chunkEnd, true);

@@ -2,6 +2,7 @@
 import { EagerLoop } from "./eager-loop.ts";
 import { Priority } from "./priority.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
+import { rehearseChunks } from "./rehearsal.ts";
 import { serveWorker } from "./worker.ts";
 
 serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
@@ -30,4 +31,4 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, r
   } finally {
     loop.close();
   }
-});
+}, rehearseChunks);

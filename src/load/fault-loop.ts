@@ -21,7 +21,6 @@ import {
   type BlockState,
   C_BATCHES,
   C_CHUNK_FAULTS,
-  CHUNK_FREE,
   CHUNK_MOVING,
   C_EAGER_PAGES,
   C_FAULT_PAGES,
@@ -80,7 +79,7 @@ export interface FaultLoopOptions {
   readonly pidfd: number;
   /** Data pages brought in around a faulting page after the batch is served, aligned; 1 = none. */
   readonly clusterPages: number;
-  /** Bring whole chunks; none: all faults are served page by page. */
+  /** Brings whole chunks to a guest that reads much; none: all faults are served page by page. */
   readonly movers: readonly ChunkMover[];
   /** Helpers of the eager load: a vCPU may wait for a chunk that one of them has in hand. */
   readonly helperPids: readonly number[];
@@ -131,7 +130,6 @@ export class FaultLoop {
       ...options,
       workerIndex: FAULT_WORKER,
       readsEvents: true,
-      chunksAtOnce: 1,
       pagesCounter: C_FAULT_PAGES,
     });
     const { readyFd } = options.source;
@@ -321,8 +319,7 @@ export class FaultLoop {
       return outcome;
     }
     if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
-    const chunk = state.chunkOf(page);
-    if (this.#isWholeBest(state, chunk) && this.#whole.begin(state, chunk)) {
+    if (this.#options.state.isBulk && this.#whole.begin(state, state.chunkOf(page))) {
       return this.#awaitChunk(state, page);
     }
     if (!state.splitChunk(page)) return this.#awaitChunk(state, page);
@@ -338,28 +335,6 @@ export class FaultLoop {
       }
     }
     return outcome;
-  }
-
-  /**
-   * To read a chunk that is in the page cache, and to move it, takes as long as three faults. From a
-   * disk it takes many times as long as the page: only for a guest that wants all of it anyway.
-   */
-  #isWholeBest(state: BlockState, chunk: number): boolean {
-    if (state.chunks[chunk] !== CHUNK_FREE || this.#whole.isEmpty) return false;
-    return this.#options.state.isBulk || this.#isAtHand(state, chunk);
-  }
-
-  /** All data of the chunk. */
-  #isAtHand(state: BlockState, chunk: number): boolean {
-    const { source } = this.#options;
-    const end = state.chunkEnd(chunk);
-    let at = nextBit(state.data, state.chunkStart(chunk), end, true);
-    while (at < end) {
-      const runEnd = nextBit(state.data, at, end, false);
-      if (source.isAtHand?.(state.index, at, runEnd - at) !== true) return false;
-      at = nextBit(state.data, runEnd, end, true);
-    }
-    return true;
   }
 
   /**

@@ -1,10 +1,8 @@
 /** Worker entry point: the fault loop. */
-import { rehearse } from "./rehearsal.ts";
+import { rehearseFaults } from "./rehearsal.ts";
 import { FaultLoop } from "./fault-loop.ts";
 import type { FaultWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
-
-import { compileIdly } from "./priority.ts";
 
 serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
   const loop = new FaultLoop({
@@ -21,11 +19,10 @@ serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, r
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),
   });
-  compileIdly();
   report({ type: "serving" });
   try {
     return loop.run();
   } finally {
     loop.close();
   }
-}, rehearse);
+}, rehearseFaults);

@@ -20,7 +20,6 @@ import { makeSource } from "../source/make-source.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { UFFD_FEATURES } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
-import { compileIdly } from "./priority.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { ExitStatus, Target, TargetInfo } from "../vmm/target.ts";
@@ -211,19 +210,17 @@ class Load {
     handedOver.catch(() => {});
     // Once QEMU has been told, and so has something to do meanwhile.
     await Bun.sleep(0);
-    // What the guest will ask for comes while QEMU loads its devices, and so does the beginning of the
-    // rest.
-    serving.startEager();
     await this.#letZeroExtentsGo(state, zero);
     await Promise.all([handedOver, served]);
     state.phase = PHASE_STATE_LOADED;
     if (this.#isPaused) await this.#target.putSettingsBack?.();
     else await this.#resume();
     state.phase = PHASE_RUNNING;
+    serving.startEager();
     releaseProgramText();
-    compileIdly();
-    const { set } = prepared;
-    return this.#handle(this.#finish(serving, set).catch((error) => this.#giveUp(serving, error)));
+    return this.#handle(
+      this.#finish(serving, prepared.set).catch((error) => this.#giveUp(serving, error)),
+    );
   }
 
   #sourceOf(snapshot: Snapshot): PageSourceSpec {
@@ -423,9 +420,8 @@ class Load {
     );
     this.#serving = serving;
     const { set } = prepared;
-    const served = serving.serveFaults(
-      set === null ? new Int32Array(0) : planReplay(set, state, serving.bringsWholeChunks),
-    );
+    const replay = set === null ? new Int32Array(0) : planReplay(set, state);
+    const served = serving.serveFaults(replay);
     const kept = this.#keepState(fd);
     served.catch(() => {});
     kept.catch(() => {});

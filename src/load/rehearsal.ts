@@ -1,19 +1,25 @@
 /**
- * A rehearsal of the fault loop, in memory of our own, while the target is still starting: code that
- * runs for the first time takes a millisecond, and the first faults come from the target's loading
- * of its devices and from the guest's first steps. Runs in the fault Worker.
+ * Rehearsals of the Workers' loops, on a load state of our own, while the target is still starting:
+ * code that runs for the first time takes a millisecond, and the first faults come from the target's
+ * loading of its devices and from the guest's first steps.
  */
 import {
   EFD_CLOEXEC,
+  HELPER_CALLS_MAX,
+  HELPER_DATA_BYTES,
+  HELPER_REPLY,
   MAP_ANONYMOUS,
   MAP_PRIVATE,
   MFD_CLOEXEC,
+  MSG_DONTWAIT,
   O_CLOEXEC,
   O_NONBLOCK,
   PROT_READ,
   PROT_WRITE,
   REGISTER_MISSING,
+  SOCK_SEQPACKET,
   UFFD_EVENT_PAGEFAULT,
+  UFFD_MOVE,
   UFFD_MSG,
   UFFD_USER_MODE_ONLY,
 } from "../sys/abi.ts";
@@ -21,8 +27,10 @@ import * as sys from "../sys/native.ts";
 import { createPageSource } from "../source/snapshot-source.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { setRange } from "./bits.ts";
+import { ChunkMover } from "./chunk-mover.ts";
+import { EagerLoop, planChunks } from "./eager-loop.ts";
 import { FaultLoop } from "./fault-loop.ts";
-import { C_FAULTS, LoadState } from "./state.ts";
+import { C_FAULTS, C_MOVED_CHUNKS, CHUNK_LENGTH, LoadState, type StateBlock } from "./state.ts";
 
 const PAGE = 4096;
 const PAGES = 64;
@@ -34,10 +42,10 @@ const FAULT_EVERY = 8;
 const CLUSTER_PAGES = 2;
 
 /**
- * Serves a few made-up faults.
+ * Serves a few made-up faults. Runs in the fault Worker.
  * @returns how many; 0 where a process may not have a userfaultfd
  */
-export function rehearse(): number {
+export function rehearseFaults(): number {
   const uffdFd = sys.userfaultfd(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
   if (uffdFd < 0) return 0;
   const fileFd = sys.memfdCreate("fsl-rehearsal", MFD_CLOEXEC);
@@ -57,26 +65,8 @@ export function rehearse(): number {
 function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): number {
   uffd.api(0);
   uffd.register(memory, LENGTH, REGISTER_MISSING);
-  const block = {
-    idstr: "rehearsal",
-    hostAddr: memory,
-    usedLength: LENGTH,
-    pageSize: PAGE,
-    hostPageSize: PAGE,
-    pagesOffset: 0,
-    movable: false,
-  };
-  const target = { pid: 0, controlPath: null, isControlPrivate: true, endsWithFsl: true, undo: {} };
-  const { state, fd } = LoadState.create({
-    target,
-    paused: true,
-    snapshotPath: "",
-    snapshotIdentity: {},
-    blocks: [block],
-    registered: [memory, memory + LENGTH],
-    canDiscard: false,
-    source: {},
-  });
+  const block = { ...BLOCK, hostAddr: memory, usedLength: LENGTH, movable: false };
+  const { state, fd } = rehearsalState(block);
   const source = createPageSource({ fd: fileFd }, [block]);
   try {
     for (const { data } of state.blocks) setRange(data, 0, DATA_PAGES);
@@ -111,4 +101,85 @@ function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): numbe
     state.unmap();
     sys.close(fd);
   }
+}
+
+/** Chunks that the eager loop brings in its rehearsal. */
+const CHUNKS = 8;
+
+/**
+ * Brings a few made-up chunks, with the answers of a helper that does not exist. Runs in an eager
+ * Worker. @returns how many
+ */
+export function rehearseChunks(): number {
+  const block = {
+    ...BLOCK,
+    hostAddr: CHUNK_LENGTH,
+    usedLength: CHUNKS * CHUNK_LENGTH,
+    movable: true,
+  };
+  const pair = new Int32Array(2);
+  if (sys.socketpair(SOCK_SEQPACKET, pair) < 0) return 0;
+  const [ours = -1, theirs = -1] = pair;
+  const { state, fd } = rehearsalState(block);
+  const source = createPageSource({ fd }, [block]);
+  try {
+    for (const { data, pageCount } of state.blocks) setRange(data, 0, pageCount);
+    answerAhead(theirs);
+    const record = { pid: 0, fd: ours, uffdFd: -1, stagingAddr: 0, stagingLength: CHUNK_LENGTH };
+    const loop = new EagerLoop({
+      // Nobody waits, and nothing is copied: it is not used.
+      uffd: new Uffd(fd),
+      source,
+      state,
+      counters: state.counters(1),
+      workerIndex: 1,
+      pieceLength: CHUNK_LENGTH,
+      order: planChunks(state),
+      replay: Int32Array.of(0, 0, 0),
+      movers: [new ChunkMover(record, fd, false)],
+      bytesPerSecond: 0,
+      pendingMax: 0,
+      onFailure: () => {},
+      onRecovered: () => {},
+    });
+    loop.run();
+    loop.close();
+    return state.counters(1)[C_MOVED_CHUNKS] ?? 0;
+  } finally {
+    source.close();
+    state.unmap();
+    for (const each of [fd, ours, theirs]) sys.close(each);
+  }
+}
+
+/** What a helper answers to a descriptor, then to each chunk: a read and a move, both of all of it. */
+function answerAhead(socket: number): void {
+  const answer = new Int32Array(HELPER_REPLY.BYTES / 4);
+  const send = (): void => {
+    sys.send(socket, answer, HELPER_REPLY.BYTES, new Int32Array(0), 0, MSG_DONTWAIT);
+  };
+  answer[HELPER_REPLY.FD_COUNT / 4] = 1;
+  send();
+  answer[HELPER_REPLY.FD_COUNT / 4] = 0;
+  answer[HELPER_REPLY.CALLS_MADE / 4] = 2;
+  answer[HELPER_REPLY.RESULTS / 4] = CHUNK_LENGTH;
+  const moved = HELPER_REPLY.DATA + HELPER_DATA_BYTES / HELPER_CALLS_MAX + UFFD_MOVE.MOVE;
+  answer[moved / 4] = CHUNK_LENGTH;
+  for (let chunk = 0; chunk < CHUNKS; chunk += 1) send();
+}
+
+const BLOCK = { idstr: "rehearsal", pageSize: PAGE, hostPageSize: PAGE, pagesOffset: 0 };
+
+function rehearsalState(block: StateBlock): { state: LoadState; fd: number } {
+  const target = { pid: 0, controlPath: null, isControlPrivate: true, endsWithFsl: true, undo: {} };
+  return LoadState.create({
+    target,
+    paused: true,
+    snapshotPath: "",
+    snapshotIdentity: {},
+    blocks: [block],
+    registered: [block.hostAddr, block.hostAddr + block.usedLength],
+    canDiscard: false,
+    source: {},
+  });
 }

@@ -216,11 +216,6 @@ export class Serving {
     }
   }
 
-  /** There are helpers, which move chunks as they are. */
-  get bringsWholeChunks(): boolean {
-    return this.#helpers.records.length > 0;
-  }
-
   /** Sets the eager Workers to work: first the working set, then everything. */
   startEager(): void {
     this.#eager = this.#crew.loadEagerly(this.#eagerStarts());

@@ -6,7 +6,7 @@ import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { countRange, nextBit, setRange } from "./bits.ts";
-import { type ChunkInHand, type ChunkMover, movableRuns } from "./chunk-mover.ts";
+import { canMove, type ChunkMover } from "./chunk-mover.ts";
 import type { Priority } from "./priority.ts";
 import {
   add,
@@ -33,8 +33,6 @@ export interface WholeChunksOptions {
   readonly readsEvents: boolean;
   /** Counter of the pages that come: C_EAGER_PAGES, C_FAULT_PAGES. */
   readonly pagesCounter: number;
-  /** Chunks that a helper is given at a time, at most. */
-  readonly chunksAtOnce: number;
   readonly priority?: Priority | undefined;
 }
 
@@ -58,42 +56,32 @@ export class WholeChunks {
     return this.#options.movers.every(({ isGone }) => isGone);
   }
 
-  /** Something is in hand. */
-  get isBusy(): boolean {
-    return this.#options.movers.some(({ isRunning, inHand }) => isRunning || inHand.length > 0);
-  }
-
   /** A descriptor that polls readable when `advance` has something to do; -1 when there is none. */
   get fd(): number {
     return this.#options.movers.find(({ isRunning }) => isRunning)?.fd ?? -1;
   }
 
   /**
-   * Takes a chunk that nobody has touched in hand. Waits while all helpers are at work.
+   * Takes a chunk that nobody has touched in hand. While all helpers are at work, an eager Worker waits.
+   * The reader of events does not: the one who waits for a page gets that page.
    * @returns false when it has to come otherwise
    */
   begin(state: BlockState, chunk: number): boolean {
-    const runs = movableRuns(state, chunk);
-    if (runs === 0 || state.chunks[chunk] !== CHUNK_FREE) return false;
-    const mover = this.#free(runs);
+    if (state.chunks[chunk] !== CHUNK_FREE || !canMove(state, chunk)) return false;
+    const mover = this.#free();
     if (mover === undefined) return false;
     const word = CHUNK_MOVING + this.#options.workerIndex;
     if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, word) !== CHUNK_FREE) return false;
-    mover.add(state, chunk);
-    if (mover.inHand.length >= this.#options.chunksAtOnce) mover.send();
+    mover.begin(state, chunk);
     return true;
   }
 
-  #free(runs: number): ChunkMover | undefined {
+  #free(): ChunkMover | undefined {
+    const { movers, readsEvents } = this.#options;
     for (;;) {
-      const free = this.#options.movers.find((mover) => mover.canTake(runs));
-      if (free !== undefined || !this.advance(-1)) return free;
+      const free = movers.find(({ isFree }) => isFree);
+      if (free !== undefined || readsEvents || !this.advance(-1)) return free;
     }
-  }
-
-  /** Nothing that was begun waits for more to go with it. */
-  flush(): void {
-    for (const mover of this.#options.movers) mover.send();
   }
 
   /**
@@ -103,12 +91,11 @@ export class WholeChunks {
    */
   advance(waitMs: number): boolean {
     const { movers } = this.#options;
-    if (waitMs !== 0) this.flush();
     let running = 0;
     for (const mover of movers) {
       if (mover.isRunning) this.#fds[running++] = mover.fd;
     }
-    if (running === 0) return this.isBusy;
+    if (running === 0) return false;
     sys.poll(this.#fds, this.#revents, running, POLLIN, waitMs);
     let at = 0;
     for (const mover of movers) {
@@ -120,51 +107,51 @@ export class WholeChunks {
   /** The next step of what a helper has in hand. */
   #proceed(mover: ChunkMover): void {
     const { state: load } = this.#options;
-    mover.proceed();
-    if (mover.inHand[0]?.fate === "reading" && !load.halted) {
+    const fate = mover.proceed();
+    const { state, chunk } = mover;
+    if (state === null) return;
+    if (fate === "reading" && !load.halted) {
       mover.goOn();
       return;
     }
-    for (const taken of mover.inHand) {
-      if (taken.fate === "read" && !load.halted) this.#moveGuarded(mover, taken);
-      this.#settle(taken);
-    }
-    mover.clear();
+    const hasMoved = fate === "read" ? this.#moveGuarded(mover, state, chunk) : fate === "moved";
+    this.#settle(state, chunk, hasMoved);
+    mover.settle(hasMoved);
   }
 
   /** Where pages can be given back: looked at and moved while no event is read. */
-  #moveGuarded(mover: ChunkMover, taken: ChunkInHand): void {
+  #moveGuarded(mover: ChunkMover, state: BlockState, chunk: number): boolean {
     const { state: load, workerIndex, readsEvents } = this.#options;
-    const { state, chunk } = taken;
     while (!readsEvents && !load.enterCopy(workerIndex)) {
       sys.poll(this.#fds, this.#revents, 0, 0, GATE_PAUSE_MS);
     }
+    const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
     // A REMOVE may have marked pages while the bytes were read: those are zero now.
-    const isWhole = nextBit(state.done, state.chunkStart(chunk), end, true) === end;
-    if (isWhole && !load.halted && mover.moveNow(taken)) setMoved(taken);
+    const isWhole = nextBit(state.done, start, end, true) === end;
+    const hasMoved = isWhole && !load.halted && mover.moveNow();
+    if (hasMoved) setRange(state.done, start, end);
     if (!readsEvents) load.leaveCopy(workerIndex);
+    return hasMoved;
   }
 
   /**
    * A chunk has come as a whole, or could not. Faults in it have waited for it; they are woken in any
    * case.
    */
-  #settle(taken: ChunkInHand): void {
+  #settle(state: BlockState, chunk: number, hasMoved: boolean): void {
     const { counters, uffd, priority } = this.#options;
-    const { state, chunk } = taken;
     const { block } = state;
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
-    const isMoved = taken.fate === "moved";
-    if (isMoved) setMoved(taken);
-    Atomics.store(state.chunks, chunk, isMoved ? CHUNK_MOVED : CHUNK_SPLIT);
+    if (hasMoved) setRange(state.done, start, end);
+    Atomics.store(state.chunks, chunk, hasMoved ? CHUNK_MOVED : CHUNK_SPLIT);
     const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
     if (waitingSinceNs > 0) priority?.putBack();
-    if (!isMoved || waitingSinceNs > 0) {
+    if (!hasMoved || waitingSinceNs > 0) {
       uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
     }
-    if (!isMoved) {
+    if (!hasMoved) {
       this.unmoved.push(state.firstChunk + chunk);
       return;
     }
@@ -174,9 +161,4 @@ export class WholeChunks {
     add(counters, C_MOVED_CHUNKS, 1);
     this.bytesCome += dataPages * block.pageSize;
   }
-}
-
-/** All its pages have come. Where pages can be given back: before another event is read. */
-function setMoved({ state, chunk }: ChunkInHand): void {
-  setRange(state.done, state.chunkStart(chunk), state.chunkEnd(chunk));
 }

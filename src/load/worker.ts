@@ -8,7 +8,8 @@ import type { PageSource } from "../source/page-source.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { ChunkMover } from "./chunk-mover.ts";
-import type { EagerWorkerStart, FaultWorkerStart, WorkerReport } from "./protocol.ts";
+import { compileIdly } from "./priority.ts";
+import type { WorkerReport, WorkerStart } from "./protocol.ts";
 import { LoadState } from "./state.ts";
 
 declare const self: Worker;
@@ -30,7 +31,7 @@ function report(message: WorkerReport): void {
  * Runs `loop` once, when the start message has come. @param prepare done before that, and without
  * need: it may fail
  */
-export function serveWorker<Start extends EagerWorkerStart | FaultWorkerStart>(
+export function serveWorker<Start extends WorkerStart>(
   loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
   prepare?: () => unknown,
 ): void {
@@ -42,11 +43,10 @@ export function serveWorker<Start extends EagerWorkerStart | FaultWorkerStart>(
       const source = await makeSource(start.source, start.handle.metadata.blocks);
       // The descriptor is the main thread's: it is not closed here.
       const uffd = new Uffd(start.uffdFd);
-      const options = {
-        isGuarded: state.metadata.canDiscard,
-        preparesAhead: start.role === "fault",
-      };
-      const movers = start.helpers.map((helper) => new ChunkMover(helper, start.fileFd, options));
+      const { canDiscard } = state.metadata;
+      const movers = start.helpers.map((helper) => {
+        return new ChunkMover(helper, start.fileFd, canDiscard);
+      });
       const end = loop(start, { state, uffd, source, counters, movers, report });
       source.close();
       report({ type: "ended", end });
@@ -59,6 +59,7 @@ export function serveWorker<Start extends EagerWorkerStart | FaultWorkerStart>(
   report({ type: "loaded" });
   try {
     prepare?.();
+    compileIdly();
   } catch {
     // What is wrong shows when it is done in earnest.
   }

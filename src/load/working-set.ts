@@ -174,19 +174,17 @@ export function identityFits(a: WorkingSetIdentity, b: WorkingSetIdentity): bool
   return a.size === b.size && a.mtimeNs === b.mtimeNs && a.streamOffset === b.streamOffset;
 }
 
-/** A chunk with so many pages in the set is better copied as a whole, after the others. */
+/** A chunk with so many pages in the set is faster as a whole, after resume. */
 const DENSE_PAGES = 64;
 
 /**
  * What of a set is to be brought in, in the set's order: data pages that touch one another as one
- * run, zero pages each alone; as a whole chunks that hold many of both, and those that can be moved.
- * @param bringsWholeChunks something is there that moves chunks
+ * run, zero pages each alone, chunks that hold many of both as a whole.
  * @returns block index, first page, number of pages (0 = the whole chunk); three numbers a run
  */
 export function planReplay(
   set: Pick<WorkingSet, "pages">,
   state: LoadState,
-  bringsWholeChunks: boolean,
 ): Int32Array<ArrayBuffer> {
   const blocks = new Map(state.blocks.map((block) => [block.block.idstr, block]));
   const wanted = state.blocks.map(() => new Set<number>());
@@ -207,8 +205,7 @@ export function planReplay(
     const pages = block === undefined ? undefined : wanted[block.index];
     if (block === undefined || !pages?.has(pageIndex)) continue;
     const chunk = block.chunkOf(pageIndex);
-    const isMoved = bringsWholeChunks && block.block.movable;
-    if (isMoved || (chunkPages[block.index]?.[chunk] ?? 0) >= DENSE_PAGES) {
+    if ((chunkPages[block.index]?.[chunk] ?? 0) >= DENSE_PAGES) {
       runs.push(block.index, pageIndex, 0);
       const end = block.chunkEnd(chunk);
       for (let page = block.chunkStart(chunk); page < end; page += 1) pages.delete(page);

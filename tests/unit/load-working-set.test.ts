@@ -107,7 +107,7 @@ function codeOf(bytes: Buffer): string {
 describe("working-set.planReplay", () => {
   test("keeps the order and merges neighbours", () => {
     using made = makeState([{ pages: 2048 }]);
-    const runs = planReplay(setOf(700, 5, 4, 6, 1500), made.state, false);
+    const runs = planReplay(setOf(700, 5, 4, 6, 1500), made.state);
     expect([...runs]).toEqual([0, 700, 1, 0, 4, 3, 0, 1500, 1]);
   });
 
@@ -121,27 +121,14 @@ describe("working-set.planReplay", () => {
       { idstr: "block0", pageIndex: 8 },
       { idstr: "block0", pageIndex: 11 },
     ];
-    expect([...planReplay({ pages }, made.state, false)]).toEqual([0, 10, 1, 0, 8, 2, 0, 11, 1]);
+    expect([...planReplay({ pages }, made.state)]).toEqual([0, 10, 1, 0, 8, 2, 0, 11, 1]);
   });
 
   test("brings a chunk with many pages as a whole, once", () => {
     using made = makeState([{ pages: 2048 }]);
     const dense = Array.from({ length: 64 }, (_, index) => 520 + 2 * index);
-    const runs = planReplay(setOf(1, ...dense, 3), made.state, false);
+    const runs = planReplay(setOf(1, ...dense, 3), made.state);
     expect([...runs]).toEqual([0, 1, 1, 0, 520, 0, 0, 3, 1]);
-  });
-
-  test("brings every chunk as a whole where that can be done, in the order of the first page", () => {
-    using made = makeState([{ pages: 2048, movable: true }, { pages: 512 }]);
-    const pages = [
-      { idstr: "block0", pageIndex: 700 },
-      { idstr: "block1", pageIndex: 3 },
-      { idstr: "block0", pageIndex: 5 },
-      { idstr: "block0", pageIndex: 800 },
-    ];
-    const runs = [0, 700, 0, 1, 3, 1, 0, 5, 0];
-    expect([...planReplay({ pages }, made.state, true)]).toEqual(runs);
-    expect([...planReplay({ pages }, made.state, false)]).toContain(800);
   });
 });
 
