@@ -23,6 +23,8 @@ const PAGE = 4096;
 const KIB = 1024;
 const MIB = 1024 * 1024;
 const SOCKET_FD = 3;
+/** Long enough for Workers to start, ms. */
+const HIRED_MS = 100;
 
 export interface FaultPathOptions {
   readonly rounds: number;
@@ -283,8 +285,9 @@ async function fillInTypeScript(
   const eager = { workers: threads, pieceLength, nice: 0 };
   const load = await armedLoad(toucher, path, length, { eager });
   try {
-    // A Worker that has loaded its code and waits for work: what a load has when its guest resumes.
-    await Bun.sleep(20);
+    // Workers that have loaded their code and wait for work: what a load has when its guest resumes.
+    load.crew.hireEager(threads);
+    await Bun.sleep(HIRED_MS);
     const start = performance.now();
     if (!(await load.serving.bringRest())) throw new Error("the touching process has ended");
     return length / ((performance.now() - start) * 1e6);
@@ -295,6 +298,7 @@ async function fillInTypeScript(
 }
 
 interface ArmedLoad {
+  readonly crew: Crew;
   readonly serving: Serving;
   close(): Promise<void>;
 }
@@ -349,7 +353,7 @@ async function armedLoad(
     sys.close(target.pidfd);
     closeSync(fileFd);
   };
-  return { serving, close };
+  return { crew, serving, close };
 }
 
 function receiveRegion(socket: number): { fd: number; addr: number } {

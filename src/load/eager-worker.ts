@@ -6,6 +6,8 @@ import { rehearseChunks } from "./rehearsal.ts";
 import { serveWorker } from "./worker.ts";
 
 serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
+  const pids = start.helpers.map(({ pid }) => pid);
+  const priority = new Priority(pids, start.nice);
   const loop = new EagerLoop({
     state,
     uffd,
@@ -15,10 +17,7 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, r
     pieceLength: start.pieceLength,
     order: start.order,
     replay: start.replay,
-    priority: new Priority(
-      start.helpers.map(({ pid }) => pid),
-      start.nice,
-    ),
+    priority,
     movers,
     bytesPerSecond: start.bytesPerSecond,
     pendingMax: start.pendingMax,
@@ -30,5 +29,6 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, r
     return loop.run();
   } finally {
     loop.close();
+    priority.close();
   }
 }, rehearseChunks);

@@ -8,7 +8,7 @@
  * `FaultLoop`), and is put back here.
  *
  * JavaScript is compiled by threads of its own while it runs: 20 to 50 ms of CPU time at each load,
- * just when the guest takes its first steps. They never have more than what is left.
+ * just when the guest takes its first steps. They too have what nobody else wants, as long as that.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { SCHED_IDLE, SCHED_OTHER } from "../sys/abi.ts";
@@ -43,6 +43,12 @@ export class Priority {
     if (!isBulk && performance.now() < this.#gentleUntilMs) return;
     this.#gentleUntilMs = 0;
     this.#set();
+    compileIdly(false);
+  }
+
+  /** The eager load is over. */
+  close(): void {
+    if (this.#gentleUntilMs > 0) compileIdly(false);
   }
 
   /** Helpers as they ought to be now: a chunk that was waited for has come. */
@@ -68,8 +74,8 @@ export function raise(helperPid: number): void {
 }
 
 /**
- * What compiles JavaScript in this process takes only the CPU time that is left; or as before. Threads
- * that are made later have the policy of whoever makes them, so this is called again and again.
+ * What compiles JavaScript in this process takes only the CPU time that is left, or as much as anybody.
+ * Called when code has run for the first time, so that the threads are there.
  */
 export function compileIdly(isIdle = true): void {
   if (!mayRaise()) return;

@@ -256,7 +256,7 @@ export class QmpClient {
 
   #take(message: QmpMessage): void {
     if (message.QMP !== undefined) {
-      this.execute("qmp_capabilities").then(this.#isReady, this.#isNotReady);
+      this.#send("qmp_capabilities").then(this.#isReady, this.#isNotReady);
     } else if (message.event !== undefined) {
       this.#events.add({ event: message.event, data: message.data ?? {}, at: performance.now() });
     } else if (message.id !== undefined) {
@@ -268,7 +268,13 @@ export class QmpClient {
     }
   }
 
-  execute<T = unknown>(command: string, args: Record<string, unknown> = {}): Promise<T> {
+  /** Waits for QEMU's greeting, should it not have come yet. */
+  async execute<T = unknown>(command: string, args: Record<string, unknown> = {}): Promise<T> {
+    await this.ready;
+    return this.#send<T>(command, args);
+  }
+
+  #send<T = unknown>(command: string, args: Record<string, unknown> = {}): Promise<T> {
     return new Promise((resolve, reject) => {
       if (this.#failure !== null || this.#socket === null) {
         return reject(new Error(`QMP ${command}: ${this.#failure?.message ?? "not connected"}`));

@@ -330,9 +330,13 @@ function nameOf(pid: number): string {
 /** False for a zombie too. */
 export function isRunning(pid: number): boolean {
   try {
-    return !/^State:\s+[ZX]/m.test(readFileSync(`/proc/${pid}/status`, "latin1"));
+    // The first thread may have ended, and others hold the descriptors yet.
+    return readdirSync(`/proc/${pid}/task`).some((thread) => {
+      const status = readFileSync(`/proc/${pid}/task/${thread}/status`, "latin1");
+      return !/^State:\s+[ZX]/m.test(status);
+    });
   } catch {
-    return false;
+    return existsSync(`/proc/${pid}/task`) && isRunning(pid);
   }
 }
 

@@ -27,11 +27,16 @@ export function discardsIn(path: string): Discard[] {
   }));
 }
 
-/** Waits until QEMU has given back so many bytes of guest memory. */
-export async function discarded(path: string, bytesMin: number): Promise<void> {
+/** Bytes of guest memory that QEMU has given back so far. */
+export function bytesDiscarded(path: string): number {
+  return discardsIn(path).reduce((sum, { length }) => sum + length, 0);
+}
+
+/** Waits until QEMU has given back so many bytes of guest memory, and `before` before that. */
+export async function discarded(path: string, bytesMin: number, before = 0): Promise<void> {
   let bytes = 0;
   for (let left = 200; left > 0; left -= 1) {
-    bytes = discardsIn(path).reduce((sum, { length }) => sum + length, 0);
+    bytes = bytesDiscarded(path) - before;
     if (bytes >= bytesMin) return;
     await Bun.sleep(100); // A file tells nobody when it grows.
   }
