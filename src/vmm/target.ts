@@ -144,6 +144,12 @@ export interface Target extends ServedTarget {
    * its RAM comes in. `resume` does it too, `release` at the latest.
    */
   putSettingsBack?(): Promise<void>;
+  /**
+   * Before `abandon`: an error that came because the target has ended becomes one that says so, and
+   * how; any other stays what it is. Waits up to a second for the kernel to tell. Absent: the
+   * target's own methods do that for all errors.
+   */
+  explain?(error: unknown): Promise<unknown>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
 }
