@@ -272,7 +272,7 @@ describe.skipIf(reason !== null)("fsl killed", () => {
     async () => {
       const snapshot = await snapshotOf(BARE_KVM);
       const random = randomNumbers(SEED + 2);
-      for (let round = 0; round < repetitions(2, 50); round += 1) {
+      for (let round = 0; round < repetitions(2, 100); round += 1) {
         await using run = await FaultRun.start(snapshot, { flags: ["--eager-rate", "64K"] });
         const pid = await run.qemuPid();
         await spinUntil(pid, (state) => state.phase >= PHASE_RUNNING);
