@@ -161,6 +161,11 @@ export type StateProgress = "none" | "loading" | "loaded" | "failed";
 export interface FoundTarget extends ServedTarget {
   /** See `TargetRecord`. */
   readonly endsWithFsl: boolean;
+  /**
+   * After its state is loaded: what was changed for that, so that the guest can be saved and migrated
+   * while its RAM comes in. `resume` does it too, `release` at the latest.
+   */
+  putSettingsBack(): Promise<void>;
   /** Asks the target; it can answer only when no thread of its main loop waits for a page. */
   stateProgress(): Promise<StateProgress>;
   /** Closes what fsl holds of it; the target goes on. Idempotent. */
