@@ -14,6 +14,7 @@ import { MFD_CLOEXEC } from "../sys/abi.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
+import { watchHotplug } from "./hotplug-watch.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
@@ -22,7 +23,14 @@ import {
   PARAMETERS_IN_THE_WAY,
 } from "./migration-settings.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
-import type { ExitStatus, GuestRegion, Target, TargetInfo, TargetRecord } from "./target.ts";
+import type {
+  ExitStatus,
+  GuestRegion,
+  HotplugWants,
+  Target,
+  TargetInfo,
+  TargetRecord,
+} from "./target.ts";
 import {
   DEVICE_NAME,
   type TakenUserfaultfd,
@@ -334,6 +342,18 @@ export class QemuTarget implements Target {
     await this.#guard(
       this.#qmp.request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY }),
     );
+  }
+
+  async hold(): Promise<boolean> {
+    const patience = { timeoutMs: Number.POSITIVE_INFINITY };
+    const status = await this.#guard(this.#qmp.request("query-status", undefined, patience));
+    if (!isRecord(status) || status["running"] !== true) return false;
+    await this.pause();
+    return true;
+  }
+
+  watchHotplug(wants: HotplugWants, found: (type: string) => void): () => void {
+    return watchHotplug(this.#qmp, wants, found);
   }
 
   async abandon(): Promise<void> {
