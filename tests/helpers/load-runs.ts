@@ -327,10 +327,15 @@ function nameOf(pid: number): string {
   }
 }
 
-/** False for a zombie too. */
+/**
+ * False for a zombie too; but not while other threads of it are still ending: what they have open,
+ * locks among it, is not given back before.
+ */
 export function isRunning(pid: number): boolean {
   try {
-    return !/^State:\s+[ZX]/m.test(readFileSync(`/proc/${pid}/status`, "latin1"));
+    const status = readFileSync(`/proc/${pid}/status`, "latin1");
+    if (!/^State:\s+[ZX]/m.test(status)) return true;
+    return Number(/^Threads:\s+(\d+)/m.exec(status)?.[1] ?? 0) > 1;
   } catch {
     return false;
   }
