@@ -2,7 +2,7 @@
 # Sets up what this repository needs on Debian 12 or 13 with Node.js. What is there already is left
 # alone, and nothing of the machine's own package configuration is changed.
 #
-#   sh scripts/setup.sh [tools] [qemu] [guest]
+#   sh scripts/setup.sh [tools] [qemu] [guest] [newer] [gdb]
 #
 # Default: all. What comes behind the word `try` may fail.
 #
@@ -11,6 +11,7 @@
 #   guest   the guests of tests, demo and benchmark, in .cache/guest; apt-get; brings qemu along
 #   newer   a second, newer QEMU for tests, in .cache/packages; Debian only. Tried once, may fail.
 #           FSL_QEMU_NEWER names one that is here already
+#   gdb     a debugger for tests, in .cache/packages. Tried once, may fail
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -53,6 +54,10 @@ newer_ready() {
   [ -z "${FSL_QEMU_NEWER:-}" ] || return 0
   tried=.cache/packages/newer-tried
   [ -f $tried ] && [ "$(head -n 1 $tried)" = "$(cd .cache/packages && pwd -P)" ]
+}
+
+gdb_ready() {
+  command -v gdb >/dev/null || [ -f .cache/packages/gdb-tried ]
 }
 
 # -- apt, without touching the machine's configuration ---------------------------------------------
@@ -271,6 +276,38 @@ set_up_newer() {
   fi
 }
 
+# Downloads the small gdb with those of its libraries that this machine does not have, and unpacks
+# them. Prints why it cannot be had.
+fetch_gdb() {
+  command -v apt-get >/dev/null || { echo "apt-get is not here" && return 1; }
+  prepare_apt
+  at=.cache/packages/gdb
+  rm -rf .cache/download "$at"
+  mkdir -p .cache/download/partial "$at"
+  # Nothing is installed: the machine's package state is only read, so its lock is not needed.
+  private_apt apt-get install --download-only -y --no-install-recommends \
+    -o Debug::NoLocking=1 -o Dir::Cache::archives="$root/.cache/download" \
+    gdb-minimal >.cache/apt/gdb.log 2>&1 ||
+    { echo "$(grep '^E: ' .cache/apt/gdb.log | tail -n 1)" && return 1; }
+  for package in .cache/download/*.deb; do
+    dpkg -x "$package" "$at" || { echo "$package cannot be unpacked" && return 1; }
+  done
+  rm -rf .cache/download "$at/usr/share/doc" "$at/usr/share/man" "$at/usr/share/locale"
+}
+
+set_up_gdb() {
+  gdb_ready && return
+  say "fetching gdb (5 MB)"
+  mkdir -p .cache/packages
+  if why=$(fetch_gdb); then
+    : >.cache/packages/gdb-tried
+  else
+    rm -rf .cache/packages/gdb
+    echo "${why:-see .cache/apt/gdb.log}" >.cache/packages/gdb-tried
+    say "going on without gdb: $why (once more: rm .cache/packages/gdb-tried)"
+  fi
+}
+
 # -- go --------------------------------------------------------------------------------------------
 
 # Sets up one set, unless it is ready; never two at a time.
@@ -283,7 +320,7 @@ set_up() {
   exec 9>&-
 }
 
-[ $# -gt 0 ] || set -- tools qemu guest newer
+[ $# -gt 0 ] || set -- tools qemu guest newer gdb
 while [ $# -gt 0 ]; do
   case $1 in
   tools) set_up tools ;;
@@ -293,12 +330,13 @@ while [ $# -gt 0 ]; do
     set_up guest
     ;;
   newer) set_up newer ;;
+  gdb) set_up gdb ;;
   try)
     shift
     sh "$root/scripts/setup.sh" "$@" || say "going on without $*"
     break
     ;;
-  *) fail "unknown set '$1': expected tools, qemu, guest or newer" ;;
+  *) fail "unknown set '$1': expected tools, qemu, guest, newer or gdb" ;;
   esac
   shift
 done

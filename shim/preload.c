@@ -144,6 +144,36 @@ static int32_t make_and_send(int32_t socket, int32_t helpers_wanted) {
   return message.result;
 }
 
+/* glibc's loader keeps a list of what it has loaded. @source <link.h> */
+struct link_map {
+  uint64_t address;
+  const char *name;
+  const void *dynamic;
+  struct link_map *next, *previous;
+};
+
+struct loader_list {
+  int32_t version;
+  struct link_map *first;
+};
+
+/* Weak: musl has no such name, and its list is left alone. */
+extern struct loader_list _r_debug __attribute__((weak, visibility("default")));
+/* This library's own dynamic section, made by the linker. */
+extern const char _DYNAMIC[] __attribute__((visibility("hidden")));
+
+/*
+ * A debugger opens each library by its name in that list. Ours was loaded as /proc/self/fd/N, which
+ * is a descriptor of the debugger's own there: gdb reads a pipe of its own for ever. It gets the
+ * name that the kernel shows in /proc/PID/maps, which nobody can open.
+ */
+static void name_for_debuggers(void) {
+  if (&_r_debug == (struct loader_list *)0) return;
+  for (struct link_map *map = _r_debug.first; map != (struct link_map *)0; map = map->next) {
+    if (map->dynamic == (const void *)_DYNAMIC) map->name = "/memfd:fsl-preload (deleted)";
+  }
+}
+
 /* The program's libc has it; weak, so that the library loads without one. */
 extern char **environ __attribute__((weak, visibility("default")));
 
@@ -165,6 +195,7 @@ static void preload(int argc, char **argv, char **envp) {
     if (value_of(envp[count], "LD_PRELOAD") != (char *)0) loader_at = count;
   }
   if (preload_at < 0) return;
+  name_for_debuggers();
 
   const char *text = value_of(envp[preload_at], "FSL_PRELOAD");
   const int32_t socket = number_at(&text);

@@ -54,7 +54,8 @@ function describe(snapshot: Snapshot) {
     uuid: snapshot.uuid,
     runState: snapshot.globalState?.runState ?? null,
     savedLive: snapshot.globalState === null ? null : snapshot.globalState.runState === "running",
-    complete: snapshot.vmdescription === null ? null : true,
+    // Null: it cannot be told.
+    complete: layout.isVerifiedComplete ? true : null,
     libvirt:
       layout.libvirt === null
         ? null
@@ -130,6 +131,9 @@ function render(d: Description): string {
 function savedText(d: Description): string {
   const state = d.runState === null ? "run state unknown" : `run state ${d.runState}`;
   const how = d.savedLive === null ? "" : d.savedLive ? ", live" : ", stopped";
-  const complete = d.complete === null ? ", no description: completeness cannot be told" : "";
+  const complete =
+    d.complete === null
+      ? ", no description: completeness cannot be told"
+      : ", complete by its own description";
   return `${state}${how}${complete}`;
 }

@@ -286,10 +286,19 @@ async function follow(handle: LoadHandle, run: Run): Promise<LoadReport> {
   } finally {
     progress?.end();
   }
-  if (reportPath !== undefined) writeFileSync(reportPath, `${JSON.stringify(report, null, 2)}\n`);
+  if (reportPath !== undefined) writeReport(reportPath, report);
   if (report.complete) log.info(summary(report));
   else log.warn("QEMU ended before all RAM was in");
   return report;
+}
+
+/** The guest has its RAM by now: a disk that is full is worth a word, and no reason to fail. */
+function writeReport(path: string, report: LoadReport): void {
+  try {
+    writeFileSync(path, `${JSON.stringify(report, null, 2)}\n`);
+  } catch (error) {
+    log.warn(`--report ${path}: cannot be written: ${(error as Error).message}`);
+  }
 }
 
 function summary(report: LoadReport): string {

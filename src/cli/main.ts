@@ -1,8 +1,9 @@
 /** The executable: which command, strict arguments, errors to messages and exit codes. */
 import { type ArgsDef, type CommandDef, defineCommand, renderUsage, runCommand } from "citty";
 import packageJson from "../../package.json";
-import { FslError, isFslError } from "../index.ts";
+import { EXIT_CODES, FslError, isFslError } from "../index.ts";
 import { checkArguments, splitAtDashes } from "./arguments.ts";
+import { bugReport } from "./bug.ts";
 import { doctorCommand } from "./doctor.ts";
 import { inspectCommand } from "./inspect.ts";
 import { LOAD_EXAMPLES, LOAD_USAGE, loadCommand } from "./load.ts";
@@ -59,13 +60,14 @@ const program = defineCommand({
 function printError(error: unknown, asJson: boolean): number {
   const known = isFslError(error) ? error : usageError(error);
   if (known === undefined) {
-    console.error(error instanceof Error ? (error.stack ?? error.message) : String(error));
-    console.error("fsl: this is a bug in fsl");
-    return 1;
+    console.error(bugReport(error));
+    return EXIT_CODES.INTERNAL;
   }
   if (asJson) {
     const { code, message, details } = known;
     console.error(JSON.stringify({ error: { code, message, details } }));
+  } else if (known.code === "INTERNAL") {
+    console.error(bugReport(known));
   } else {
     console.error(`fsl: ${known.message}`);
     if (known.code === "USAGE") console.error("fsl: try 'fsl --help'");
@@ -117,4 +119,16 @@ async function main(argv: readonly string[]): Promise<number> {
   }
 }
 
+/**
+ * An error that nobody has caught ends this process as it would by itself; but Bun would print the
+ * code around the place, which is one line of 100 KB here.
+ */
+function endByBug(error: unknown): never {
+  console.error(bugReport(error));
+  console.error("fsl: if a guest was being loaded, it waits; see: fsl status");
+  process.exit(EXIT_CODES.INTERNAL);
+}
+
+process.on("uncaughtException", endByBug);
+process.on("unhandledRejection", endByBug);
 process.exit(await main(process.argv.slice(2)));

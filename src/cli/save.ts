@@ -76,12 +76,17 @@ export const saveCommand = defineCommand({
     const savedMs = performance.now() - startedAtMs;
     using snapshot = openSnapshot(flags.snapshot);
     const bytesOnDisk = allocatedBytes(snapshot.fd, 0, snapshot.fileLength);
+    // Null: it cannot be told, as `fsl inspect` has it.
+    const complete = snapshot.layout.isVerifiedComplete ? true : null;
     if (flags.json) {
       const { path, fileLength } = snapshot;
-      console.log(JSON.stringify({ path, fileLength, bytesOnDisk, savedMs }));
-    } else {
-      log.info(
-        `saved ${flags.snapshot}: ${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`,
+      console.log(JSON.stringify({ path, fileLength, bytesOnDisk, savedMs, complete }));
+      return;
+    }
+    log.info(`saved ${flags.snapshot}: ${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`);
+    if (complete === null) {
+      log.warn(
+        "QEMU wrote no description (suppress-vmdesc=on): the device state was not looked at",
       );
     }
   },

@@ -6,20 +6,13 @@
  * @source Linux mm/shmem.c shmem_get_folio_gfp (a folio that is there, written or only allocated,
  * is no userfault)
  */
-import {
-  closeSync,
-  fstatSync,
-  openSync,
-  readFileSync,
-  readdirSync,
-  readSync,
-  statSync,
-} from "node:fs";
+import { closeSync, fstatSync, openSync, readdirSync, readSync, statSync } from "node:fs";
 import { ENXIO, SEEK_DATA, SEEK_HOLE } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
-import type { AddressRange } from "./resident.ts";
+import { processFileError, readProcessFile } from "../vmm/process-maps.ts";
+import { type AddressRange, openProcessFile } from "./resident.ts";
 
 /** A part of a file that is mapped. */
 interface FileArea extends AddressRange {
@@ -106,7 +99,7 @@ function dataRanges(fd: number, area: FileArea): AddressRange[] | null {
 
 function fileAreas(pid: number, startAddr: number, endAddr: number): FileArea[] {
   const areas: FileArea[] = [];
-  for (const line of readFileSync(`/proc/${pid}/maps`, "latin1").split("\n")) {
+  for (const line of readProcessFile(pid, "maps").split("\n")) {
     const [, start = "", end = "", offset = "", inode = ""] = AREA.exec(line) ?? [];
     const area = { startAddr: Number.parseInt(start, 16), endAddr: Number.parseInt(end, 16) };
     if (!(area.startAddr < endAddr && area.endAddr > startAddr)) continue;
@@ -126,7 +119,7 @@ function fileAreas(pid: number, startAddr: number, endAddr: number): FileArea[] 
  * open.
  */
 function openFileOf(pid: number, inode: number): number {
-  for (const name of readdirSync(`/proc/${pid}/fd`)) {
+  for (const name of descriptorsOf(pid)) {
     const path = `/proc/${pid}/fd/${name}`;
     try {
       const status = statSync(path);
@@ -136,6 +129,14 @@ function openFileOf(pid: number, inode: number): number {
     }
   }
   return -1;
+}
+
+function descriptorsOf(pid: number): string[] {
+  try {
+    return readdirSync(`/proc/${pid}/fd`);
+  } catch (error) {
+    throw processFileError(pid, "fd", error);
+  }
 }
 
 /**
@@ -165,7 +166,7 @@ function extents(fd: number, area: FileArea, allocated: number): AddressRange[] 
  * @source Linux fs/proc/base.c mem_rw, mm/gup.c
  */
 function probe(pid: number, area: FileArea, pageSize: number): AddressRange[] {
-  const fd = openSync(`/proc/${pid}/mem`, "r");
+  const fd = openProcessFile(pid, "mem", "r");
   const byte = Buffer.alloc(1);
   const ranges: AddressRange[] = [];
   try {

@@ -344,7 +344,8 @@ async function goOn(state: LoadState, target: FoundTarget): Promise<void> {
     state.phase = PHASE_STATE_LOADED;
   }
   if (state.phase === PHASE_STATE_LOADED) {
-    if (!state.metadata.paused) await target.resume();
+    if (state.metadata.paused) await target.putSettingsBack();
+    else await target.resume();
     state.phase = PHASE_RUNNING;
   }
 }

@@ -12,6 +12,7 @@ import { FslError } from "../errors.ts";
 import { EFAULT, EINVAL, ENOTTY } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { alignDown, hex, MiB } from "../pages.ts";
+import { processFileError } from "../vmm/process-maps.ts";
 import { nextBit } from "./bits.ts";
 import type { PageReader } from "./page-reader.ts";
 
@@ -26,14 +27,23 @@ export interface AddressRange {
 /**
  * Ranges of [startAddr, startAddr + length) that are present or swapped, by address. Page tables
  * that do not exist cost the kernel next to nothing.
- * @throws FslError TARGET_LOST when the target's page map cannot be read
+ * @throws FslError TARGET_LOST when the target's page map cannot be read: it has ended
  */
 export function residentRanges(pid: number, startAddr: number, length: number): AddressRange[] {
-  const fd = openSync(`/proc/${pid}/pagemap`, "r");
+  const fd = openProcessFile(pid, "pagemap", "r");
   try {
     return scanPagemap(fd, startAddr, startAddr + length) ?? readPagemap(fd, startAddr, length);
   } finally {
     closeSync(fd);
+  }
+}
+
+/** @throws FslError TARGET_LOST when the target has ended, HOST_UNSUPPORTED when it is refused */
+export function openProcessFile(pid: number, name: "pagemap" | "mem", flags: "r" | "r+"): number {
+  try {
+    return openSync(`/proc/${pid}/${name}`, flags);
+  } catch (error) {
+    throw processFileError(pid, name, error);
   }
 }
 
@@ -132,18 +142,12 @@ export class MemoryWriter {
   readonly #fd: number;
   readonly #zeros = Buffer.alloc(MiB);
 
-  /** @throws FslError HOST_UNSUPPORTED without the privilege to write the target's memory */
+  /**
+   * @throws FslError HOST_UNSUPPORTED without the privilege to write the target's memory, TARGET_LOST
+   * when it has ended
+   */
   constructor(pid: number) {
-    try {
-      this.#fd = openSync(`/proc/${pid}/mem`, "r+");
-    } catch (error) {
-      throw new FslError(
-        "HOST_UNSUPPORTED",
-        `memory of process ${pid}: cannot be opened for writing: ${String(error)}; run fsl as root`,
-        { pid },
-        error,
-      );
-    }
+    this.#fd = openProcessFile(pid, "mem", "r+");
   }
 
   /**

@@ -229,20 +229,33 @@ function internalShmemDevice(): string | null {
   }
 }
 
-function readProcessFile(pid: number, name: "maps" | "mountinfo"): string {
+/**
+ * All of a file in /proc/PID, one byte a character.
+ * @throws FslError TARGET_LOST when the process is gone, HOST_UNSUPPORTED when it is somebody else's
+ */
+export function readProcessFile(pid: number, name: "maps" | "mountinfo"): string {
+  let text: string;
   try {
-    return readFileSync(`/proc/${pid}/${name}`, "latin1");
+    text = readFileSync(`/proc/${pid}/${name}`, "latin1");
   } catch (error) {
-    const errno = (error as NodeJS.ErrnoException).code ?? String(error);
-    const isRefused = errno === "EACCES" || errno === "EPERM";
-    const hint = isRefused ? "; run fsl as root, or as QEMU's user" : "";
-    throw new FslError(
-      isRefused ? "HOST_UNSUPPORTED" : "TARGET_LOST",
-      `process maps: /proc/${pid}/${name} cannot be read (${errno})${hint}`,
-      { pid, errno },
-      error,
-    );
+    throw processFileError(pid, name, error);
   }
+  // Of a process that has ended and was not waited for, the kernel says nothing.
+  if (text !== "") return text;
+  throw new FslError("TARGET_LOST", `process ${pid}: its ${name} are empty: it has ended`, { pid });
+}
+
+/** What it means that a file in /proc/PID cannot be opened or read. */
+export function processFileError(pid: number, name: string, cause: unknown): FslError {
+  const errno = (cause as NodeJS.ErrnoException).code ?? String(cause);
+  const isRefused = errno === "EACCES" || errno === "EPERM";
+  const hint = isRefused ? "; run fsl as root, or as QEMU's user" : "";
+  return new FslError(
+    isRefused ? "HOST_UNSUPPORTED" : "TARGET_LOST",
+    `process ${pid}: /proc/${pid}/${name} cannot be read (${errno})${hint}`,
+    { pid, errno },
+    cause,
+  );
 }
 
 /** `major:minor:inode` */

@@ -14,6 +14,7 @@ import { MFD_CLOEXEC } from "../sys/abi.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
+import { watchHotplug } from "./hotplug-watch.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
@@ -22,7 +23,14 @@ import {
   PARAMETERS_IN_THE_WAY,
 } from "./migration-settings.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
-import type { ExitStatus, Target, TargetInfo, TargetRecord } from "./target.ts";
+import type {
+  ExitStatus,
+  GuestRegion,
+  HotplugWants,
+  Target,
+  TargetInfo,
+  TargetRecord,
+} from "./target.ts";
 import {
   DEVICE_NAME,
   type TakenUserfaultfd,
@@ -83,6 +91,11 @@ const LEFT_NAMES = [USERFAULTFD_NAME, "fsl-state", DEVICE_NAME, PROBE_NAME];
 
 /** How long an exit may lag behind the end of the QMP connection. */
 const EXIT_NOTICE_MS = 1_000;
+/**
+ * And behind the first sign of it anywhere else. Of somebody else's QEMU it is looked for every
+ * 250 ms.
+ */
+const EXIT_LAG_MS = 400;
 /**
  * How long an abandoned QEMU may take to end in order (it removes its sockets and pid file) before
  * SIGKILL.
@@ -190,10 +203,14 @@ export class QemuTarget implements Target {
       readyAtMs,
       version: formatVersion(known.version),
       machineType: known.machineType,
-      regions: locateRegions(known.ramblocks, this.pid, known.hasHelpers),
+      regions: await this.#guard(this.#locate(known)),
       canDiscard: known.canDiscard,
       startsStopped: this.#process.startsStopped,
     };
+  }
+
+  async #locate(known: Inventory): Promise<GuestRegion[]> {
+    return locateRegions(known.ramblocks, this.pid, known.hasHelpers);
   }
 
   record(): TargetRecord {
@@ -325,6 +342,18 @@ export class QemuTarget implements Target {
     await this.#guard(
       this.#qmp.request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY }),
     );
+  }
+
+  async hold(): Promise<boolean> {
+    const patience = { timeoutMs: Number.POSITIVE_INFINITY };
+    const status = await this.#guard(this.#qmp.request("query-status", undefined, patience));
+    if (!isRecord(status) || status["running"] !== true) return false;
+    await this.pause();
+    return true;
+  }
+
+  watchHotplug(wants: HotplugWants, found: (type: string) => void): () => void {
+    return watchHotplug(this.#qmp, wants, found);
   }
 
   async abandon(): Promise<void> {
@@ -589,23 +618,36 @@ export class QemuTarget implements Target {
     native.pidfdSendSignal(this.pidfd, number); // ESRCH: it has ended already.
   }
 
-  /** Gives an error that a dead QEMU caused its real reason. */
   async #guard<T>(work: Promise<T>): Promise<T> {
     try {
       return await work;
     } catch (error) {
-      if (!isFslError(error) || !this.#qmp.isClosed || this.#phase === "abandoned") throw error;
-      const exit = await Promise.race([this.exited, Bun.sleep(EXIT_NOTICE_MS)]);
-      if (exit === undefined) throw error;
-      throw new FslError(
-        "TARGET_LOST",
-        `${this.description} ended ${formatExit(exit)} ${PHASE_WORDS[this.#phase]}; its own message, if any, is above`,
-        { ...exit },
-        error,
-      );
+      throw await this.explain(error);
     }
   }
+
+  async explain(error: unknown): Promise<unknown> {
+    if (!isFslError(error) || error instanceof EndedError) return error;
+    if (this.#phase === "abandoned") return error;
+    const isCut = this.#qmp.isClosed;
+    // ptrace(2) of a thread that has ended is not permitted.
+    if (!isCut && error.code !== "TARGET_LOST" && error.code !== "HOST_UNSUPPORTED") return error;
+    // The kernel takes a process's memory and descriptors away before it tells of the end.
+    const noticeMs = isCut ? EXIT_NOTICE_MS : EXIT_LAG_MS;
+    const exit = await Promise.race([this.exited, Bun.sleep(noticeMs)]);
+    if (exit === undefined) return error;
+    const how = `${this.description} ended ${formatExit(exit)} ${PHASE_WORDS[this.#phase]}`;
+    return new EndedError(
+      "TARGET_LOST",
+      `${how}; its own message, if any, is above`,
+      { ...exit },
+      error,
+    );
+  }
 }
+
+/** Says how the target has ended: nothing is left to explain. */
+class EndedError extends FslError {}
 
 const PHASE_WORDS: Readonly<Record<Phase, string>> = {
   new: "before it could take a state",

@@ -65,7 +65,16 @@ class ReattachedQemu implements FoundTarget {
   }
 
   async resume(): Promise<void> {
-    await this.#control().request("cont");
+    const resumed = this.#control().request("cont");
+    void this.putSettingsBack(); // Sent along.
+    await resumed;
+  }
+
+  /** What QEMU refuses or does not answer is tried again at the end. */
+  async putSettingsBack(): Promise<void> {
+    await this.#settings(this.#control())
+      .restore()
+      .catch(() => {});
   }
 
   async pause(): Promise<void> {
@@ -80,7 +89,7 @@ class ReattachedQemu implements FoundTarget {
     const qmp = this.#control();
     await qmp.execute("closefd", { fdname: USERFAULTFD_NAME });
     await dropLeftSeeds(qmp, this.pid);
-    await MigrationSettings.changedBefore(qmp, this.#record.undo as MigrationChanges).restore();
+    await this.#settings(qmp).restore();
     qmp.close();
     this.#qmp = null;
     // The load is over: nobody will come back for it.
@@ -101,6 +110,11 @@ class ReattachedQemu implements FoundTarget {
     this.#watch.stop();
     this.#qmp?.close();
     native.close(this.pidfd);
+  }
+
+  /** Those that the dead fsl changed. */
+  #settings(qmp: QmpClient): MigrationSettings {
+    return MigrationSettings.changedBefore(qmp, this.#record.undo as MigrationChanges);
   }
 
   #control(): QmpClient {

@@ -77,6 +77,14 @@ export interface TargetRecord {
   readonly undo: unknown;
 }
 
+/** Devices that matter to somebody who loads RAM. */
+export interface HotplugWants {
+  /** Balloons. A virtio-mem device that is plugged in brings memory of its own. */
+  readonly balloons: boolean;
+  /** Devices and network back ends whose work another process does, in guest memory. */
+  readonly helpers: boolean;
+}
+
 /** A target that has its state or is getting it: what serving its pages needs. */
 export interface ServedTarget {
   /** For messages: `qemu-system-x86_64 (pid 123)`. */
@@ -144,6 +152,24 @@ export interface Target extends ServedTarget {
    * its RAM comes in. `resume` does it too, `release` at the latest.
    */
   putSettingsBack?(): Promise<void>;
+  /**
+   * After `loadState`: tells of a device that is plugged in while RAM comes in and that changes what
+   * is right for it, within about 0.1 s, once. Absent: none can be.
+   * @param found called with the device's type
+   * @returns stops the watch
+   */
+  watchHotplug?(wants: HotplugWants, found: (type: string) => void): () => void;
+  /**
+   * Like `pause`, and not to be awaited either while a vCPU may wait for a page.
+   * @returns whether the guest was running: only then `resume` is right afterwards
+   */
+  hold?(): Promise<boolean>;
+  /**
+   * Before `abandon`: an error that came because the target has ended becomes one that says so, and
+   * how; any other stays what it is. Waits up to a second for the kernel to tell. Absent: the
+   * target's own methods do that for all errors.
+   */
+  explain?(error: unknown): Promise<unknown>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
 }
@@ -155,6 +181,11 @@ export type StateProgress = "none" | "loading" | "loaded" | "failed";
 export interface FoundTarget extends ServedTarget {
   /** See `TargetRecord`. */
   readonly endsWithFsl: boolean;
+  /**
+   * After its state is loaded: what was changed for that, so that the guest can be saved and migrated
+   * while its RAM comes in. `resume` does it too, `release` at the latest.
+   */
+  putSettingsBack(): Promise<void>;
   /** Asks the target; it can answer only when no thread of its main loop waits for a page. */
   stateProgress(): Promise<StateProgress>;
   /** Closes what fsl holds of it; the target goes on. Idempotent. */

@@ -16,6 +16,7 @@ import {
   writeSync,
 } from "node:fs";
 import { join } from "node:path";
+import { AttachRun } from "../helpers/attach-runs.ts";
 import { guestArgv, type Qemu, ramBlocks, whyNoGuests } from "../helpers/guests.ts";
 import { FslRun, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import {
@@ -99,6 +100,43 @@ async function storageDaemon(disk: string, socket: string): Promise<AsyncDisposa
     throw error;
   }
   return { [Symbol.asyncDispose]: end };
+}
+
+/**
+ * What a vhost-user back end is asked for, and its answers: VHOST_USER_GET_FEATURES
+ * (VIRTIO_F_VERSION_1, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_F_LOG_ALL, VIRTIO_NET_F_MRG_RXBUF) and
+ * VHOST_USER_GET_PROTOCOL_FEATURES (LOG_SHMFD: without it QEMU could not migrate).
+ * @source QEMU docs/interop/vhost-user.rst
+ */
+const VHOST_USER_ANSWERS = new Map([
+  [1, (1n << 32n) | (1n << 30n) | (1n << 26n) | (1n << 15n)],
+  [15, 1n << 1n],
+]);
+const ANSWER_FLAGS = 1 | (1 << 2);
+const MESSAGE_HEADER = 12;
+
+/** As much of a vhost-user network back end as QEMU wants to see before it takes it. */
+function vhostUserNet(path: string): Disposable {
+  const server = Bun.listen({
+    unix: path,
+    socket: {
+      data(socket, bytes) {
+        for (let at = 0; at + MESSAGE_HEADER <= bytes.length;) {
+          const value = VHOST_USER_ANSWERS.get(bytes.readUInt32LE(at));
+          if (value !== undefined) {
+            const answer = Buffer.alloc(MESSAGE_HEADER + 8);
+            answer.writeUInt32LE(bytes.readUInt32LE(at), 0);
+            answer.writeUInt32LE(ANSWER_FLAGS, 4);
+            answer.writeUInt32LE(8, 8);
+            answer.writeBigUInt64LE(value, MESSAGE_HEADER);
+            socket.write(answer);
+          }
+          at += MESSAGE_HEADER + bytes.readUInt32LE(at + 8);
+        }
+      },
+    },
+  });
+  return { [Symbol.dispose]: () => server.stop(true) };
 }
 
 describe.skipIf(skip)("memory back ends", () => {
@@ -243,6 +281,67 @@ describe.skipIf(skip)("memory back ends", () => {
       const [verdict, , found] = await run.serial.command("sum");
       expect([verdict, found]).toEqual(["ok", checksum]);
       expect((await run.serial.command("verify"))[0]).toBe("ok");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.skipIf(Bun.which("qemu-storage-daemon") === null)(
+    "vhost-user: a disk that was plugged in by QMP before the load",
+    async () => {
+      const disk = join(directory.path, "plugged-disk");
+      // Nothing on QEMU's command line is to tell.
+      const socket = join(directory.path, "back-end");
+      const contents = Buffer.alloc(24 * MIB, "what the disk has ");
+      const md5 = new Bun.CryptoHasher("md5").update(contents).digest("hex");
+      writeFileSync(disk, contents);
+      const argv = guestArgv({ machine: "pc", memoryBackend: "memory-backend-memfd,share=on" });
+      const chardev = ["-chardev", `socket,id=backend,path=${socket}`];
+      const device = { driver: "vhost-user-blk-pci", chardev: "backend", addr: "0x8", id: "disk8" };
+      const properties = Object.entries(device).map(([name, value]) => `${name}=${value}`);
+      let checksum = "";
+      let saved: MatrixSnapshot;
+      {
+        await using _ = await storageDaemon(disk, socket);
+        const prepare = async ({ serial }: Qemu): Promise<void> => {
+          checksum = (await serial.command("info"))[1] ?? "";
+        };
+        const whole = properties.join(",").replace("driver=", "");
+        saved = await saveGuest([...argv, ...chardev, "-device", whole], { ready: READY, prepare });
+      }
+      using own = saved;
+      await using _ = await storageDaemon(disk, socket);
+      await using run = await AttachRun.start({ argv }, { qemuArgs: chardev });
+      await run.qmp.execute("device_add", { ...device });
+      const { code, stderr } = await run.attach(own).end();
+      expect(stderr).toContain("RAMBlock ram0 is loaded in full before resume: other processes");
+      expect(code).toBe(0);
+      run.serial.send("shell\n");
+      const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
+      run.serial.send("md5sum /dev/vda\n");
+      expect((await line).text.slice(0, 32)).toBe(md5);
+      run.serial.send("exit\n");
+      await run.serial.waitForNext(READY);
+      const [verdict, , found] = await run.serial.command("sum");
+      expect([verdict, found]).toEqual(["ok", checksum]);
+      expect((await run.serial.command("verify"))[0]).toBe("ok");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test(
+    "vhost-user: a network back end that came by netdev_add before the load",
+    async () => {
+      const path = join(directory.path, "net-back-end");
+      using _ = vhostUserNet(path);
+      const argv = withBackend("memory-backend-memfd,share=on");
+      await using run = await AttachRun.start({ argv });
+      const addr = { type: "unix", data: { path } };
+      const backend = { type: "socket", data: { addr, server: false } };
+      await run.qmp.execute("chardev-add", { id: "backend", backend });
+      await run.qmp.execute("netdev_add", { type: "vhost-user", id: "net0", chardev: "backend" });
+      const { code, stderr } = await run.attach(snapshot, "--paused").end();
+      expect(stderr).toContain("RAMBlock ram0 is loaded in full before resume: other processes");
+      expect(code).toBe(0);
     },
     MATRIX_TIMEOUT_MS,
   );

@@ -4,13 +4,21 @@
  */
 import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readlinkSync } from "node:fs";
+import { FslError } from "../../src/errors.ts";
 import { REGISTER_MISSING } from "../../src/sys/abi.ts";
 import * as native from "../../src/sys/native.ts";
 import type { QemuTarget } from "../../src/vmm/qemu.ts";
 import { spawnQemu } from "../../src/vmm/spawn.ts";
 import type { TargetInfo } from "../../src/vmm/target.ts";
 import type { UserfaultfdWay } from "../../src/vmm/userfaultfd.ts";
-import { descriptorLinks, guestArgv, ownDescriptors, processState } from "../helpers/qemu-vmm.ts";
+import {
+  descriptorLinks,
+  expectRefusal,
+  guestArgv,
+  ownDescriptors,
+  processState,
+  refusalOf,
+} from "../helpers/qemu-vmm.ts";
 
 setDefaultTimeout(60_000);
 
@@ -118,6 +126,30 @@ describe("takeUserfaultfd", () => {
     // A kernel that lets everybody make one (vm.unprivileged_userfaultfd=1) needs no device.
     expect([found, way]).toContain(qemu.userfaultfdWay ?? "preload");
     native.close(fd);
+  });
+
+  test.each(["ptrace", "device"] as const)(
+    "of a QEMU that was just killed: says so, by %s",
+    async (way) => {
+      const qemu = spawn(way);
+      await qemu.connect();
+      process.kill(qemu.pid, "SIGKILL");
+      // Nobody has been told yet: the first sign is what the kernel answers.
+      const error = await refusalOf(qemu.takeUserfaultfd());
+      const said = /\(pid \d+\) ended by SIGKILL before it was given its state/;
+      expectRefusal(error, "TARGET_LOST", said);
+    },
+  );
+
+  test("an error of a QEMU that has not ended stays what it is", async () => {
+    const qemu = spawn("ptrace");
+    await qemu.connect();
+    const error = new FslError("TARGET_LOST", "something else");
+    expect(await qemu.explain(error)).toBe(error);
+    process.kill(qemu.pid, "SIGKILL");
+    const told = (await qemu.explain(error)) as FslError;
+    expectRefusal(told, "TARGET_LOST", /ended by SIGKILL before it was given its state/);
+    expect(await qemu.explain(told)).toBe(told);
   });
 
   test.each([["SIGWINCH"], ["SIGCONT"], ["SIGUSR1"], ["SIGALRM"], ["SIGIO"]])(

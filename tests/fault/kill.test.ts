@@ -190,6 +190,47 @@ describe.skipIf(reason !== null)("fsl killed", () => {
     TIMEOUT_MS,
   );
 
+  /** The migration capabilities that are on. */
+  async function capabilitiesOn(run: FaultRun): Promise<string[]> {
+    const list = await run.qmp.execute<{ capability: string; state: boolean }[]>(
+      "query-migrate-capabilities",
+    );
+    return list.filter(({ state }) => state).map(({ capability }) => capability);
+  }
+
+  test.each([
+    ["that stays paused", ["--paused"]],
+    ["that was to run", []],
+  ])(
+    "between hand-over and resume of a guest %s: it can be saved while fsl resume goes on",
+    async (_, flags) => {
+      const snapshot = await snapshotOf(BARE);
+      const slow = ["--eager-rate", "256K"];
+      for (let attempt = 0; ; attempt += 1) {
+        await using run = await FaultRun.start(snapshot, { flags: [...slow, ...flags] });
+        const pid = await run.qemuPid();
+        await spinUntil(pid, (state) => state.phase >= PHASE_STATE_LOADED);
+        await run.fsl.kill();
+        await run.qmp.ready;
+        const on = await capabilitiesOn(run);
+        // It was quicker than the kill, now and then.
+        if (!on.includes("mapped-ram") && attempt < 20) continue;
+        expect(on).toEqual(["events", "mapped-ram"]);
+        await run.resume(...slow);
+        const endMs = performance.now() + 20_000;
+        while ((await capabilitiesOn(run)).length > 0 && performance.now() < endMs)
+          await Bun.sleep(10);
+        expect(await capabilitiesOn(run)).toEqual([]);
+        expect(await run.status()).toMatchObject({ served: true, phase: "running" });
+        expect(await run.qmp.execute<object>("query-status")).toMatchObject({
+          running: flags.length === 0,
+        });
+        return;
+      }
+    },
+    TIMEOUT_MS,
+  );
+
   test(
     "while finishing: fsl resume cleans up",
     async () => {
@@ -276,7 +317,7 @@ describe.skipIf(reason !== null)("fsl killed", () => {
     async () => {
       const snapshot = await snapshotOf(BARE_KVM);
       const random = randomNumbers(SEED + 2);
-      for (let round = 0; round < repetitions(2, 50); round += 1) {
+      for (let round = 0; round < repetitions(2, 100); round += 1) {
         await using run = await FaultRun.start(snapshot, { flags: ["--eager-rate", "64K"] });
         const pid = await run.qemuPid();
         await spinUntil(pid, (state) => state.phase >= PHASE_RUNNING);

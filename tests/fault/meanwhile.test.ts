@@ -1,10 +1,12 @@
 /** What people do with a guest while its RAM still comes in: all of it is served right. */
 import { describe, expect, test } from "bun:test";
-import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { PHASE_RUNNING } from "../../src/load/state.ts";
-import { collect, FaultRun } from "../helpers/fault-runs.ts";
+import { testBit } from "../../src/load/bits.ts";
+import { type BlockState, PHASE_RUNNING } from "../../src/load/state.ts";
+import { collect, FaultRun, openLoadState } from "../helpers/fault-runs.ts";
+import { gdb, whyNoGdb } from "../helpers/gdb.ts";
 import {
   ordinaryLoad,
   type QmpClient,
@@ -13,13 +15,14 @@ import {
   startQemu,
   whyNoGuests,
 } from "../helpers/guests.ts";
-import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { differencesFromOracle, oracleMemory } from "../helpers/load-oracle.ts";
 import { Watched, whyNoExecutable, within } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 120_000;
 const reason = whyNoExecutable() ?? whyNoGuests();
 const SLOW = ["--eager-rate", "256K"];
 const MIB = 1 << 20;
+const PAGE = 4096;
 
 class Directory implements Disposable {
   readonly path = mkdtempSync(join(tmpdir(), "fsl-fault-meanwhile-"));
@@ -48,6 +51,21 @@ async function expectRightData(run: FaultRun, spec: SnapshotSpec): Promise<void>
 /** The load was going on all the while. */
 async function expectStillLoading(run: FaultRun): Promise<void> {
   expect(await run.status()).toMatchObject({ served: true, phase: "running" });
+}
+
+/** The guest's RAM, where there are small blocks beside it. */
+function biggestOf(blocks: readonly BlockState[]): BlockState {
+  const biggest = blocks.toSorted((a, b) => b.pageCount - a.pageCount)[0];
+  if (biggest === undefined) throw new Error("no block is lazy");
+  return biggest;
+}
+
+/** A file's pages as the oracle has them. */
+function hashesOf(path: string): BigUint64Array {
+  const bytes = readFileSync(path);
+  return BigUint64Array.from({ length: Math.ceil(bytes.length / PAGE) }, (_, page) =>
+    Bun.hash.wyhash(bytes.subarray(page * PAGE, (page + 1) * PAGE)),
+  );
 }
 
 describe.skipIf(reason !== null)("while RAM comes in", () => {
@@ -211,8 +229,106 @@ describe.skipIf(reason !== null)("while RAM comes in", () => {
     TIMEOUT_MS,
   );
 
+  test.skipIf(whyNoGdb() !== null)(
+    "gdb attached and detached again, with vCPUs that wait for pages",
+    async () => {
+      const spec = { smp: 2 };
+      await using run = await loading(spec);
+      await run.serial.waitFor(/^tick /);
+      const pid = String(await run.qemuPid());
+      const sum = run.serial.waitForNext(/^SUM /, 60_000);
+      run.serial.send("sum 2\n");
+      for (let round = 0; round < 3; round += 1) {
+        const { code, stdout } = await gdb(["-p", pid], ["info threads", "detach"]);
+        expect(stdout).toMatch(/^\* 1 +Thread /m);
+        expect(stdout).toContain("detached]");
+        expect(code).toBe(0);
+      }
+      await expectStillLoading(run);
+      const { checksum } = await snapshotOf(spec);
+      const [, verdict, , found] = (await sum).text.split(" ");
+      expect([verdict, found]).toEqual(["ok", checksum]);
+      await expectRightData(run, spec);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.skipIf(whyNoGdb() !== null)(
+    "gdb reads RAM: what is missing is refused by the kernel, never zero; then every byte is right",
+    async () => {
+      using directory = new Directory();
+      const snapshot = await snapshotOf({ guest: "bare" });
+      await using run = await FaultRun.start(snapshot, {
+        flags: ["--paused", "--eager-rate", "8M"],
+      });
+      await run.reached(PHASE_RUNNING);
+      const pid = await run.qemuPid();
+      const state = openLoadState(pid);
+      if (state === null) throw new Error("no load state");
+      const { block, data, done, pageCount } = biggestOf(state.blocks);
+      const isMissing = (page: number): boolean => testBit(data, page) && !testBit(done, page);
+      const addressOf = (page: number): number => block.hostAddr + page * PAGE;
+      const dump = (path: string, start: number, end: number): string =>
+        `dump binary memory ${path} ${addressOf(start)} ${addressOf(end)}`;
+      const expected = (await oracleMemory(snapshot)).get(block.idstr)?.hashes;
+
+      // The eager load comes to the last pages last.
+      const pages = Array.from({ length: 8 }, (_, i) => pageCount - 1 - i * 64).filter(isMissing);
+      expect(pages.length).toBeGreaterThan(0);
+      const path = (page: number): string => directory.file(`page-${page}`);
+      const commands = pages.map((page) => dump(path(page), page, page + 1));
+      const { stderr } = await gdb(["-p", String(pid)], [...commands, "detach"]);
+      const stillMissing = pages.filter(isMissing);
+      state.unmap();
+      expect(stillMissing.length).toBeGreaterThan(0);
+      for (const page of stillMissing)
+        expect(stderr).toContain(
+          `Cannot access memory at address 0x${addressOf(page).toString(16)}`,
+        );
+      for (const page of pages) {
+        if (existsSync(path(page))) expect(hashesOf(path(page))[0]).toBe(expected?.[page]);
+      }
+
+      await run.fsl.stderr.waitFor(/all RAM in after/, 60_000);
+      const whole = directory.file("whole");
+      expect((await gdb(["-p", String(pid)], [dump(whole, 0, pageCount), "detach"])).code).toBe(0);
+      const found = hashesOf(whole);
+      expect(found.length).toBe(pageCount);
+      expect(found.findIndex((hash, page) => hash !== expected?.[page])).toBe(-1);
+      expect(await differencesFromOracle(snapshot, { pid, qmp: run.qmp })).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.skipIf(whyNoGdb() !== null)(
+    "gdb connected to QEMU's own stub reads RAM that is missing",
+    async () => {
+      using directory = new Directory();
+      const snapshot = await snapshotOf({ guest: "bare" });
+      await using run = await loading({ guest: "bare" }, ["--paused"]);
+      const [stub, ours, theirs] = ["stub", "ours", "theirs"].map((name) => directory.file(name));
+      await run.qmp.ready;
+      await run.qmp.hmp(`gdbserver unix:${stub},server=on,wait=off`);
+      const [start, length] = [16 * MIB, 8 * MIB];
+      const dump = `dump binary memory ${ours} ${start} ${start + length}`;
+      await expectStillLoading(run);
+      const { code, stderr } = await gdb([], [`target remote ${stub}`, dump, "detach"]);
+      expect(stderr).not.toContain("Cannot access memory");
+      expect(code).toBe(0);
+      await expectStillLoading(run);
+      const { qemu } = await ordinaryLoad(snapshot, { paused: true });
+      await using _ = qemu;
+      await qemu.qmp.execute("pmemsave", { val: start, size: length, filename: theirs });
+      expect(readFileSync(ours ?? "").equals(readFileSync(theirs ?? ""))).toBe(true);
+      // The stub lets the guest run when gdb leaves.
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
   test.skipIf(Bun.which("strace") === null)(
-    "a debugger attached and detached again (ptrace)",
+    "strace attached and detached again",
     async () => {
       await using run = await loading({});
       await run.serial.waitFor(/^tick /);

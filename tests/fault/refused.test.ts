@@ -233,4 +233,20 @@ describe.skipIf(reason !== null)("a limit", () => {
     },
     TIMEOUT_MS,
   );
+
+  test(
+    "of the disk, full where the report goes: said, and the exit code is QEMU's",
+    async () => {
+      await using run = await FaultRun.start(await snapshotOf(BARE), {
+        flags: ["--report", "/dev/full"],
+      });
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      await run.qmp.execute("quit");
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain("--report /dev/full: cannot be written: ENOSPC");
+      expect(stderr).not.toContain("a bug in fsl");
+      expect(code).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
 });

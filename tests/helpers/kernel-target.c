@@ -15,11 +15,13 @@
  *   sleep nanosleep|clock|ppoll|futex|read MS    one blocking call in the main thread
  *                                                        -> sleep RESULT ERRNO MS
  *   trace PID                                    traces that process until it is ended
- *   environment [NAME ...]                       -> variables, then descriptors, then "end"
+ *   environment [NAME ...]                       -> variables, then descriptors, then libraries by
+ *                                                   the loader's list, then "end"
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -302,6 +304,12 @@ static int sleep_once(const char *how, long ms) {
   return 0;
 }
 
+static int library(struct dl_phdr_info *info, size_t size, void *unused) {
+  (void)size, (void)unused;
+  if (info->dlpi_name[0] != 0) say("library %s", info->dlpi_name);
+  return 0;
+}
+
 static int environment(int count, char **names) {
   if (count == 0) {
     for (char **entry = environ; *entry != NULL; entry++) say("%s", *entry);
@@ -318,6 +326,7 @@ static int environment(int count, char **names) {
     target[length] = 0;
     say("fd %d %s", fd, target);
   }
+  dl_iterate_phdr(library, NULL);
   say("end");
   return 0;
 }

@@ -327,16 +327,17 @@ function nameOf(pid: number): string {
   }
 }
 
-/** False for a zombie too. */
+/**
+ * False for a zombie too; but not while other threads of it are still ending: what they have open,
+ * locks among it, is not given back before.
+ */
 export function isRunning(pid: number): boolean {
   try {
-    // The first thread may have ended, and others hold the descriptors yet.
-    return readdirSync(`/proc/${pid}/task`).some((thread) => {
-      const status = readFileSync(`/proc/${pid}/task/${thread}/status`, "latin1");
-      return !/^State:\s+[ZX]/m.test(status);
-    });
+    const status = readFileSync(`/proc/${pid}/status`, "latin1");
+    if (!/^State:\s+[ZX]/m.test(status)) return true;
+    return Number(/^Threads:\s+(\d+)/m.exec(status)?.[1] ?? 0) > 1;
   } catch {
-    return existsSync(`/proc/${pid}/task`) && isRunning(pid);
+    return false;
   }
 }
 

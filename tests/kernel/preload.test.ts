@@ -160,6 +160,16 @@ describe("the preload library in a dynamic program", () => {
     ]);
   });
 
+  test("has a name in the loader's list that no debugger takes for a file of its own", async () => {
+    const { theirs, library } = prepare();
+    const env = { LD_PRELOAD, FSL_PRELOAD: `${SOCKET}:${LIBRARY}:c` };
+    const { lines } = await run([targetProgram(), "environment"], env, [theirs, library]);
+    const libraries = lines.filter((line) => line.startsWith("library "));
+    expect(libraries.length).toBeGreaterThan(1);
+    expect(libraries).toContain("library /memfd:fsl-preload (deleted)");
+    expect(libraries.filter((line) => line.includes("/proc/"))).toEqual([]);
+  });
+
   test("gives the user's LD_PRELOAD back", async () => {
     const { own, theirs, library } = prepare();
     const env = {
