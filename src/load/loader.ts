@@ -154,6 +154,8 @@ class Load {
   readonly #stateFds: number[] = [];
   #dataBytes = 0;
   #handedOver = false;
+  /** The guest stands still until all RAM is in; whether it ran before. */
+  #held: Promise<boolean> | null = null;
   /** Set when `done` resolves. */
   #tidied: Promise<void> = Promise.resolve();
 
@@ -173,8 +175,10 @@ class Load {
       }
       return (this.#options.mode ?? "lazy") === "copy" ? await this.#copy() : await this.#lazy();
     } catch (error) {
+      // Before it is undone: that ends a target of our own.
+      const told = (await this.#target.explain?.(error)) ?? error;
       await this.#undo();
-      throw error;
+      throw told;
     }
   }
 
@@ -512,15 +516,41 @@ class Load {
     throw error;
   }
 
+  /**
+   * A device that was plugged in may break what lazy memory relies on: its discards are told to
+   * nobody, or its process reads holes. Its driver in the guest takes a moment; until then the guest
+   * is stopped, and all RAM comes before it goes on.
+   */
+  #watchHotplug(serving: Serving): () => void {
+    const lazy = (this.#plan?.blocks ?? []).filter(({ way }) => way === "lazy");
+    const wants = {
+      balloons: this.#info?.canDiscard !== true && lazy.length > 0,
+      helpers: lazy.some(({ region }) => region.shared),
+    };
+    if (!wants.balloons && !wants.helpers) return () => {};
+    const found = (type: string): void => {
+      this.#options.logger?.warn(
+        `${type} was plugged in while RAM comes in: the guest is stopped until all of it is in`,
+      );
+      this.#held = this.#target.hold?.() ?? null;
+      this.#held?.catch(() => {}); // QEMU has ended.
+      serving.hurry();
+    };
+    return this.#target.watchHotplug?.(wants, found) ?? (() => {});
+  }
+
   /** Brings in the rest, then lets go of everything. */
   async #finish(serving: Serving, set: WorkingSet | null): Promise<LoadReport> {
     let recordedLength: number | undefined;
     const timer = setTimeout(() => {
       recordedLength = this.#state?.faultLogLength;
     }, RECORD_MS);
+    const stopWatching = this.#watchHotplug(serving);
     const complete = await serving.bringRest();
+    stopWatching();
     clearTimeout(timer);
     if (complete) {
+      if ((await this.#held?.catch(() => false)) === true) await this.#target.resume();
       this.#times.residentMs = this.#now();
       if (!this.#isPaused) {
         this.#recordWorkingSet(set, recordedLength ?? this.#state?.faultLogLength ?? 0);

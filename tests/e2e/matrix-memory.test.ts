@@ -17,7 +17,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { AttachRun } from "../helpers/attach-runs.ts";
-import { guestArgv, type Qemu, ramBlocks, whyNoGuests } from "../helpers/guests.ts";
+import { guestArgv, type Qemu, ramBlocks, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { FslRun, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import {
   hugePages,
@@ -318,6 +318,46 @@ describe.skipIf(skip)("memory back ends", () => {
       run.serial.send("shell\n");
       const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
       run.serial.send("md5sum /dev/vda\n");
+      expect((await line).text.slice(0, 32)).toBe(md5);
+      run.serial.send("exit\n");
+      await run.serial.waitForNext(READY);
+      const [verdict, , found] = await run.serial.command("sum");
+      expect([verdict, found]).toEqual(["ok", checksum]);
+      expect((await run.serial.command("verify"))[0]).toBe("ok");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  test.skipIf(Bun.which("qemu-storage-daemon") === null)(
+    "vhost-user: a disk that is plugged in while RAM comes in",
+    async () => {
+      const disk = join(directory.path, "late-disk");
+      const socket = join(directory.path, "late-back-end");
+      const contents = Buffer.alloc(24 * MIB, "what the disk has ");
+      const md5 = new Bun.CryptoHasher("md5").update(contents).digest("hex");
+      writeFileSync(disk, contents);
+      const own = { machine: "pc", memoryBackend: "memory-backend-memfd,share=on" } as const;
+      const { path, argv, checksum } = await snapshotOf(own);
+      await using _ = await storageDaemon(disk, socket);
+      const chardev = ["-chardev", `socket,id=backend,path=${socket}`];
+      await using run = await FslRun.start(
+        { path, argv },
+        { qemuArgs: chardev, flags: ["--eager-rate", "1M"] },
+      );
+      await run.serial.waitFor(READY);
+      await run.qmp.ready;
+      await run.qmp.execute("device_add", {
+        driver: "vhost-user-blk-pci",
+        chardev: "backend",
+        id: "disk8",
+      });
+      const report = await run.complete();
+      expect(report.complete).toBe(true);
+      expect(report.blocks.find(({ idstr }) => idstr === "ram0")?.way).toBe("lazy");
+      expect(run.stderr.text).toContain("vhost-user-blk-pci was plugged in while RAM comes in");
+      run.serial.send("shell\n");
+      const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
+      run.serial.send("until [ -b /dev/vda ]; do sleep 0.1; done; md5sum /dev/vda\n");
       expect((await line).text.slice(0, 32)).toBe(md5);
       run.serial.send("exit\n");
       await run.serial.waitForNext(READY);

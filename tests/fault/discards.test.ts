@@ -128,4 +128,48 @@ describe.skipIf(reason !== null)("memory that the guest gives back", () => {
     },
     SOAK_MS,
   );
+
+  test.each([
+    ["private memory", {}],
+    ["shared memory", { memoryBackend: "memory-backend-memfd,share=on" }],
+  ])(
+    "by a balloon that is plugged in while RAM comes in: the guest waits for all of it (%s)",
+    async (_, memory) => {
+      const snapshot = await snapshotOf({
+        machine: "pc",
+        commands: ["fill 64", "free 64"],
+        ...memory,
+      });
+      await using run = await FaultRun.start(snapshot, { flags: ["--eager-rate", "1M"] });
+      await run.reached(PHASE_RUNNING);
+      await run.serial.waitFor(/^tick /);
+      const pid = await run.qemuPid();
+      const state = openLoadState(pid);
+      const ram = state?.blocks.find(({ block }) => /ram/.test(block.idstr));
+      if (ram === undefined) throw new Error("no RAM");
+      const { hostAddr } = ram.block;
+      const data = ram.data.slice();
+      state?.unmap();
+      // QEMU tells on stderr which pages it is given.
+      await run.qmp.hmp("trace-event virtio_balloon_handle_output on");
+      await run.qmp.execute("device_add", { driver: "virtio-balloon-pci", id: "balloon0" });
+      await balloonTo(run, 192 * MIB);
+      expect(run.fsl.stderr.text).toContain("virtio-balloon-pci was plugged in while RAM comes in");
+      expect(run.fsl.stderr.text).toMatch(/all RAM in after/);
+      expect(await run.qmp.execute<object>("query-status")).toMatchObject({ running: true });
+      await run.qmp.execute("stop");
+      const told = /virtio_balloon_handle_output.* gpa: (0x\w+)/g;
+      const given = [...run.fsl.stderr.text.matchAll(told)]
+        .map(([, gpa]) => Number(gpa) / PAGE)
+        .filter((page) => testBit(data, page));
+      expect(given.length).toBeGreaterThan(1000);
+      const wrong = given.filter((page) => !isZero(pid, hostAddr + page * PAGE));
+      expect(wrong.length).toBe(0);
+      await run.qmp.execute("cont");
+      await balloonTo(run, 256 * MIB);
+      expect((await run.serial.command("sum")).slice(0, 1)).toEqual(["ok"]);
+      expect((await run.serial.command("verify"))[0]).toBe("ok");
+    },
+    TIMEOUT_MS,
+  );
 });
