@@ -677,6 +677,7 @@ async function unlessCancelled<T>(work: Promise<T>, cancel: AbortSignal | undefi
  * beforehand.
  */
 const RECORD_MS = 2000;
+
 function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
   const { size, mtimeNs } = snapshot.identity;
   return { size, mtimeNs, streamOffset: snapshot.streamOffset };

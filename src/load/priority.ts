@@ -1,7 +1,7 @@
 /**
  * Who has the CPU: vCPUs and the fault loop before everything else of a load.
  *
- * In the first second the helpers of the eager load take only what nobody else wants (SCHED_IDLE: a
+ * At first the helpers of the eager load take only what nobody else wants (SCHED_IDLE: a
  * vCPU that wakes up has their CPU at once, where it would have to wait a little for a thread of nice
  * 19). The guest's first steps are what somebody waits for. Then they have a share of a busy host
  * too, or the load would never end. A helper that a vCPU waits for gets the vCPU's own priority (from
@@ -28,7 +28,7 @@ export class Priority {
   readonly #thread = sys.gettid();
   #gentleUntilMs: number;
 
-  /** @param nice of the Worker and its helpers after the first second; 0..19 */
+  /** @param nice of the Worker and its helpers after that; 0..19 */
   constructor(helperPids: readonly number[], nice: number) {
     this.#helperPids = helperPids;
     this.#nice = nice;
