@@ -84,34 +84,49 @@ export class Supply {
    * bit set. For a block with larger host pages use `copyHostPage`.
    */
   copyRun(state: BlockState, pageIndex: number, pages: number): Outcome {
+    return this.#supplyRun(state, pageIndex, pages, false);
+  }
+
+  /** Fills the pages [pageIndex, pageIndex + pages) with zeros and marks them done. */
+  zeroRun(state: BlockState, pageIndex: number, pages: number): Outcome {
+    return this.#supplyRun(state, pageIndex, pages, true);
+  }
+
+  #supplyRun(state: BlockState, pageIndex: number, pages: number, isZero: boolean): Outcome {
     const { block } = state;
+    const answer = this.#answer;
     this.pagesDone = 0;
     this.errno = 0;
     let at = pageIndex;
     const end = pageIndex + pages;
     let pagesMax = pages;
     while (at < end) {
-      if (this.#load.halted) return this.#failed(at, ESTALE);
-      const answer = this.#answer;
-      this.#source.resolve(state.index, at, Math.min(end - at, pagesMax), answer);
-      if (answer.state === "pending") return this.#pending(at);
-      if (answer.state === "failed") return this.#failed(at, answer.errno);
+      let asked = Math.min(end - at, pagesMax);
+      if (!isZero) {
+        if (this.#load.halted) return this.#failed(at, ESTALE);
+        this.#source.resolve(state.index, at, asked, answer);
+        if (answer.state === "pending") return this.#pending(at);
+        if (answer.state === "failed") return this.#failed(at, answer.errno);
+        asked = answer.pages;
+      }
       const address = block.hostAddr + at * block.pageSize;
-      const length = answer.pages * block.pageSize;
-      const copied = this.#uffd.copy(address, answer.address, length, 0);
-      if (copied > 0) {
-        const copiedPages = copied / block.pageSize;
-        setRange(state.done, at, at + copiedPages);
-        this.pagesDone += copiedPages;
-        at += copiedPages;
+      const length = asked * block.pageSize;
+      const supplied = isZero
+        ? this.#uffd.zeropage(address, length, 0)
+        : this.#uffd.copy(address, answer.address, length, 0);
+      if (supplied > 0) {
+        const suppliedPages = supplied / block.pageSize;
+        setRange(state.done, at, at + suppliedPages);
+        this.pagesDone += suppliedPages;
+        at += suppliedPages;
         continue;
       }
-      switch (copied) {
+      switch (supplied) {
         case COPY_EXISTS:
           // Somebody else brought this page; waiters of a copy that lost the race may still sleep.
           this.#uffd.wake(address, block.pageSize);
           setRange(state.done, at, at + 1);
-          add(this.#counters, C_REDUNDANT_PAGES, 1);
+          if (!isZero) add(this.#counters, C_REDUNDANT_PAGES, 1);
           at += 1;
           break;
         case COPY_RETRY:
@@ -122,7 +137,7 @@ export class Supply {
         case COPY_CHANGED:
           // Not one registered area: two of them (then page by page), or unmapped, and nobody can
           // touch it any more.
-          if (answer.pages === 1) {
+          if (asked === 1) {
             setRange(state.done, at, at + 1);
             at += 1;
           }
@@ -131,55 +146,10 @@ export class Supply {
         case COPY_NO_MEMORY:
           return this.#failed(at, ENOMEM);
         case COPY_SOURCE:
+          if (isZero) throw unexpected("UFFDIO_ZEROPAGE", address, length, supplied);
           return this.#failed(at, this.#source.diagnose?.(state.index, at) || EFAULT);
         default:
-          throw unexpected("UFFDIO_COPY", address, length, copied);
-      }
-    }
-    return SUPPLIED;
-  }
-
-  /** Fills the pages [pageIndex, pageIndex + pages) with zeros and marks them done. */
-  zeroRun(state: BlockState, pageIndex: number, pages: number): Outcome {
-    const { block } = state;
-    this.pagesDone = 0;
-    this.errno = 0;
-    let at = pageIndex;
-    const end = pageIndex + pages;
-    let pagesMax = pages;
-    while (at < end) {
-      const address = block.hostAddr + at * block.pageSize;
-      const length = Math.min(end - at, pagesMax) * block.pageSize;
-      const zeroed = this.#uffd.zeropage(address, length, 0);
-      if (zeroed > 0) {
-        const zeroedPages = zeroed / block.pageSize;
-        setRange(state.done, at, at + zeroedPages);
-        this.pagesDone += zeroedPages;
-        at += zeroedPages;
-        continue;
-      }
-      switch (zeroed) {
-        case COPY_EXISTS:
-          this.#uffd.wake(address, block.pageSize);
-          setRange(state.done, at, at + 1);
-          at += 1;
-          break;
-        case COPY_RETRY:
-          add(this.#counters, C_RETRIES, 1);
-          return RETRY;
-        case COPY_GONE:
-          return GONE;
-        case COPY_CHANGED:
-          if (pagesMax === 1) {
-            setRange(state.done, at, at + 1);
-            at += 1;
-          }
-          pagesMax = 1;
-          break;
-        case COPY_NO_MEMORY:
-          return this.#failed(at, ENOMEM);
-        default:
-          throw unexpected("UFFDIO_ZEROPAGE", address, length, zeroed);
+          throw unexpected(isZero ? "UFFDIO_ZEROPAGE" : "UFFDIO_COPY", address, length, supplied);
       }
     }
     return SUPPLIED;
