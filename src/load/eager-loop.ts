@@ -80,10 +80,13 @@ export interface EagerLoopOptions {
   readonly onRecovered: (failure: PageFailure) => void;
 }
 
+/** So many chunks at the top of memory come early: a kernel's page tables and per-CPU areas. */
+const TOP_CHUNKS = 8;
+
 /**
- * Plan-wide numbers of all chunks that have data, from both ends inwards: that is where a kernel has
- * itself and what it uses most (the image and the first allocations at the bottom of memory, page
- * tables and per-CPU areas at the top). A guest whose first steps are not known yet takes them there.
+ * Plan-wide numbers of all chunks that have data, by address, which is what a guest reads them by;
+ * but the first ones (a kernel's image and first allocations) take turns with those at the top, that a
+ * guest needs in its first steps.
  */
 export function planChunks(state: LoadState): Uint32Array {
   const numbers: number[] = [];
@@ -95,12 +98,9 @@ export function planChunks(state: LoadState): Uint32Array {
       page = nextBit(block.data, block.chunkEnd(chunk), block.pageCount, true);
     }
   }
-  const order = new Uint32Array(numbers.length);
-  for (let at = 0; at < order.length; at += 1) {
-    const isFromEnd = at % 2 === 1;
-    order[at] = numbers[isFromEnd ? numbers.length - 1 - (at >> 1) : at >> 1] ?? 0;
-  }
-  return order;
+  const top = numbers.splice(Math.max(numbers.length - TOP_CHUNKS, numbers.length / 2)).reverse();
+  for (const [index, number] of top.entries()) numbers.splice(2 * index + 1, 0, number);
+  return Uint32Array.from(numbers);
 }
 
 export class EagerLoop {

@@ -8,7 +8,8 @@
  * `FaultLoop`), and is put back here.
  *
  * JavaScript is compiled by threads of its own while it runs: 20 to 50 ms of CPU time at each load,
- * just when the guest takes its first steps. They too have what nobody else wants, as long as that.
+ * just when the guest takes its first steps. They have what nobody else wants until all RAM is in:
+ * what they make is worth their time only where there is time left.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { SCHED_IDLE, SCHED_OTHER } from "../sys/abi.ts";
@@ -43,12 +44,11 @@ export class Priority {
     if (!isBulk && performance.now() < this.#gentleUntilMs) return;
     this.#gentleUntilMs = 0;
     this.#set();
-    compileIdly(false);
   }
 
   /** The eager load is over. */
   close(): void {
-    if (this.#gentleUntilMs > 0) compileIdly(false);
+    compileIdly(false);
   }
 
   /** Helpers as they ought to be now: a chunk that was waited for has come. */

@@ -99,7 +99,7 @@ function bench(...args: ConstructorParameters<typeof Bench>): Bench {
 }
 
 describe("planChunks", () => {
-  test("names every chunk that has data, once, from both ends of all blocks inwards", () => {
+  test("names every chunk that has data, once, through all blocks, the last ones early", () => {
     const b = bench([
       {
         pages: 4 * CHUNK_PAGES,
