@@ -11,7 +11,6 @@ import {
   EINVAL,
   ENODATA,
   MADV_DONTNEED,
-  MADV_POPULATE_READ,
   MADV_RANDOM,
   MADV_WILLNEED,
   MAP_SHARED,
@@ -21,12 +20,6 @@ import type { PageBytes, PageSource, SourceBlock } from "./page-source.ts";
 
 /** Mappings are made and given back in whole host pages. */
 const HOST_PAGE = 4096;
-
-/**
- * So many pages are mapped by one call before they are copied (Linux 5.14). A copy would stop at every
- * 16th, let go of the target's memory, and have the kernel map the next 16.
- */
-const POPULATED_PAGES = 32;
 
 export interface SnapshotSourceOptions {
   /** Descriptor of the snapshot, open for reading in this process; stays the caller's. */
@@ -86,9 +79,6 @@ export class SnapshotPageSource implements PageSource {
     const mapping = this.#mappings[blockIndex];
     if (mapping === undefined)
       throw new FslError("INTERNAL", `page source has no block ${blockIndex}`);
-    if (pagesMax >= POPULATED_PAGES) {
-      this.#advise(blockIndex, pageIndex, pagesMax, MADV_POPULATE_READ);
-    }
     answer.state = "ready";
     answer.address = mapping.firstPageAddress + pageIndex * mapping.pageSize;
     answer.pages = pagesMax;
