@@ -12,9 +12,10 @@ export function splitAtDashes(argv: readonly string[]): { own: string[]; behind:
 
 /**
  * @throws FslError USAGE for a flag that the command does not have, a missing value, a surplus
- * argument
+ * argument, an empty one (a variable of the shell that is not set)
+ * @param hint what to say beside that a flag is not known
  */
-export function checkArguments(own: readonly string[], args: ArgsDef): void {
+export function checkArguments(own: readonly string[], args: ArgsDef, hint = ""): void {
   const options: Record<string, { type: "boolean" | "string"; short?: string }> = {
     help: { type: "boolean", short: "h" },
   };
@@ -28,8 +29,9 @@ export function checkArguments(own: readonly string[], args: ArgsDef): void {
     options[name] = { type: arg.type === "boolean" ? "boolean" : "string", ...alias };
   }
   let positionals: string[];
+  let values: Record<string, unknown>;
   try {
-    ({ positionals } = parseArgs({
+    ({ positionals, values } = parseArgs({
       args: [...own],
       options,
       allowPositionals: true,
@@ -37,8 +39,11 @@ export function checkArguments(own: readonly string[], args: ArgsDef): void {
     }));
   } catch (error) {
     const text = error instanceof Error ? error.message : String(error);
-    throw new FslError("USAGE", text.split(". ")[0] ?? text);
+    throw new FslError("USAGE", `${text.split(". ")[0] ?? text}${hint}`);
   }
+  const empty = Object.keys(values).find((name) => values[name] === "");
+  if (empty !== undefined) throw new FslError("USAGE", `--${empty}: expected a value, found ''`);
+  if (positionals.includes("")) throw new FslError("USAGE", "expected an argument, found ''");
   const surplus = positionals[positionalsMax];
   if (surplus !== undefined) throw new FslError("USAGE", `unexpected argument '${surplus}'`);
 }

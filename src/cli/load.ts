@@ -1,5 +1,6 @@
 /** `fsl load`: flags in, QEMU's exit code out. */
-import { writeFileSync } from "node:fs";
+import { closeSync, constants, openSync, statSync, writeFileSync } from "node:fs";
+import { resolve } from "node:path";
 import { type ArgsDef, defineCommand } from "citty";
 import {
   attachQemu,
@@ -95,7 +96,7 @@ export const loadCommand = defineCommand({
       reportPath: flags.report,
       background: flags.detach === true ? takeBackgroundRole() : null,
     };
-    if (flags.report !== undefined) checkWritable(flags.report);
+    checkFiles(flags.snapshot, run.options.workingSet, flags.report);
     if (flags.detach === true && run.background === null) {
       process.exitCode = await loadInBackground();
     } else if (place.qemu === null) {
@@ -261,13 +262,44 @@ function loadOptions(flags: LoadFlags): Omit<LoadOptions, "target"> {
   };
 }
 
-/** Before QEMU is started: afterwards the guest would run already. */
-function checkWritable(path: string): void {
-  try {
-    writeFileSync(path, "");
-  } catch (cause) {
-    throw new FslError("USAGE", `--report: ${(cause as Error).message}`, { path }, cause);
+/**
+ * Before QEMU is started, for afterwards the guest would run already; and nothing is written yet, for
+ * the load may fail. @throws FslError USAGE for a file that fsl would destroy, or cannot write
+ */
+function checkFiles(snapshot: string, workingSet?: string, report?: string): void {
+  const refuse = (flag: string, path: string, found: string): never => {
+    throw new FslError("USAGE", `--${flag}: expected a file of its own, found ${found}`, { path });
+  };
+  if (workingSet !== undefined) {
+    const status = statSync(workingSet, { throwIfNoEntry: false });
+    if (status?.isFile() === false) refuse("working-set", workingSet, "no regular file");
+    if (isSame(workingSet, snapshot)) refuse("working-set", workingSet, "the snapshot");
   }
+  if (report === undefined) return;
+  if (isSame(report, snapshot)) refuse("report", report, "the snapshot");
+  if (
+    workingSet !== undefined &&
+    (isSame(report, workingSet) || resolve(report) === resolve(workingSet))
+  ) {
+    refuse("report", report, "the working set");
+  }
+  try {
+    closeSync(
+      openSync(report, constants.O_WRONLY | constants.O_CREAT | constants.O_NONBLOCK, 0o666),
+    );
+  } catch (cause) {
+    throw new FslError(
+      "USAGE",
+      `--report: cannot be written: ${(cause as Error).message}`,
+      { path: report },
+      cause,
+    );
+  }
+}
+
+function isSame(path: string, other: string): boolean {
+  const [a, b] = [path, other].map((each) => statSync(each, { throwIfNoEntry: false }));
+  return a !== undefined && b !== undefined && a.ino === b.ino && a.dev === b.dev;
 }
 
 function isLost(error: unknown): boolean {

@@ -57,7 +57,8 @@ const program = defineCommand({
 });
 
 /** `--json` asks for errors as JSON too. */
-function printError(error: unknown, asJson: boolean): number {
+/** @param command whose help says more; "" = none */
+function printError(error: unknown, asJson: boolean, command = ""): number {
   const known = isFslError(error) ? error : usageError(error);
   if (known === undefined) {
     console.error(bugReport(error));
@@ -70,7 +71,7 @@ function printError(error: unknown, asJson: boolean): number {
     console.error(bugReport(known));
   } else {
     console.error(`fsl: ${known.message}`);
-    if (known.code === "USAGE") console.error("fsl: try 'fsl --help'");
+    if (known.code === "USAGE") console.error(`fsl: try 'fsl ${command}--help'`);
   }
   return known.exitCode;
 }
@@ -111,11 +112,13 @@ async function main(argv: readonly string[]): Promise<number> {
     if (behind !== null && name !== "load") {
       throw new FslError("USAGE", `'fsl ${name}' takes nothing behind --`);
     }
-    checkArguments(rest, command.args);
+    const isBehindMissing = name === "load" && behind === null && !rest.includes("--qmp");
+    const hint = isBehindMissing ? "; QEMU's own command line stands behind --" : "";
+    checkArguments(rest, command.args, hint);
     await command.run(rest, { behind });
     return Number(process.exitCode ?? 0);
   } catch (error) {
-    return printError(error, rest.includes("--json"));
+    return printError(error, rest.includes("--json"), command === undefined ? "" : `${name} `);
   }
 }
 

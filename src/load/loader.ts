@@ -153,6 +153,8 @@ class Load {
   /** The load state, and the open file that holds its lock. */
   readonly #stateFds: number[] = [];
   #dataBytes = 0;
+  /** What is to be the working set is somebody else's file. */
+  #isSetForeign = false;
   #handedOver = false;
   /** The guest stands still until all RAM is in; whether it ran before. */
   #held: Promise<boolean> | null = null;
@@ -287,6 +289,7 @@ class Load {
     } catch (error) {
       if (!isFslError(error)) throw error;
       logger?.warn(`${error.message}; not used`);
+      this.#isSetForeign = error.details["isForeign"] === true;
     }
     return null;
   }
@@ -299,6 +302,7 @@ class Load {
       this.#prepared?.snapshot,
     ];
     if (workingSet === undefined || state === undefined || snapshot === undefined) return;
+    if (this.#isSetForeign) return;
     const set = growWorkingSet(before, workingSetIdentity(snapshot), state, faultLogLength);
     if (set === null) return;
     try {

@@ -14,6 +14,7 @@
  */
 import {
   closeSync,
+  constants,
   fstatSync,
   openSync,
   readSync,
@@ -21,7 +22,7 @@ import {
   unlinkSync,
   writeFileSync,
 } from "node:fs";
-import { FslError } from "../errors.ts";
+import { FslError, isFslError } from "../errors.ts";
 import { randomHex } from "../sys/random.ts";
 import type { LoadState } from "./state.ts";
 import { testBit } from "./bits.ts";
@@ -58,27 +59,30 @@ export interface WorkingSet {
 /**
  * Reads a working set.
  * @returns null when there is no such file
- * @throws FslError SNAPSHOT_FORMAT when it is none, or damaged
+ * @throws FslError SNAPSHOT_OPEN when it cannot be read; SNAPSHOT_FORMAT when it is damaged, or no
+ * working set at all (`isForeign`: not to be written over)
  */
 export function readWorkingSet(path: string): WorkingSet | null {
-  let fd: number;
+  let fd = -1;
   try {
-    fd = openSync(path, "r");
+    // Whoever opens a FIFO waits, otherwise.
+    fd = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
+    return parseWorkingSet(readBounded(fd, path), path);
   } catch (error) {
+    if (isFslError(error)) throw error;
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return null;
     throw new FslError("SNAPSHOT_OPEN", `working set ${path}: ${String(error)}`, { path }, error);
-  }
-  try {
-    return parseWorkingSet(readBounded(fd, path), path);
   } finally {
-    closeSync(fd);
+    if (fd >= 0) closeSync(fd);
   }
 }
 
 function readBounded(fd: number, path: string): Buffer {
   const lengthMax = HEADER_LENGTH + JSON_LENGTH_MAX + 8 * WORKING_SET_PAGES_MAX;
-  const { size } = fstatSync(fd);
-  if (size > lengthMax) throw damaged(path, `expected at most ${lengthMax} bytes, found ${size}`);
+  const status = fstatSync(fd);
+  const { size } = status;
+  if (!status.isFile()) throw foreign(path, "expected a regular file, found something else");
+  if (size > lengthMax) throw foreign(path, `expected at most ${lengthMax} bytes, found ${size}`);
   const bytes = Buffer.alloc(size);
   const done = size === 0 ? 0 : readSync(fd, bytes, 0, size, 0);
   return bytes.subarray(0, done);
@@ -87,7 +91,7 @@ function readBounded(fd: number, path: string): Buffer {
 /** @throws FslError SNAPSHOT_FORMAT */
 export function parseWorkingSet(bytes: Buffer, path: string): WorkingSet {
   if (bytes.length < HEADER_LENGTH || !bytes.subarray(0, 8).equals(MAGIC)) {
-    throw damaged(path, "expected a working set of version 1, found something else");
+    throw foreign(path, "expected a working set of version 1, found something else");
   }
   const jsonLength = bytes.readUInt32LE(8);
   const pageCount = bytes.readUInt32LE(12);
@@ -133,6 +137,12 @@ function parseHead(text: Buffer, path: string): { snapshot: WorkingSetIdentity; 
     throw damaged(path, "its description lacks a field");
   }
   return { snapshot: { size, mtimeNs, streamOffset }, blocks };
+}
+
+/** Somebody else's file: neither used nor written over. */
+function foreign(path: string, why: string): FslError {
+  const details = { path, isForeign: true };
+  return new FslError("SNAPSHOT_FORMAT", `working set ${path}: ${why}; it is left alone`, details);
 }
 
 function damaged(path: string, why: string): FslError {

@@ -343,9 +343,12 @@ function isCloseOnExec(fd: number): boolean {
 function findProgram(name: string, env: Readonly<Record<string, string | undefined>>): string {
   const path = Bun.which(name, { PATH: env["PATH"] ?? "" });
   if (path !== null) return path;
+  const status = name.includes("/") ? statSync(name, { throwIfNoEntry: false }) : undefined;
+  const where = name.includes("/") ? "does not exist" : "was not found in PATH";
+  const what = status?.isDirectory() ? "is a directory" : "is not executable";
   throw new FslError(
     "USAGE",
-    `QEMU command: program ${JSON.stringify(name)} was not found in PATH`,
+    `QEMU command: program ${JSON.stringify(name)} ${status === undefined ? where : what}`,
     { name },
   );
 }
