@@ -17,7 +17,14 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { AttachRun } from "../helpers/attach-runs.ts";
-import { guestArgv, type Qemu, ramBlocks, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
+import {
+  guestArgv,
+  type Qemu,
+  ramBlocks,
+  type SerialConsole,
+  snapshotOf,
+  whyNoGuests,
+} from "../helpers/guests.ts";
 import { FslRun, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import {
   hugePages,
@@ -77,6 +84,30 @@ function hasOldContents(path: string): boolean {
   readSync(fd, bytes, 0, MIB, 20 * MIB);
   closeSync(fd);
   return bytes.every((byte) => byte === 0xa5);
+}
+
+/** A disk's contents. @returns their md5, as the guest is to find it */
+function writeDisk(path: string): string {
+  const contents = Buffer.alloc(24 * MIB, "what the disk has ");
+  writeFileSync(path, contents);
+  return new Bun.CryptoHasher("md5").update(contents).digest("hex");
+}
+
+/** The guest reads its disk, once its driver has it, and the data that it had in memory. */
+async function expectDiskAndData(
+  serial: SerialConsole,
+  md5: string,
+  checksum: string,
+): Promise<void> {
+  serial.send("shell\n");
+  const line = serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
+  serial.send("until [ -b /dev/vda ]; do sleep 0.1; done; md5sum /dev/vda\n");
+  expect((await line).text.slice(0, 32)).toBe(md5);
+  serial.send("exit\n");
+  await serial.waitForNext(READY);
+  const [verdict, , found] = await serial.command("sum");
+  expect([verdict, found]).toEqual(["ok", checksum]);
+  expect((await serial.command("verify"))[0]).toBe("ok");
 }
 
 /** A process that serves a disk by vhost-user, and maps guest memory for that. */
@@ -245,9 +276,7 @@ describe.skipIf(skip)("memory back ends", () => {
     async () => {
       const disk = join(directory.path, "disk");
       const socket = join(directory.path, "vhost-user");
-      const contents = Buffer.alloc(24 * MIB, "what the disk has ");
-      const md5 = new Bun.CryptoHasher("md5").update(contents).digest("hex");
-      writeFileSync(disk, contents);
+      const md5 = writeDisk(disk);
       const device = ["-device", "vhost-user-blk-pci,chardev=backend,num-queues=1"];
       const argv = guestArgv({
         memoryBackend: "memory-backend-memfd,share=on",
@@ -272,15 +301,7 @@ describe.skipIf(skip)("memory back ends", () => {
       expect(
         run.stderr.text.match(/RAMBlock ram0 is loaded in full before resume: other/g),
       ).toHaveLength(1);
-      run.serial.send("shell\n");
-      const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
-      run.serial.send("md5sum /dev/vda\n");
-      expect((await line).text.slice(0, 32)).toBe(md5);
-      run.serial.send("exit\n");
-      await run.serial.waitForNext(READY);
-      const [verdict, , found] = await run.serial.command("sum");
-      expect([verdict, found]).toEqual(["ok", checksum]);
-      expect((await run.serial.command("verify"))[0]).toBe("ok");
+      await expectDiskAndData(run.serial, md5, checksum);
     },
     MATRIX_TIMEOUT_MS,
   );
@@ -291,9 +312,7 @@ describe.skipIf(skip)("memory back ends", () => {
       const disk = join(directory.path, "plugged-disk");
       // Nothing on QEMU's command line is to tell.
       const socket = join(directory.path, "back-end");
-      const contents = Buffer.alloc(24 * MIB, "what the disk has ");
-      const md5 = new Bun.CryptoHasher("md5").update(contents).digest("hex");
-      writeFileSync(disk, contents);
+      const md5 = writeDisk(disk);
       const argv = guestArgv({ machine: "pc", memoryBackend: "memory-backend-memfd,share=on" });
       const chardev = ["-chardev", `socket,id=backend,path=${socket}`];
       const device = { driver: "vhost-user-blk-pci", chardev: "backend", addr: "0x8", id: "disk8" };
@@ -315,15 +334,7 @@ describe.skipIf(skip)("memory back ends", () => {
       const { code, stderr } = await run.attach(own).end();
       expect(stderr).toContain("RAMBlock ram0 is loaded in full before resume: other processes");
       expect(code).toBe(0);
-      run.serial.send("shell\n");
-      const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
-      run.serial.send("md5sum /dev/vda\n");
-      expect((await line).text.slice(0, 32)).toBe(md5);
-      run.serial.send("exit\n");
-      await run.serial.waitForNext(READY);
-      const [verdict, , found] = await run.serial.command("sum");
-      expect([verdict, found]).toEqual(["ok", checksum]);
-      expect((await run.serial.command("verify"))[0]).toBe("ok");
+      await expectDiskAndData(run.serial, md5, checksum);
     },
     MATRIX_TIMEOUT_MS,
   );
@@ -333,9 +344,7 @@ describe.skipIf(skip)("memory back ends", () => {
     async () => {
       const disk = join(directory.path, "late-disk");
       const socket = join(directory.path, "late-back-end");
-      const contents = Buffer.alloc(24 * MIB, "what the disk has ");
-      const md5 = new Bun.CryptoHasher("md5").update(contents).digest("hex");
-      writeFileSync(disk, contents);
+      const md5 = writeDisk(disk);
       const own = { machine: "pc", memoryBackend: "memory-backend-memfd,share=on" } as const;
       const { path, argv, checksum } = await snapshotOf(own);
       await using _ = await storageDaemon(disk, socket);
@@ -355,15 +364,7 @@ describe.skipIf(skip)("memory back ends", () => {
       expect(report.complete).toBe(true);
       expect(report.blocks.find(({ idstr }) => idstr === "ram0")?.way).toBe("lazy");
       expect(run.stderr.text).toContain("vhost-user-blk-pci was plugged in while RAM comes in");
-      run.serial.send("shell\n");
-      const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/);
-      run.serial.send("until [ -b /dev/vda ]; do sleep 0.1; done; md5sum /dev/vda\n");
-      expect((await line).text.slice(0, 32)).toBe(md5);
-      run.serial.send("exit\n");
-      await run.serial.waitForNext(READY);
-      const [verdict, , found] = await run.serial.command("sum");
-      expect([verdict, found]).toEqual(["ok", checksum]);
-      expect((await run.serial.command("verify"))[0]).toBe("ok");
+      await expectDiskAndData(run.serial, md5, checksum);
     },
     MATRIX_TIMEOUT_MS,
   );
