@@ -160,8 +160,6 @@ FSL_EXPORT num_t fsl_mmap(num_t addr, num_t length, int32_t prot, int32_t flags,
 FSL_EXPORT int32_t fsl_munmap(num_t addr, num_t length);
 FSL_EXPORT int32_t fsl_madvise(num_t addr, num_t length, int32_t advice);
 FSL_EXPORT int32_t fsl_mincore(num_t addr, num_t length, void *vector);
-/* cachestat(2), Linux 6.5: pages of this range that are in the page cache. */
-FSL_EXPORT num_t fsl_cachestat(fd_t fd, num_t offset, num_t length);
 FSL_EXPORT int32_t fsl_mlock(num_t addr, num_t length);
 
 /* ---- one system call inside another process, by ptrace (shim/remote.c) ---- */

@@ -17,7 +17,8 @@
 #define HELPER_CALLS_MAX 8
 /* Bytes of inline data; each call's share is a slot of 64, enough for the ioctls' structures. */
 #define HELPER_DATA_BYTES 512
-#define HELPER_STAGING_BYTES (4ul << 20)
+/* One chunk. */
+#define HELPER_STAGING_BYTES (2ul << 20)
 
 /* Bits of `flags`. */
 #define HELPER_STOP_IF_NEGATIVE 1u

@@ -31,7 +31,6 @@
 #define NR_accept4 BY_ARCH(288, 242)
 #define NR_bind BY_ARCH(49, 200)
 #define NR_capset BY_ARCH(126, 91)
-#define NR_cachestat 451
 #define NR_clock_gettime BY_ARCH(228, 113)
 #define NR_close BY_ARCH(3, 57)
 #define NR_close_range BY_ARCH(436, 436) /* Linux 5.9 */

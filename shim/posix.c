@@ -342,14 +342,6 @@ int32_t fsl_mincore(num_t addr, num_t length, void *vector) {
   return (int32_t)sys(NR_mincore, (uint64_t)addr, (uint64_t)length, vector);
 }
 
-num_t fsl_cachestat(fd_t fd, num_t offset, num_t length) {
-  const uint64_t range[2] = {(uint64_t)offset, (uint64_t)length};
-  /* nr_cache, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted */
-  uint64_t counts[5] = {0, 0, 0, 0, 0};
-  const long result = sys(NR_cachestat, fd, range, counts, 0);
-  return (num_t)(result < 0 ? result : (long)counts[0]);
-}
-
 int32_t fsl_mlock(num_t addr, num_t length) {
   return (int32_t)sys(NR_mlock, (uint64_t)addr, (uint64_t)length);
 }

@@ -89,13 +89,8 @@ export class SnapshotPageSource implements PageSource {
   isAtHand(blockIndex: number, pageIndex: number, pages: number): boolean {
     const mapping = this.#mappings[blockIndex];
     if (mapping === undefined) return false;
-    const { pageSize, pagesOffset, firstPageAddress } = mapping;
-    const offset = pagesOffset + pageIndex * pageSize;
-    const cached = sys.cachestat(this.#fd, offset, pages * pageSize);
-    if (cached >= 0) return cached * HOST_PAGE >= pages * pageSize;
-    // An older kernel, or a file of somebody else's.
-    const start = alignDown(firstPageAddress + pageIndex * pageSize, HOST_PAGE);
-    const end = firstPageAddress + (pageIndex + pages) * pageSize;
+    const start = alignDown(mapping.firstPageAddress + pageIndex * mapping.pageSize, HOST_PAGE);
+    const end = mapping.firstPageAddress + (pageIndex + pages) * mapping.pageSize;
     const count = Math.ceil((end - start) / HOST_PAGE);
     if (this.#residency.length < count) this.#residency = new Uint8Array(count);
     if (sys.mincore(start, count * HOST_PAGE, this.#residency) < 0) return false;

@@ -86,7 +86,6 @@ const SYMBOLS = {
   fsl_munmap: { args: [f64, f64], returns: i32 },
   fsl_madvise: { args: [f64, f64, i32], returns: i32 },
   fsl_mincore: { args: [f64, f64, pointer], returns: i32 },
-  fsl_cachestat: { args: [i32, f64, f64], returns: f64 },
   fsl_mlock: { args: [f64, f64], returns: i32 },
   fsl_remote_syscall: { args: [i32, i32, pointer, pointer, i32], returns: i32 },
 } as const;
@@ -597,11 +596,6 @@ export function munmap(addr: number, length: number): number {
 
 export function madvise(addr: number, length: number, advice: number): number {
   return lib.fsl_madvise(addr, length, advice);
-}
-
-/** cachestat(2), Linux 6.5: how many pages of this range of a file are in the page cache. */
-export function cachestat(fd: number, offset: number, length: number): number {
-  return lib.fsl_cachestat(fd, offset, length);
 }
 
 /** One byte per page into `vector`. */

@@ -426,8 +426,8 @@ describe("a helper, seen from outside,", () => {
   );
 });
 
-/** Room for the program and its 2 MiB of memory, and not for a helper's 4 MiB more. */
-const ADDRESS_SPACE_KIB = 8000;
+/** Room for the program and its 2 MiB of memory, and not for a helper's 2 MiB more, aligned. */
+const ADDRESS_SPACE_KIB = 5500;
 
 async function startLimited(): Promise<TargetProcess> {
   const library = libraryFd();

@@ -129,16 +129,6 @@ describe("memory", () => {
     sys.munmap(addr, PAGE);
   });
 
-  test("cachestat counts the pages of a file that are in the page cache", () => {
-    const fd = memfd(4 * PAGE);
-    const page = new Uint8Array(PAGE).fill(1);
-    expect(sys.pwrite(fd, sys.ptrOf(page), PAGE, PAGE)).toBe(PAGE);
-    expect(sys.cachestat(fd, 0, 4 * PAGE)).toBe(1);
-    expect(sys.cachestat(fd, 2 * PAGE, PAGE)).toBe(0);
-    expect(sys.cachestat(fd, PAGE, PAGE)).toBe(1);
-    expect(sys.cachestat(-1, 0, PAGE)).toBe(-EBADF);
-  });
-
   test("an empty view and the address of nothing are harmless", () => {
     expect(sys.view(0, 0).byteLength).toBe(0);
     expect(sys.ptrOf(new Uint8Array(0))).toBe(0);
