@@ -56,8 +56,7 @@ const program = defineCommand({
   },
 });
 
-/** `--json` asks for errors as JSON too. */
-/** @param command whose help says more; "" = none */
+/** `--json` asks for errors as JSON too. @param command whose help says more; "" = none */
 function printError(error: unknown, asJson: boolean, command = ""): number {
   const known = isFslError(error) ? error : usageError(error);
   if (known === undefined) {

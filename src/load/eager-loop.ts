@@ -62,7 +62,7 @@ export interface EagerLoopOptions {
   /** Plan-wide chunk numbers in the order of loading. */
   readonly order: Uint32Array;
   /**
-   * Runs to bring in first, before the eager load is let go: block index, first page, pages; three
+   * Runs to bring in first, before the order: block index, first page, pages; three
    * numbers each.
    */
   readonly replay: Int32Array;

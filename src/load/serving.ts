@@ -222,7 +222,7 @@ export class Serving {
     this.#eager.catch(() => {});
   }
 
-  /** Somebody wants the load to be over: no pause and no limit any more. */
+  /** Somebody wants the load to be over: no limit any more. */
   hurry(): void {
     this.#state.hurry();
   }

@@ -67,9 +67,10 @@ export class WholeChunks {
    * @returns false when it has to come otherwise
    */
   begin(state: BlockState, chunk: number): boolean {
-    if (state.chunks[chunk] !== CHUNK_FREE || !canMove(state, chunk)) return false;
+    if (state.chunks[chunk] !== CHUNK_FREE) return false;
+    // First: the reader of events is not to look through the chunk for nothing.
     const mover = this.#free();
-    if (mover === undefined) return false;
+    if (mover === undefined || !canMove(state, chunk)) return false;
     const word = CHUNK_MOVING + this.#options.workerIndex;
     if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, word) !== CHUNK_FREE) return false;
     mover.begin(state, chunk);
