@@ -83,7 +83,7 @@ function linesThatMatch(
  */
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   cli: ["index"],
-  index: ["load", "snapshot", "source", "vmm", "uffd", "errors", "pages"],
+  index: ["load", "snapshot", "source", "vmm", "uffd", "errors", "pages", "text"],
   load: ["snapshot", "source", "vmm", "uffd", "sys", "errors", "pages"],
   snapshot: ["errors", "pages"],
   source: ["sys", "errors", "pages"],
@@ -91,7 +91,8 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   uffd: ["sys", "errors", "pages"],
   sys: ["errors", "pages"],
   pages: ["errors"],
-  errors: [],
+  errors: ["text"],
+  text: [],
 };
 
 /** What a type-only import may reach beside that. */

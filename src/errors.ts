@@ -1,8 +1,9 @@
 /**
  * The one error class of fsl and its table of codes. Codes and exit codes are stable API; texts are
  * not. Message grammar: `<what failed>: <expected>, <found> (<where>); <what to do>`. No full stop,
- * no prefix.
+ * no prefix. What it quotes is printable (src/text.ts).
  */
+import { printable } from "./text.ts";
 
 /** Exit code of each error code. README.md repeats this table; `npm run check` compares the two. */
 export const EXIT_CODES = {
@@ -30,7 +31,7 @@ export class FslError extends Error {
   readonly details: ErrorDetails;
 
   constructor(code: ErrorCode, message: string, details: ErrorDetails = {}, cause?: unknown) {
-    super(message, cause === undefined ? undefined : { cause });
+    super(printable(message), cause === undefined ? undefined : { cause });
     this.code = code;
     this.details = details;
   }

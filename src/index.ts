@@ -30,6 +30,7 @@ export type {
 } from "./source/page-source.ts";
 export { SnapshotPageSource, type SnapshotSourceOptions } from "./source/snapshot-source.ts";
 export { allocatedBytes } from "./source/allocation.ts";
+export { printable, printableLines } from "./text.ts";
 export { checkHost, type HostSupport } from "./uffd/support.ts";
 export { attachQemu, type AttachOptions } from "./vmm/attach.ts";
 export {

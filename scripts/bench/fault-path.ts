@@ -321,6 +321,7 @@ async function armedLoad(
     target: {
       pid: target.pid,
       controlPath: null,
+      isControlOwn: false,
       isControlPrivate: false,
       endsWithFsl: true,
       undo: null,
@@ -341,6 +342,8 @@ async function armedLoad(
     ],
     registered: [addr, addr + length],
     canDiscard: false,
+    watched: { balloons: false, helpers: false },
+    serving: {},
     source: { options: { fd: fileFd } },
   });
   for (const block of state.blocks) block.data.fill(-1);

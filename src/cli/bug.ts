@@ -1,4 +1,5 @@
 /** What fsl says of its own bugs: enough for a report, and no line of its minified code. */
+import { printableLines } from "../index.ts";
 import packageJson from "../../package.json";
 
 /** Lines of a stack that are shown. */
@@ -15,7 +16,7 @@ export function bugReport(error: unknown): string {
     lines.push(`fsl: because of ${cause.name}: ${cause.message}`);
   const stack = isError ? (error.stack ?? "") : "";
   lines.push(...stack.split("\n").filter(isFrame).slice(0, FRAMES_MAX));
-  return lines.join("\n");
+  return printableLines(lines.join("\n"));
 }
 
 function isFrame(line: string): boolean {

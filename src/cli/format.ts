@@ -1,4 +1,5 @@
 /** Numbers and tables for people. */
+import { printable } from "../index.ts";
 
 const SIZE_UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"] as const;
 
@@ -19,11 +20,12 @@ export function formatMs(ms: number): string {
   return ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(2)} s`;
 }
 
-/** Columns padded to their widest cell; numbers (per `right`) to the right. */
+/** Columns padded to their widest cell, made printable; numbers (per `right`) to the right. */
 export function formatTable(
-  rows: readonly (readonly string[])[],
+  cells: readonly (readonly string[])[],
   right: readonly number[] = [],
 ): string {
+  const rows = cells.map((row) => row.map(printable));
   const widths: number[] = [];
   for (const row of rows) {
     for (const [column, cell] of row.entries()) {

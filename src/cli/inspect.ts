@@ -1,6 +1,12 @@
 /** `fsl inspect`: what is in a snapshot file. */
 import { defineCommand } from "citty";
-import { allocatedBytes, openSnapshot, type RAMBlock, type Snapshot } from "../index.ts";
+import {
+  allocatedBytes,
+  openSnapshot,
+  printableLines,
+  type RAMBlock,
+  type Snapshot,
+} from "../index.ts";
 import { byteSize } from "./arguments.ts";
 import { formatBytes, formatTable } from "./format.ts";
 
@@ -124,7 +130,7 @@ function render(d: Description): string {
           [1, 2, 3],
         ),
   ];
-  if (d.libvirt !== null) parts.push(`libvirt domain:\n${d.libvirt.domainXml}`);
+  if (d.libvirt !== null) parts.push(`libvirt domain:\n${printableLines(d.libvirt.domainXml)}`);
   return parts.join("\n\n");
 }
 

@@ -25,6 +25,7 @@ import {
   forwardSignals,
   graceMs,
   heedSignals,
+  leave,
   servingArgs,
   type ServingFlags,
   servingOptions,
@@ -176,7 +177,7 @@ async function loadSpawned(run: Run, qemu: readonly string[]): Promise<number> {
     forwarding.stop();
     const heed = heedSignals();
     letForegroundGo(background, target.pid);
-    const code = await seeThrough(handle, heed, run);
+    const code = await seeThrough(handle, target.pid, heed, run);
     target.close();
     return code;
   } catch (error) {
@@ -193,10 +194,12 @@ async function loadAttached(run: Run, place: { qmpPath: string; pid?: number }):
   const heed = heedSignals();
   let target: ReturnType<typeof attachQemu> | undefined;
   try {
-    target = attachQemu(place);
+    target = attachQemu({ ...place, notice: (text) => log.warn(text) });
     const handle = await loadSnapshot({ ...run.options, target, cancel: heed.cancel });
-    if (run.background !== null) letForegroundGo(run.background, target.pid);
-    return await seeThrough(handle, heed, run);
+    // A guest that does not run is told in the foreground.
+    const { background } = run;
+    if (background !== null && handle.unfinished === null) letForegroundGo(background, target.pid);
+    return await seeThrough(handle, target.pid, heed, run);
   } catch (error) {
     if (heed.received === null || error !== heed.cancel.reason) throw error;
     return givenUp(heed.received);
@@ -211,13 +214,23 @@ function givenUp(signal: NodeJS.Signals): number {
   return exitCodeOf({ exitCode: null, signal }, false);
 }
 
-/** Until QEMU needs fsl no more. @returns the exit code */
-async function seeThrough(handle: LoadHandle, heed: SignalHeed, run: Run): Promise<number> {
+/**
+ * Until QEMU needs fsl no more, or somebody insists on the end of fsl. @returns the exit code
+ * @throws FslError TARGET_LOST when QEMU has all its RAM, but all is not well with it
+ */
+async function seeThrough(
+  handle: LoadHandle,
+  pid: number,
+  heed: SignalHeed,
+  run: Run,
+): Promise<number> {
   heed.seeThrough(() => handle.hurry());
-  const { complete } = await follow(handle, run);
-  if (!complete) return EXIT_CODES[handle.supplyFailed ? "SUPPLY_FAILED" : "TARGET_LOST"];
+  const end = await Promise.race([follow(handle, run), heed.insisted]);
+  if (typeof end === "string") return leave(end, pid, handle.supplyFailed);
+  if (!end.complete) return EXIT_CODES[handle.supplyFailed ? "SUPPLY_FAILED" : "TARGET_LOST"];
   // Huge pages are nothing to wait for when somebody wants fsl to end.
   await Promise.race([handle.tidied, heed.first]);
+  if (handle.unfinished !== null) throw handle.unfinished;
   return handle.supplyFailed ? EXIT_CODES.SUPPLY_FAILED : 0;
 }
 
@@ -285,7 +298,7 @@ function checkFiles(snapshot: string, workingSet?: string, report?: string): voi
   }
   try {
     closeSync(
-      openSync(report, constants.O_WRONLY | constants.O_CREAT | constants.O_NONBLOCK, 0o666),
+      openSync(report, constants.O_WRONLY | constants.O_CREAT | constants.O_NONBLOCK, 0o600),
     );
   } catch (cause) {
     throw new FslError(

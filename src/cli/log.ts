@@ -4,7 +4,7 @@
  * streams, which takes 12 ms, and by then QEMU is starting.
  */
 import type { ConsolaInstance } from "consola";
-import type { Logger } from "../index.ts";
+import { type Logger, printable } from "../index.ts";
 
 let isQuiet = false;
 let instance: ConsolaInstance | undefined;
@@ -21,10 +21,10 @@ function consola(): ConsolaInstance {
 /** Also what the library says while it loads. */
 export const log: Logger = {
   info(message) {
-    if (!isQuiet) consola().info(message);
+    if (!isQuiet) consola().info(printable(message));
   },
   warn(message) {
-    if (!isQuiet) consola().warn(message);
+    if (!isQuiet) consola().warn(printable(message));
   },
 };
 

@@ -17,8 +17,10 @@ import {
   forwardSignals,
   graceMs,
   heedSignals,
-  servingArgs,
+  leave,
+  resumingArgs,
   servingOptions,
+  type SignalHeed,
 } from "./serve.ts";
 
 export const resumeCommand = defineCommand({
@@ -31,7 +33,12 @@ export const resumeCommand = defineCommand({
     },
     snapshot: { type: "string", valueHint: "path", description: "the snapshot, if it was moved" },
     qmp: { type: "string", valueHint: "path", description: "the QMP socket, if it was moved" },
-    ...servingArgs,
+    source: {
+      type: "string",
+      valueHint: "module",
+      description: "the page source of a load that a program of yours began with one",
+    },
+    ...resumingArgs,
   },
   async run({ args: flags }) {
     const quiet = flags.quiet === true;
@@ -40,17 +47,25 @@ export const resumeCommand = defineCommand({
       flags.pid === undefined ? onlyUnserved() : wholeNumber(flags.pid, "pid", 1, PID_MAX);
     const handle = await resumeLoad({
       pid,
-      reattach: (record) => reattachQemu(reachedBy(record, flags.qmp)),
+      reattach: (record) => {
+        return reattachQemu(reachedBy(record, flags.qmp), (text) => log.warn(text));
+      },
       ...(flags.snapshot === undefined ? {} : { snapshot: flags.snapshot }),
+      ...(flags.source === undefined ? {} : { sourceModule: flags.source }),
       ...servingOptions(flags),
     });
     const signals = followSignals(handle, graceMs(flags));
     const progress = quiet ? undefined : startProgress(() => handle.progress());
     try {
-      const complete = await handle.done;
+      const complete = await Promise.race([handle.done, signals.insisted]);
       progress?.end();
+      if (typeof complete === "string") {
+        process.exitCode = leave(complete, pid, handle.supplyFailed);
+        return;
+      }
       if (complete) log.info("all RAM is in; QEMU runs on without fsl");
       else log.warn("QEMU ended before all RAM was in");
+      if (handle.unfinished !== null) throw handle.unfinished;
       process.exitCode = exitCodeOf({ exitCode: 0, signal: null }, handle.supplyFailed);
     } finally {
       progress?.end();
@@ -61,7 +76,7 @@ export const resumeCommand = defineCommand({
 });
 
 /** Passed on to a QEMU that was to end with its fsl; kept from one that is somebody else's. */
-function followSignals(handle: ResumeHandle, grace: number): { stop(): void } {
+function followSignals(handle: ResumeHandle, grace: number): Pick<SignalHeed, "insisted" | "stop"> {
   if (!handle.target.endsWithFsl) {
     const heed = heedSignals();
     heed.seeThrough(() => handle.hurry());
@@ -69,12 +84,13 @@ function followSignals(handle: ResumeHandle, grace: number): { stop(): void } {
   }
   const forwarding = forwardSignals(grace);
   forwarding.to(handle.target);
-  return forwarding;
+  return { insisted: new Promise(() => {}), stop: () => forwarding.stop() };
 }
 
 function reachedBy(record: TargetRecord, qmpPath: string | undefined): TargetRecord {
   if (qmpPath === undefined) return record;
-  return { ...record, controlPath: resolve(qmpPath), isControlPrivate: false };
+  const controlPath = resolve(qmpPath);
+  return { ...record, controlPath, isControlOwn: false, isControlPrivate: false };
 }
 
 function onlyUnserved(): number {

@@ -21,6 +21,11 @@ import { log } from "./log.ts";
  */
 const GRACE_MS_DEFAULT = "10000";
 const ERROR_LIMIT_MS_DEFAULT = "30000";
+const AS_BEFORE = "see fsl load; default: as the load was begun";
+/**
+ * A signal that comes sooner is the same one: who sends one to a process may send it to its group too.
+ */
+const SECOND_SIGNAL_MS = 1_000;
 
 export const servingArgs = {
   "on-error": {
@@ -61,13 +66,29 @@ export interface ServingFlags {
   readonly "eager-rate"?: string | undefined;
 }
 
+/** The same for a load that has been served before: what is not said is as it was. */
+export const resumingArgs = {
+  ...servingArgs,
+  "on-error": { ...withoutDefault(servingArgs["on-error"]), description: AS_BEFORE },
+  "error-limit-ms": { ...withoutDefault(servingArgs["error-limit-ms"]), description: AS_BEFORE },
+  "eager-workers": { ...servingArgs["eager-workers"], description: AS_BEFORE },
+  "eager-rate": { ...servingArgs["eager-rate"], description: `${AS_BEFORE}; 0: none` },
+} satisfies ArgsDef;
+
+function withoutDefault<T extends { default: unknown }>(arg: T): Omit<T, "default"> {
+  const { default: _, ...rest } = arg;
+  return rest;
+}
+
 /** @throws FslError USAGE */
 export function servingOptions(flags: ServingFlags): ServingOptions {
-  const { "eager-workers": workers, "eager-rate": rate } = flags;
-  const limit = flags["error-limit-ms"] ?? ERROR_LIMIT_MS_DEFAULT;
+  const { "on-error": onError, "eager-workers": workers, "eager-rate": rate } = flags;
+  const limit = flags["error-limit-ms"];
   return {
-    onError: onErrorOf(flags["on-error"] ?? "wait"),
-    errorLimitMs: wholeNumber(limit, "error-limit-ms", 0, 86_400_000),
+    ...(onError === undefined ? {} : { onError: onErrorOf(onError) }),
+    ...(limit === undefined
+      ? {}
+      : { errorLimitMs: wholeNumber(limit, "error-limit-ms", 0, 86_400_000) }),
     logger: log,
     eager: {
       ...(workers === undefined ? {} : { workers: wholeNumber(workers, "eager-workers", 1, 8) }),
@@ -133,7 +154,12 @@ export interface SignalHeed {
   readonly cancel: AbortSignal;
   /** Resolves with the first signal. */
   readonly first: Promise<void>;
-  /** From now on the load is to be seen through: a signal makes it hurry. */
+  /** Resolves with the signal by which somebody insists, see `seeThrough`. */
+  readonly insisted: Promise<NodeJS.Signals>;
+  /**
+   * From now on the load is to be seen through: a signal makes it hurry. A page that cannot be read
+   * can keep it for ever, though: SIGINT or SIGTERM once more means that fsl is to end at once.
+   */
   seeThrough(hurry: () => void): void;
   stop(): void;
 }
@@ -145,8 +171,10 @@ export interface SignalHeed {
 export function heedSignals(): SignalHeed {
   const cancel = new AbortController();
   const first = Promise.withResolvers<void>();
+  const insisted = Promise.withResolvers<NodeJS.Signals>();
   let hurry: (() => void) | undefined;
   let received: NodeJS.Signals | null = null;
+  let hurriedAtMs = 0;
   const heed = (signal: NodeJS.Signals): void => {
     received ??= signal;
     first.resolve();
@@ -154,8 +182,18 @@ export function heedSignals(): SignalHeed {
       cancel.abort(new FslError("TARGET_LOST", `the load was given up on ${signal}`, { signal }));
       return;
     }
-    log.info(`${signal}: QEMU needs fsl until all its RAM is in, which comes without a limit now`);
-    hurry();
+    if (hurriedAtMs === 0) {
+      hurriedAtMs = performance.now();
+      log.info(
+        `${signal}: QEMU needs fsl until all its RAM is in, which comes without a limit now; ` +
+          "SIGINT or SIGTERM once more ends fsl, and the guest waits for: fsl resume",
+      );
+      hurry();
+      return;
+    }
+    // A terminal that is closed sends SIGHUP whatever else was sent.
+    const isMeant = signal !== "SIGHUP" && performance.now() - hurriedAtMs >= SECOND_SIGNAL_MS;
+    if (isMeant) insisted.resolve(signal);
   };
   for (const signal of SIGNALS) process.on(signal, heed);
   return {
@@ -164,6 +202,7 @@ export function heedSignals(): SignalHeed {
     },
     cancel: cancel.signal,
     first: first.promise,
+    insisted: insisted.promise,
     seeThrough(toHurry) {
       hurry = toHurry;
       if (received !== null) heed(received);
@@ -172,6 +211,17 @@ export function heedSignals(): SignalHeed {
       for (const signal of SIGNALS) process.off(signal, heed);
     },
   };
+}
+
+/**
+ * Somebody insists that fsl ends before all RAM is in. All that another one needs is in QEMU.
+ * @returns the exit code
+ */
+export function leave(signal: NodeJS.Signals, pid: number, supplyFailed: boolean): number {
+  log.warn(
+    `${signal}: fsl ends; QEMU ${pid} waits where it needs a page, until: fsl resume --pid ${pid}`,
+  );
+  return exitCodeOf({ exitCode: null, signal }, supplyFailed);
 }
 
 /** Who presses keys, stops services or closes terminals sends these. */

@@ -2,6 +2,7 @@
 import { defineCommand } from "citty";
 import { findLoads, findUnbegun, type FoundLoad, unbegunLoad } from "../index.ts";
 import { formatBytes, formatTable } from "./format.ts";
+import { log } from "./log.ts";
 
 export const statusCommand = defineCommand({
   meta: {
@@ -10,7 +11,7 @@ export const statusCommand = defineCommand({
   },
   args: { json: { type: "boolean", description: "one JSON array on stdout" } },
   async run({ args: flags }) {
-    const begun = findLoads();
+    const begun = findLoads(({ message }) => log.warn(message));
     const unbegun = (await findUnbegun()).filter((pid) => begun.every((load) => load.pid !== pid));
     const loads = [...begun, ...unbegun.map(unbegunLoad)];
     if (flags.json) {

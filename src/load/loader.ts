@@ -11,7 +11,7 @@
  * would let the guest go on with zeros. If fsl dies, the target's own copy of the descriptor keeps
  * the guest waiting (recovery.ts).
  */
-import { closeSync, fchmodSync, openSync } from "node:fs";
+import { closeSync, openSync } from "node:fs";
 import { resolve } from "node:path";
 import { FslError, isFslError } from "../errors.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
@@ -22,7 +22,13 @@ import { UFFD_FEATURES } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { Uffd } from "../uffd/uffd.ts";
-import type { ExitStatus, Target, TargetInfo } from "../vmm/target.ts";
+import {
+  type ExitStatus,
+  hasEnded,
+  type HotplugWants,
+  type Target,
+  type TargetInfo,
+} from "../vmm/target.ts";
 import {
   clearBrought,
   correctResident,
@@ -37,7 +43,9 @@ import type { PageFailure } from "./fault-loop.ts";
 import { SnapshotGuard } from "./guard.ts";
 import { PageReader } from "./page-reader.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
+import { HotplugHold } from "./hotplug.ts";
 import { giveHugePagesBack } from "./huge-pages.ts";
+import { recordServing } from "./recorded-serving.ts";
 import { findEarlier, lockState } from "./recovery.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
@@ -114,6 +122,11 @@ export interface LoadHandle {
    * be read. Looked at when the target has ended: that is why.
    */
   readonly supplyFailed: boolean;
+  /**
+   * Somebody else's target has its state, but could not be told to go on, or to let go of what is
+   * fsl's; null when that is not so. Its pages are served all the same. Final when `done` resolves.
+   */
+  readonly unfinished: FslError | null;
   resume(): Promise<void>;
   /** Brings in the rest as fast as it can, whatever its limit. */
   hurry(): void;
@@ -156,8 +169,7 @@ class Load {
   /** What is to be the working set is somebody else's file. */
   #isSetForeign = false;
   #handedOver = false;
-  /** The guest stands still until all RAM is in; whether it ran before. */
-  #held: Promise<boolean> | null = null;
+  #unfinished: FslError | null = null;
   /** Set when `done` resolves. */
   #tidied: Promise<void> = Promise.resolve();
 
@@ -179,7 +191,7 @@ class Load {
     } catch (error) {
       // Before it is undone: that ends a target of our own.
       const told = (await this.#target.explain?.(error)) ?? error;
-      await this.#undo();
+      await this.#undo(told);
       throw told;
     }
   }
@@ -217,16 +229,37 @@ class Load {
     // Once QEMU has been told, and so has something to do meanwhile.
     await Bun.sleep(0);
     await this.#letZeroExtentsGo(state, zero);
-    await Promise.all([handedOver, served]);
-    state.phase = PHASE_STATE_LOADED;
-    if (this.#isPaused) await this.#target.putSettingsBack?.();
-    else await this.#resume();
-    state.phase = PHASE_RUNNING;
+    try {
+      await Promise.all([handedOver, served]);
+      state.phase = PHASE_STATE_LOADED;
+      if (this.#isPaused) await this.#target.putSettingsBack?.();
+      else await this.#resume();
+      state.phase = PHASE_RUNNING;
+    } catch (error) {
+      await this.#serveOn(error);
+    }
     serving.startEager();
     releaseProgramText();
     return this.#handle(
-      this.#finish(serving, prepared.set).catch((error) => this.#giveUp(serving, error)),
+      this.#finish(serving, state.metadata.watched, prepared.set).catch((error) =>
+        this.#giveUp(serving, error),
+      ),
     );
+  }
+
+  /**
+   * Somebody else's target that has taken its state needs its pages, whatever has become of the
+   * control connection. @throws the error itself where that is not so
+   */
+  async #serveOn(error: unknown): Promise<void> {
+    const target = this.#target;
+    if (!target.isAttached || !target.isCommitted) throw error;
+    // Another code means that the state could not be loaded.
+    if (!isFslError(error) || error.code !== "TARGET_LOST" || (await hasEnded(target))) throw error;
+    const what = `${target.description} was given its state, but its guest could not be resumed`;
+    const message = `${what}: ${error.message}; resume it by QMP's cont`;
+    this.#unfinished = new FslError("TARGET_LOST", message, { pid: target.pid }, error);
+    this.#options.logger?.warn(`${what}: ${error.message}; its pages are served all the same`);
   }
 
   #sourceOf(snapshot: Snapshot): PageSourceSpec {
@@ -396,6 +429,8 @@ class Load {
       blocks: lazy.map((block) => stateBlock(block, movable)),
       registered: registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
       canDiscard,
+      watched: this.#watched(lazy),
+      serving: recordServing(this.#options),
       source: this.#sourceOf(snapshot),
     });
     this.#state = state;
@@ -465,11 +500,8 @@ class Load {
     }
   }
 
-  /**
-   * Read-only, and not to be opened otherwise by QEMU's user: a later fsl believes what it says.
-   */
+  /** Read-only: a later fsl believes what it says. */
   async #keepState(fd: number): Promise<void> {
-    fchmodSync(fd, 0o600);
     const readable = openSync(`/proc/self/fd/${fd}`, "r");
     try {
       await this.#target.keepDescriptor(KEPT_STATE, readable);
@@ -496,6 +528,7 @@ class Load {
     // Who does not await it is told by `exited`.
     done.catch(() => {});
     const supplyFailed = (): boolean => this.#serving?.supplyFailed ?? false;
+    const unfinished = (): FslError | null => this.#unfinished;
     return {
       info,
       plan,
@@ -506,6 +539,9 @@ class Load {
       failures: () => this.#serving?.failures() ?? [],
       get supplyFailed() {
         return supplyFailed();
+      },
+      get unfinished() {
+        return unfinished();
       },
       resume: () => this.#resume(),
       hurry: () => this.#serving?.hurry(),
@@ -520,46 +556,35 @@ class Load {
     throw error;
   }
 
-  /**
-   * A device that was plugged in may break what lazy memory relies on: its discards are told to
-   * nobody, or its process reads holes. Its driver in the guest takes a moment; until then the guest
-   * is stopped, and all RAM comes before it goes on.
-   */
-  #watchHotplug(serving: Serving): () => void {
-    const lazy = (this.#plan?.blocks ?? []).filter(({ way }) => way === "lazy");
-    const wants = {
+  /** Devices that break what lazy memory relies on, should they be plugged in. */
+  #watched(lazy: readonly BlockPlan[]): HotplugWants {
+    return {
       balloons: this.#info?.canDiscard !== true && lazy.length > 0,
       helpers: lazy.some(({ region }) => region.shared),
     };
-    if (!wants.balloons && !wants.helpers) return () => {};
-    const found = (type: string): void => {
-      this.#options.logger?.warn(
-        `${type} was plugged in while RAM comes in: the guest is stopped until all of it is in`,
-      );
-      this.#held = this.#target.hold?.() ?? null;
-      this.#held?.catch(() => {}); // QEMU has ended.
-      serving.hurry();
-    };
-    return this.#target.watchHotplug?.(wants, found) ?? (() => {});
   }
 
   /** Brings in the rest, then lets go of everything. */
-  async #finish(serving: Serving, set: WorkingSet | null): Promise<LoadReport> {
+  async #finish(
+    serving: Serving,
+    watched: HotplugWants,
+    set: WorkingSet | null,
+  ): Promise<LoadReport> {
     let recordedLength: number | undefined;
     const timer = setTimeout(() => {
       recordedLength = this.#state?.faultLogLength;
     }, RECORD_MS);
-    const stopWatching = this.#watchHotplug(serving);
+    const hotplug = new HotplugHold(this.#target, serving, watched, this.#options.logger);
     const complete = await serving.bringRest();
-    stopWatching();
+    this.#unfinished ??= await hotplug.end(complete);
     clearTimeout(timer);
     if (complete) {
-      if ((await this.#held?.catch(() => false)) === true) await this.#target.resume();
       this.#times.residentMs = this.#now();
       if (!this.#isPaused) {
         this.#recordWorkingSet(set, recordedLength ?? this.#state?.faultLogLength ?? 0);
       }
-      await serving.finish();
+      const left = await serving.finish();
+      this.#unfinished ??= left;
     } else {
       await serving.stop();
     }
@@ -609,10 +634,14 @@ class Load {
 
   /**
    * Before the state was handed over: everything back as it was. After it the device state failed
-   * to load: the guest has never run, and is ended before the userfaultfd goes.
+   * to load: the guest has never run, and is ended before the userfaultfd goes. QEMU's own load of
+   * everything needs nothing of fsl.
    */
-  async #undo(): Promise<void> {
-    if (this.#handedOver && this.#target.isCommitted) {
+  async #undo(error: unknown): Promise<void> {
+    const isCut = isFslError(error) && error.code === "TARGET_LOST" && this.#uffd === undefined;
+    if (isCut && this.#target.isAttached && this.#target.isCommitted) {
+      this.#target.disconnect();
+    } else if (this.#handedOver && this.#target.isCommitted) {
       await endInOrder(this.#target);
       await this.#serving?.stop();
     } else {

@@ -3,7 +3,7 @@
  * and nothing is lost; another fsl finds both in /proc/PID/fd, takes the lock, wakes everybody who
  * waits, and goes on where the first one was.
  */
-import { closeSync, constants, fstatSync, openSync, readdirSync, readlinkSync } from "node:fs";
+import { closeSync, constants, fstatSync, openSync, readdirSync } from "node:fs";
 import { FslError, isFslError } from "../errors.ts";
 import { type GuardedFile, SnapshotGuard } from "./guard.ts";
 import { EAGAIN, O_CLOEXEC, LOCK_EX, LOCK_NB, LOCK_SH } from "../sys/abi.ts";
@@ -11,7 +11,11 @@ import { checkDescriptorLimit } from "../sys/limits.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import type { FoundTarget, TargetRecord } from "../vmm/target.ts";
+import { HotplugHold } from "./hotplug.ts";
 import { giveHugePagesBack } from "./huge-pages.ts";
+import { adoptLeftState, adoptOrNull, openLeftState } from "./left-state.ts";
+import { takeUserfaultfd } from "./left-userfaultfd.ts";
+import { withRecorded } from "./recorded-serving.ts";
 import { type LoadProgress, progressOf } from "./report.ts";
 import { Serving, type ServingOptions } from "./serving.ts";
 import {
@@ -27,8 +31,6 @@ import { Crew } from "./workers.ts";
 
 const LOCK_TRIES = 10;
 const LOCK_PAUSE_MS = 10;
-const STATE_LINK = "/memfd:fsl-state (deleted)";
-const UFFD_LINK = "anon_inode:[userfaultfd]";
 
 /** A load that some target is part of, served or not. */
 export interface FoundLoad {
@@ -63,16 +65,22 @@ export function lockState(stateFd: number): number {
   throw new FslError("TARGET_LOST", `load state: cannot be locked: ${why}`);
 }
 
-/** The loads of all processes whose descriptors this user may see. */
-export function findLoads(): FoundLoad[] {
+/**
+ * The loads of all processes whose descriptors this user may see.
+ * @param onRefused told of each load state that is not to be trusted
+ */
+export function findLoads(onRefused: (error: FslError) => void = () => {}): FoundLoad[] {
   const loads: FoundLoad[] = [];
   for (const entry of readdirSync("/proc")) {
     const pid = Number(entry);
     if (!Number.isInteger(pid) || pid === process.pid) continue;
-    const stateNumber = descriptorsOf(pid, STATE_LINK)[0];
-    if (stateNumber === undefined) continue;
-    const load = lookAt(pid, stateNumber);
-    if (load !== null) loads.push(load);
+    try {
+      const load = lookAt(pid);
+      if (load !== null) loads.push(load);
+    } catch (error) {
+      if (!isFslError(error)) throw error;
+      onRefused(error);
+    }
   }
   return loads;
 }
@@ -98,22 +106,14 @@ const PHASES: Readonly<Record<number, FoundLoad["phase"]>> = {
   [PHASE_FINISHED]: "finished",
 };
 
-/**
- * Null for a process that is not the target itself (the fsl that serves it has the state too), or
- * has just ended.
- */
-function lookAt(pid: number, stateNumber: number): FoundLoad | null {
-  let fd: number;
+/** Null for a process that is no target, or has just ended. */
+function lookAt(pid: number): FoundLoad | null {
+  const fd = openLeftState(pid);
+  if (fd === null) return null;
   try {
-    fd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
-  } catch {
-    return null;
-  }
-  try {
-    const state = adoptOrNull(fd);
+    const state = adoptOrNull(fd, pid);
     if (state === null) return null;
     try {
-      if (state.metadata.target.pid !== pid) return null;
       const served = sys.flock(fd, LOCK_SH | LOCK_NB) !== 0;
       return {
         pid,
@@ -131,16 +131,6 @@ function lookAt(pid: number, stateNumber: number): FoundLoad | null {
   }
 }
 
-/** Null for a state that is not complete yet, or that another version of fsl has made. */
-function adoptOrNull(fd: number): LoadState | null {
-  try {
-    return LoadState.adopt(fd, fstatSync(fd).size, false);
-  } catch (error) {
-    if (isFslError(error)) return null;
-    throw error;
-  }
-}
-
 /** The page that was last found unreadable, unless it has come since. */
 function missingFailure(state: LoadState): LoadState["lastFailure"] {
   const { lastFailure } = state;
@@ -149,39 +139,20 @@ function missingFailure(state: LoadState): LoadState["lastFailure"] {
   return block === undefined || testBit(block.done, lastFailure.pageIndex) ? null : lastFailure;
 }
 
-/** Descriptor numbers of a process that link to `wanted`; empty when it cannot be looked at. */
-function descriptorsOf(pid: number, wanted: string): number[] {
-  try {
-    return readdirSync(`/proc/${pid}/fd`)
-      .filter((number) => linkOf(`/proc/${pid}/fd/${number}`) === wanted)
-      .map(Number);
-  } catch {
-    return [];
-  }
-}
-
-function linkOf(path: string): string {
-  try {
-    return readlinkSync(path);
-  } catch {
-    return "";
-  }
-}
-
 /**
  * What an earlier fsl, dead by now, has left in a target that may still wait for its state.
  * @returns null when there is nothing
- * @throws FslError TARGET_LOST when a living fsl serves it, or its load is to be gone on with
+ * @throws FslError TARGET_LOST when a living fsl serves it, or its load is to be gone on with;
+ * TARGET_MISMATCH when what is there is not to be trusted
  */
 export function findEarlier(pid: number): TargetRecord | null {
-  const stateNumber = descriptorsOf(pid, STATE_LINK)[0];
-  if (stateNumber === undefined) return null;
-  const fd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
+  const fd = openLeftState(pid);
+  if (fd === null) return null;
   try {
     if (sys.flock(fd, LOCK_SH | LOCK_NB) !== 0) {
       throw new FslError("TARGET_LOST", `process ${pid}: another fsl is at work on it`, { pid });
     }
-    const state = adoptOrNull(fd);
+    const state = adoptOrNull(fd, pid);
     if (state === null) return UNKNOWN_RECORD;
     try {
       const { phase, metadata } = state;
@@ -203,6 +174,7 @@ export function findEarlier(pid: number): TargetRecord | null {
 const UNKNOWN_RECORD: TargetRecord = {
   pid: 0,
   controlPath: null,
+  isControlOwn: false,
   isControlPrivate: false,
   endsWithFsl: false,
   undo: null,
@@ -215,6 +187,11 @@ export interface ResumeOptions extends ServingOptions {
   readonly reattach: (record: TargetRecord) => FoundTarget;
   /** Path of the snapshot, when it is not where it was. */
   readonly snapshot?: string;
+  /**
+   * Module of the page source, for a load that has one of the caller's own. What the load state
+   * names is code to be run: the state is the word of whoever owns the target, so it does not do.
+   */
+  readonly sourceModule?: string;
 }
 
 export interface ResumeHandle {
@@ -224,6 +201,8 @@ export interface ResumeHandle {
   readonly target: FoundTarget;
   progress(): LoadProgress;
   readonly supplyFailed: boolean;
+  /** Why something of fsl is left in a target that lives, or it was not let go on. See `done`. */
+  readonly unfinished: FslError | null;
   /** Brings in the rest as fast as it can, whatever its limit. */
   hurry(): void;
 }
@@ -232,29 +211,23 @@ export interface ResumeHandle {
  * Goes on with the load of a target whose fsl has died.
  * @returns when faults are served again and, if it was still to be, the guest was resumed
  * @throws FslError TARGET_LOST when there is no such load, another fsl serves it, or the state was
- * never handed over; TARGET_MISMATCH when the snapshot is not the same file any more, SNAPSHOT_OPEN
- * when it cannot be opened
+ * never handed over; TARGET_MISMATCH when the snapshot is not the same file any more, or what the
+ * target holds is not to be trusted; SNAPSHOT_OPEN when it cannot be opened
  */
 export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> {
   const { pid } = options;
   checkDescriptorLimit();
-  const stateNumber = descriptorsOf(pid, STATE_LINK)[0];
-  if (stateNumber === undefined) {
+  const stateFd = openLeftState(pid);
+  if (stateFd === null) {
     throw new FslError("TARGET_LOST", `process ${pid}: has no load of fsl to go on with`, { pid });
   }
-  const stateFd = openSync(`/proc/${pid}/fd/${stateNumber}`, "r+");
   const opened: number[] = [stateFd];
   let begun: Serving | undefined;
   let guard: SnapshotGuard | undefined;
   try {
     opened.push(lockState(stateFd));
-    const state = LoadState.adopt(stateFd, fstatSync(stateFd).size, true);
-    if (state.metadata.target.pid !== pid) {
-      throw new FslError(
-        "TARGET_LOST",
-        `process ${pid}: its load state is that of process ${state.metadata.target.pid}`,
-      );
-    }
+    const state = adoptLeftState(stateFd, pid, true);
+    checkModule(state, options.sourceModule);
     if (state.phase === PHASE_ARMED) {
       throw new FslError(
         "TARGET_LOST",
@@ -263,7 +236,7 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
       );
     }
     const target = options.reattach(state.metadata.target);
-    const uffd = new Uffd(takeUserfaultfd(target, pid, state.phase === PHASE_FINISHED));
+    const uffd = new Uffd(takeUserfaultfd(target, state));
     opened.push(uffd.fd);
     const snapshot = openSameFile(state, options.snapshot);
     // Sources other than the file are made from what was recorded; the file's descriptor is a new
@@ -271,16 +244,23 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
     const adopted = withSource(state, snapshot.fd);
     const crew = new Crew();
     if (isFileSource(state)) guard = new SnapshotGuard(snapshot);
-    const serving = new Serving(target, adopted, uffd, crew, options, undefined, guard);
+    const how = withRecorded(options, state.metadata.serving);
+    const serving = new Serving(target, adopted, uffd, crew, how, undefined, guard);
     begun = serving;
     // The dead fsl may have read REMOVE events without marking their pages: nothing is copied
     // before that is done. The fault loop does it first of all, and opens the gate.
     if (adopted.metadata.canDiscard) adopted.closeGate();
     await serving.serveFaults();
     serving.wakeAll();
-    await goOn(adopted, target);
+    await goOn(adopted, target, options.logger);
     const { dataBytes } = adopted;
-    const done = bringRest(serving, target, adopted).finally(() => {
+    const { watched } = adopted.metadata;
+    const hotplug = new HotplugHold(target, serving, watched, options.logger);
+    let unfinished: FslError | null = null;
+    const rest = bringRest(serving, target, adopted, hotplug, (error) => {
+      unfinished ??= error;
+    });
+    const done = rest.finally(() => {
       snapshot.close();
       guard?.close();
       for (const fd of opened) sys.close(fd);
@@ -293,6 +273,9 @@ export async function resumeLoad(options: ResumeOptions): Promise<ResumeHandle> 
       progress: () => progressOf(adopted, dataBytes),
       get supplyFailed() {
         return serving.supplyFailed;
+      },
+      get unfinished() {
+        return unfinished;
       },
       hurry: () => serving.hurry(),
     };
@@ -309,13 +292,16 @@ async function bringRest(
   serving: Serving,
   target: FoundTarget,
   state: LoadState,
+  hotplug: HotplugHold,
+  onUnfinished: (error: FslError | null) => void,
 ): Promise<boolean> {
   const complete = await serving.bringRest();
+  onUnfinished(await hotplug.end(complete));
   if (!complete) {
     await serving.stop();
     return false;
   }
-  await serving.finish();
+  onUnfinished(await serving.finish());
   let isOver = false;
   target.exited.then(() => {
     isOver = true;
@@ -328,18 +314,22 @@ async function bringRest(
  * The first fsl may have died between handing over and resuming: what it had left to do is done
  * now.
  */
-async function goOn(state: LoadState, target: FoundTarget): Promise<void> {
+async function goOn(
+  state: LoadState,
+  target: FoundTarget,
+  logger: ServingOptions["logger"],
+): Promise<void> {
   if (state.phase === PHASE_HANDING_OVER) {
-    let progress = await target.stateProgress();
-    while (progress === "loading") {
-      await Bun.sleep(STATE_PERIOD_MS);
-      progress = await target.stateProgress();
-    }
-    if (progress !== "loaded") {
-      throw new FslError(
-        "TARGET_LOST",
-        `${target.description}: its state was not loaded (${progress}); end it and load again`,
+    const timer = setTimeout(() => {
+      logger?.info(
+        `${target.description} does not answer yet: it waits for a page, or another client is ` +
+          "connected to its QMP socket",
       );
+    }, SILENCE_MS);
+    try {
+      await seeLoaded(target);
+    } finally {
+      clearTimeout(timer);
     }
     state.phase = PHASE_STATE_LOADED;
   }
@@ -350,17 +340,36 @@ async function goOn(state: LoadState, target: FoundTarget): Promise<void> {
   }
 }
 
+/** For as long as it takes: a page that the device state needs may be waited for. */
+async function seeLoaded(target: FoundTarget): Promise<void> {
+  let progress = await target.stateProgress();
+  while (progress === "loading") {
+    await Bun.sleep(STATE_PERIOD_MS);
+    progress = await target.stateProgress();
+  }
+  if (progress === "loaded") return;
+  throw new FslError(
+    "TARGET_LOST",
+    `${target.description}: its state was not loaded (${progress}); end it and load again`,
+  );
+}
+
 /** How often a target that is loading its device state is asked, ms. */
 const STATE_PERIOD_MS = 20;
+/** After how long a target that does not answer is worth a word, ms. */
+const SILENCE_MS = 10_000;
 
-function takeUserfaultfd(target: FoundTarget, pid: number, isFinished: boolean): number {
-  const numbers = descriptorsOf(pid, UFFD_LINK);
-  const [number] = numbers;
-  if (number === undefined) {
-    const why = isFinished ? "all its RAM is in already" : "its userfaultfd is gone";
-    throw new FslError("TARGET_LOST", `${target.description}: ${why}`, { pid });
-  }
-  return sys.check(sys.pidfdGetfd(target.pidfd, number), `pidfd_getfd of ${target.description}`);
+/** See `ResumeOptions.sourceModule`. */
+function checkModule({ metadata }: LoadState, named: string | undefined): void {
+  const { module } = metadata.source as { module?: unknown };
+  if (module === named) return;
+  const found = module === undefined ? "none, but the snapshot file" : JSON.stringify(module);
+  throw new FslError(
+    "TARGET_MISMATCH",
+    `page source: expected ${named === undefined ? "none" : JSON.stringify(named)}, found ${found}; ` +
+      "if that is your own module, name it with --source",
+    { pid: metadata.target.pid },
+  );
 }
 
 /**

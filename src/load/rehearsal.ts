@@ -171,7 +171,14 @@ function answerAhead(socket: number): void {
 const BLOCK = { idstr: "rehearsal", pageSize: PAGE, hostPageSize: PAGE, pagesOffset: 0 };
 
 function rehearsalState(block: StateBlock): { state: LoadState; fd: number } {
-  const target = { pid: 0, controlPath: null, isControlPrivate: true, endsWithFsl: true, undo: {} };
+  const target = {
+    pid: 0,
+    controlPath: null,
+    isControlOwn: true,
+    isControlPrivate: true,
+    endsWithFsl: true,
+    undo: {},
+  };
   return LoadState.create({
     target,
     paused: true,
@@ -180,6 +187,8 @@ function rehearsalState(block: StateBlock): { state: LoadState; fd: number } {
     blocks: [block],
     registered: [block.hostAddr, block.hostAddr + block.usedLength],
     canDiscard: false,
+    watched: { balloons: false, helpers: false },
+    serving: {},
     source: {},
   });
 }

@@ -12,7 +12,7 @@ import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA, ENOMEM } from "../sys/abi.t
 import * as sys from "../sys/native.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
-import type { ServedTarget } from "../vmm/target.ts";
+import { hasEnded, type ServedTarget } from "../vmm/target.ts";
 import { countMissing, setRange, testBit } from "./bits.ts";
 import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
@@ -273,23 +273,32 @@ export class Serving {
   /**
    * Lets every range go and takes everything of fsl out of the target. Only when no page is
    * missing.
+   * @returns why something of fsl is left in a target that lives; null when all is well
    */
-  async finish(): Promise<void> {
+  async finish(): Promise<FslError | null> {
     this.#unregister();
     this.#state.phase = PHASE_FINISHED;
     this.#guard?.close();
     await this.stop();
     const target = this.#target;
+    const problems: string[] = [];
     for (const part of [() => target.dropDescriptor(KEPT_STATE), () => target.release()]) {
       try {
         await part();
       } catch (error) {
         if (!isFslError(error)) throw error;
-        // A target that has ended needs no more. Another one goes on with all its RAM, whatever
-        // stays behind in it: QEMU changes no settings while somebody migrates it, for one.
-        if (error.code !== "TARGET_LOST") this.#options.logger?.warn(error.message);
+        problems.push(error.message);
       }
     }
+    // A target that has ended needs no more. Another one goes on with all its RAM, whatever stays
+    // behind in it: QEMU changes no settings while somebody migrates it, for one.
+    if (problems.length === 0 || (await hasEnded(target))) return null;
+    return new FslError(
+      "TARGET_LOST",
+      `${target.description} has all its RAM, but something of fsl is left in it: ` +
+        `${problems.join("; ")}; to tidy up: fsl resume --pid ${target.pid}`,
+      { pid: target.pid },
+    );
   }
 
   /**

@@ -12,15 +12,30 @@
  *   0x65000       …            per block: data bitmap (bit set = bytes in the file), done bitmap, chunk words (i32),
  *                              time of the first fault that waits for a chunk (float64, ns)
  */
+import { fchmodSync } from "node:fs";
 import { assert, FslError } from "../errors.ts";
 import { alignDown, alignUp, hex } from "../pages.ts";
-import type { TargetRecord } from "../vmm/target.ts";
+import type { HotplugWants, TargetRecord } from "../vmm/target.ts";
 import { countBits } from "./bits.ts";
 import * as sys from "../sys/native.ts";
-import { MAP_SHARED, MFD_CLOEXEC, PROT_READ, PROT_WRITE } from "../sys/abi.ts";
+import {
+  F_ADD_SEALS,
+  F_SEAL_GROW,
+  F_SEAL_SEAL,
+  F_SEAL_SHRINK,
+  MAP_SHARED,
+  MFD_ALLOW_SEALING,
+  MFD_CLOEXEC,
+  PROT_READ,
+  PROT_WRITE,
+} from "../sys/abi.ts";
 
 const MAGIC = 0x314c5346; // "FSL1", little-endian
-const VERSION = 1;
+const VERSION = 2;
+/** Nobody can cut it short: whoever has it mapped would get SIGBUS. */
+export const STATE_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+/** What one view of memory can hold; the state of a guest of many TiB. */
+const STATE_LENGTH_MAX = 2 ** 32;
 
 const METADATA_OFFSET = 0x1000;
 const METADATA_LENGTH_MAX = 0x10000;
@@ -141,6 +156,10 @@ export interface StateMetadata {
   readonly registered: readonly number[];
   /** EVENT_REMOVE was asked for: the guest can give memory back. */
   readonly canDiscard: boolean;
+  /** Devices that are looked out for while RAM comes in. */
+  readonly watched: HotplugWants;
+  /** See recorded-serving.ts. */
+  readonly serving: unknown;
   readonly source: unknown;
 }
 
@@ -290,10 +309,13 @@ export class LoadState {
     const text = new TextEncoder().encode(JSON.stringify(metadata));
     assert(text.length <= METADATA_LENGTH_MAX, `load metadata has ${text.length} bytes`);
     const fd = sys.check(
-      sys.memfdCreate("fsl-state", MFD_CLOEXEC),
+      sys.memfdCreate("fsl-state", MFD_CLOEXEC | MFD_ALLOW_SEALING),
       "memfd_create of the load state",
     );
+    // Not to be opened by QEMU's user: a later fsl believes what it says (left-state.ts).
+    fchmodSync(fd, 0o600);
     sys.check(sys.ftruncate(fd, length), "ftruncate of the load state");
+    sys.check(sys.fcntl(fd, F_ADD_SEALS, STATE_SEALS), "F_ADD_SEALS of the load state");
     const state = new LoadState({ address: mapState(fd, length), length, metadata });
     new Uint8Array(state.#buffer, METADATA_OFFSET, text.length).set(text);
     state.#header[H_METADATA_LENGTH] = text.length;
@@ -309,13 +331,22 @@ export class LoadState {
    * @throws FslError TARGET_LOST when it is not a state of this version
    */
   static adopt(fd: number, fdLength: number, takeOver: boolean): LoadState {
-    if (fdLength < BITMAPS_OFFSET) {
+    if (fdLength < BITMAPS_OFFSET || fdLength > STATE_LENGTH_MAX) {
       throw new FslError(
         "TARGET_LOST",
         `load state: expected at least ${BITMAPS_OFFSET} bytes, found ${fdLength}`,
       );
     }
     const address = mapState(fd, fdLength);
+    try {
+      return LoadState.#adoptMapped(address, fdLength, takeOver);
+    } catch (error) {
+      sys.munmap(address, fdLength);
+      throw error;
+    }
+  }
+
+  static #adoptMapped(address: number, fdLength: number, takeOver: boolean): LoadState {
     const buffer = sys.view(address, fdLength);
     const header = new Int32Array(buffer, 0, H_LENGTH);
     if (header[H_MAGIC] !== MAGIC || header[H_VERSION] !== VERSION) {
@@ -540,35 +571,79 @@ export class LoadState {
 function parseMetadata(text: string): StateMetadata {
   try {
     const value = JSON.parse(text) as Partial<StateMetadata> | null;
-    const { blocks, registered, target } = value ?? {};
-    const isSound =
-      Array.isArray(blocks) &&
-      blocks.every(isBlock) &&
-      Array.isArray(registered) &&
-      registered.every(isWhole) &&
-      isWhole(target?.pid);
-    if (isSound) return value as StateMetadata;
+    if (value !== null && isMetadata(value)) return value;
   } catch {
     // Not even JSON: the same thing to whoever asks.
   }
   throw new FslError("TARGET_LOST", "load state: its metadata is damaged");
 }
 
-function isBlock(value: unknown): boolean {
+function isMetadata(value: Partial<StateMetadata>): value is StateMetadata {
+  const { target, paused, snapshotPath, snapshotIdentity, blocks, registered } = value;
+  const { canDiscard, watched, source } = value;
+  return (
+    isObject(target) &&
+    isWhole(target.pid) &&
+    (target.controlPath === null || isPath(target.controlPath)) &&
+    [target.isControlPrivate, target.isControlOwn, target.endsWithFsl].every(isBoolean) &&
+    isPath(snapshotPath) &&
+    isObject(snapshotIdentity) &&
+    [paused, canDiscard].every(isBoolean) &&
+    isObject(watched) &&
+    [watched.balloons, watched.helpers].every(isBoolean) &&
+    isObject(source) &&
+    Array.isArray(blocks) &&
+    blocks.every(isBlock) &&
+    Array.isArray(registered) &&
+    areRangesOf(blocks, registered)
+  );
+}
+
+function isBlock(value: unknown): value is StateBlock {
   const block = value as StateBlock | null;
-  if (typeof block?.idstr !== "string") return false;
+  if (typeof block?.idstr !== "string" || !isBoolean(block.movable)) return false;
   const { hostAddr, usedLength, pageSize, hostPageSize, pagesOffset } = block;
   return (
     [hostAddr, usedLength, pageSize, hostPageSize, pagesOffset].every(isWhole) &&
     pageSize > 0 &&
+    hostAddr % pageSize === 0 &&
     usedLength % pageSize === 0 &&
     hostPageSize >= pageSize &&
     hostPageSize % pageSize === 0
   );
 }
 
+/** [start, end, start, end, …], each within a block. */
+function areRangesOf(blocks: readonly StateBlock[], registered: readonly unknown[]): boolean {
+  if (registered.length % 2 !== 0 || !registered.every(isWhole)) return false;
+  const addrs = registered as readonly number[];
+  return addrs.every((startAddr, index) => {
+    const endAddr = addrs[index + 1] ?? 0;
+    if (index % 2 !== 0) return true;
+    return blocks.some(({ hostAddr, usedLength, pageSize }) => {
+      const isInside = startAddr >= hostAddr && endAddr <= hostAddr + usedLength;
+      return (
+        isInside && startAddr < endAddr && [startAddr, endAddr].every((a) => a % pageSize === 0)
+      );
+    });
+  });
+}
+
 function isWhole(value: unknown): boolean {
   return Number.isSafeInteger(value) && (value as number) >= 0;
+}
+
+function isBoolean(value: unknown): boolean {
+  return typeof value === "boolean";
+}
+
+function isObject(value: unknown): value is object {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** Absolute: this process may have another working directory than the one that wrote it. */
+function isPath(value: unknown): boolean {
+  return typeof value === "string" && value.startsWith("/") && !value.includes("\0");
 }
 
 function mapState(fd: number, length: number): number {

@@ -7,6 +7,7 @@ import { resolve } from "node:path";
 import { FslError } from "../errors.ts";
 import { EAGAIN, LOCK_EX, LOCK_NB } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
+import { listenerOf } from "./control.ts";
 import { type ExitWatch, watchExit } from "./exit-watch.ts";
 import { startsStopped } from "./qemu-command.ts";
 import { type QemuProcess, QemuTarget } from "./qemu.ts";
@@ -21,6 +22,8 @@ export interface AttachOptions {
   readonly pid?: number;
   /** How long QEMU may take to greet, milliseconds; 10,000 when left out. */
   readonly greetingTimeoutMs?: number;
+  /** What a person may want to know of the connection while RAM comes in. */
+  readonly notice?: (text: string) => void;
   /** Forces one way to the userfaultfd; for tests. */
   readonly userfaultfdWay?: Exclude<UserfaultfdWay, "preload">;
 }
@@ -36,7 +39,7 @@ const GREETING_TIMEOUT_MS = 10_000;
  */
 export function attachQemu(options: AttachOptions): QemuTarget {
   const socket = connectSocket(options.qmpPath);
-  let found: { pid: number; pidfd: number } | undefined;
+  let found: FoundProcess | undefined;
   let lockFd: number;
   try {
     found = findProcess(socket, options);
@@ -46,7 +49,7 @@ export function attachQemu(options: AttachOptions): QemuTarget {
     if (found !== undefined) native.close(found.pidfd);
     throw error;
   }
-  const attached = new AttachedQemu(found.pid, found.pidfd, lockFd, resolve(options.qmpPath));
+  const attached = new AttachedQemu(found, lockFd, resolve(options.qmpPath));
   const qmp = QmpClient.open(socket, {
     peer: attached.description,
     greetingTimeoutMs: options.greetingTimeoutMs ?? GREETING_TIMEOUT_MS,
@@ -61,6 +64,7 @@ class AttachedQemu implements QemuProcess {
   readonly pid: number;
   readonly pidfd: number;
   readonly controlPath: string;
+  readonly isControlOwn: boolean;
   readonly preloadSocket = -1;
   readonly runsStartedProgram = false;
   readonly isSpawned = false;
@@ -72,9 +76,10 @@ class AttachedQemu implements QemuProcess {
   readonly #lockFd: number;
   #isClosed = false;
 
-  constructor(pid: number, pidfd: number, lockFd: number, controlPath: string) {
+  constructor({ pid, pidfd, isListener }: FoundProcess, lockFd: number, controlPath: string) {
     this.pid = pid;
     this.pidfd = pidfd;
+    this.isControlOwn = isListener;
     this.#lockFd = lockFd;
     this.controlPath = controlPath;
     this.startsStopped = startsStopped(commandLineOf(pid));
@@ -103,13 +108,19 @@ class AttachedQemu implements QemuProcess {
   }
 }
 
+interface FoundProcess {
+  readonly pid: number;
+  readonly pidfd: number;
+  /** It listens on the socket, by the kernel's account. */
+  readonly isListener: boolean;
+}
+
 /**
  * The process that listens on the socket, by the kernel's account: whoever called listen(2) last, which
  * QEMU does also on a socket that it was given.
  */
-function findProcess(socket: number, options: AttachOptions): { pid: number; pidfd: number } {
-  const credentials = new Int32Array(3);
-  const told = native.peerCredentials(socket, credentials) < 0 ? 0 : (credentials[0] ?? 0);
+function findProcess(socket: number, options: AttachOptions): FoundProcess {
+  const told = listenerOf(socket);
   const pid = options.pid ?? told;
   if (pid <= 0) {
     throw new FslError(
@@ -122,7 +133,7 @@ function findProcess(socket: number, options: AttachOptions): { pid: number; pid
   const bySocket =
     options.pid === undefined || options.pid === told ? native.peerPidfd(socket) : -1;
   const pidfd = bySocket >= 0 ? bySocket : native.pidfdOpen(pid, 0);
-  if (pidfd >= 0) return { pid, pidfd };
+  if (pidfd >= 0) return { pid, pidfd, isListener: pid === told };
   throw new FslError("TARGET_LOST", `process ${pid}: ${native.errnoText(-pidfd)}`, { pid });
 }
 

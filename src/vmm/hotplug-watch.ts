@@ -4,6 +4,8 @@
  * reads holes. QEMU has no event for device_add, so it is asked now and then. A guest needs 0.1 to
  * 0.3 s until its driver works with a new device.
  */
+import { type FslError, isFslError } from "../errors.ts";
+import type { Control } from "./control.ts";
 import { type QmpClient, isRecord } from "./qmp.ts";
 import type { HotplugWants } from "./target.ts";
 
@@ -56,6 +58,37 @@ export function watchHotplug(
     if (name === "SHUTDOWN") stop();
   });
   return stop;
+}
+
+/**
+ * The same through whatever connection there is: when one is cut, another one is made.
+ * @param lost called once at most, when none can be made
+ */
+export function watchHotplugOf(
+  control: Control,
+  wants: HotplugWants,
+  found: (type: string) => void,
+  lost: (error: FslError) => void,
+): () => void {
+  let isStopped = false;
+  let stopThis = (): void => {};
+  const watch = async (): Promise<void> => {
+    while (!isStopped) {
+      const qmp = await control.open();
+      if (isStopped) return;
+      stopThis = watchHotplug(qmp, wants, found);
+      await qmp.closed;
+      if (!control.isCut) return;
+    }
+  };
+  watch().catch((error: unknown) => {
+    if (!isFslError(error)) throw error;
+    if (!isStopped) lost(error);
+  });
+  return () => {
+    isStopped = true;
+    stopThis();
+  };
 }
 
 /** @returns type of the first device that is wanted; null when there is none */

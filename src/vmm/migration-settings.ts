@@ -202,3 +202,12 @@ function parseCapabilities(value: unknown): Map<string, boolean> {
 function parseParameters(value: unknown): Map<string, unknown> {
   return new Map(isRecord(value) ? Object.entries(value) : []);
 }
+
+/** What an earlier fsl changed. @param undo out of a load state: it need not be what was written */
+export function parseUndo(undo: unknown): MigrationChanges {
+  const { capabilities, parameters } = isRecord(undo) ? undo : {};
+  return {
+    capabilities: isRecord(capabilities) ? (capabilities as Record<string, boolean>) : {},
+    parameters: isRecord(parameters) ? parameters : {},
+  };
+}

@@ -162,6 +162,32 @@ export function mappedByOthers(files: ReadonlySet<string>, pid: number): Set<str
   return found;
 }
 
+/** An area of memory, and whether faults in it are some userfaultfd's. */
+export interface WatchedArea {
+  readonly startAddr: number;
+  /** Exclusive. */
+  readonly endAddr: number;
+  readonly isWatched: boolean;
+}
+
+/**
+ * All memory of a process by address. Costs time that grows with what is in memory: the kernel
+ * walks the page tables for it.
+ * @source proc_pid_smaps(5): VmFlags, `um`: userfaultfd missing pages tracking
+ */
+export function readWatchedAreas(pid: number): WatchedArea[] {
+  const areas: WatchedArea[] = [];
+  const area = /^([0-9a-f]+)-([0-9a-f]+) [^]*?^VmFlags:(.*)$/gm;
+  for (const [, start = "", end = "", flags = ""] of readProcessFile(pid, "smaps").matchAll(area)) {
+    areas.push({
+      startAddr: Number.parseInt(start, 16),
+      endAddr: Number.parseInt(end, 16),
+      isWatched: flags.split(" ").includes("um"),
+    });
+  }
+  return areas;
+}
+
 /** @throws FslError TARGET_LOST when the line cannot be read */
 export function parseArea(line: string): MemoryArea {
   const fields = AREA.exec(line);
@@ -233,7 +259,7 @@ function internalShmemDevice(): string | null {
  * All of a file in /proc/PID, one byte a character.
  * @throws FslError TARGET_LOST when the process is gone, HOST_UNSUPPORTED when it is somebody else's
  */
-export function readProcessFile(pid: number, name: "maps" | "mountinfo"): string {
+export function readProcessFile(pid: number, name: "maps" | "smaps" | "mountinfo"): string {
   let text: string;
   try {
     text = readFileSync(`/proc/${pid}/${name}`, "latin1");

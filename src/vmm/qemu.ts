@@ -6,22 +6,24 @@
  * loads its devices it may wait for a page: the fault loop serves that in its Worker, and needs
  * nothing of this file.
  */
-import { closeSync, openSync, readdirSync, readlinkSync } from "node:fs";
+import { closeSync, openSync } from "node:fs";
 import { constants } from "node:os";
+import { resolve } from "node:path";
 import { FslError, assert, isFslError } from "../errors.ts";
-import { randomHex } from "../sys/random.ts";
-import { MFD_CLOEXEC } from "../sys/abi.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
+import { Control, PROBE_NAME, proveProcess } from "./control.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
-import { watchHotplug } from "./hotplug-watch.ts";
+import { watchHotplugOf } from "./hotplug-watch.ts";
 import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
   type MigrationChanges,
   MigrationSettings,
   PARAMETERS_IN_THE_WAY,
+  parseUndo,
 } from "./migration-settings.ts";
+import { linksOf } from "./process-links.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
 import type {
   ExitStatus,
@@ -53,6 +55,8 @@ export interface QemuProcess {
   readonly preloadSocket: number;
   /** Path of a QMP socket that a later fsl can connect to; null when there is none. */
   readonly controlPath: string | null;
+  /** See `TargetRecord`. */
+  readonly isControlOwn: boolean;
   /** Whether the process runs the program that fsl started: `taskset` and scripts run another one. */
   readonly runsStartedProgram: boolean;
   /** fsl started it: to abandon it is to end it. */
@@ -79,13 +83,13 @@ export interface QemuProcess {
 export interface QemuTargetOptions {
   /** Tests and `doctor` force one way; otherwise each is the other's fall-back. */
   readonly userfaultfdWay?: UserfaultfdWay;
+  /** What a person may want to know of the connection while RAM comes in. */
+  readonly notice?: (text: string) => void;
 }
 
 /** Name of QEMU's own copy of the userfaultfd, among its `getfd` descriptors. */
 export const USERFAULTFD_NAME = "fsl-uffd";
 
-/** Name of the descriptor that shows which process has the monitor. */
-const PROBE_NAME = "fsl-probe";
 /** What a dead fsl can have left under a name in a QEMU that still waits for its state. */
 const LEFT_NAMES = [USERFAULTFD_NAME, "fsl-state", DEVICE_NAME, PROBE_NAME];
 
@@ -103,6 +107,8 @@ const EXIT_LAG_MS = 400;
 const ABANDON_GRACE_MS = 2_000;
 /** In case an event is lost: how often the progress of a load is asked for. */
 const LOAD_CHECK_MS = 2_000;
+/** And when the connection was cut meanwhile. */
+const LOAD_LOOK_MS = 20;
 /** After SHUTDOWN: how long QEMU is watched, how often, and how long it may take for an answer. */
 const END_WATCH_MS = 10_000;
 const END_LOOK_MS = 200;
@@ -113,7 +119,9 @@ type Phase = "new" | "connected" | "loading" | "loaded" | "released" | "abandone
 export class QemuTarget implements Target {
   readonly exited: Promise<ExitStatus>;
   readonly #process: QemuProcess;
-  readonly #qmp: QmpClient;
+  readonly #control: Control;
+  /** Another one when that one was cut, and made again. */
+  #qmp: QmpClient;
   readonly #options: QemuTargetOptions;
   readonly #inventory: Promise<Inventory>;
   /** Commands that have been sent and must have succeeded before the state is handed over. */
@@ -136,6 +144,7 @@ export class QemuTarget implements Target {
   #earlier: TargetRecord | null = null;
   #settingsBack: Promise<void> = Promise.resolve();
   #isEndWatched = false;
+  #wasCut = false;
   #isClosed = false;
 
   /** @param qmp connected, not necessarily greeted yet; owned by the target from now on */
@@ -144,9 +153,11 @@ export class QemuTarget implements Target {
     this.#qmp = qmp;
     this.#options = options;
     this.exited = process.exited;
-    qmp.onEvent(({ name }) => {
-      if (name === "SHUTDOWN") this.#watchEnd();
+    this.#control = new Control(process, qmp, {
+      onConnected: (again) => this.#goOnWith(again),
+      notice: options.notice,
     });
+    this.#heedEnd(qmp);
     // Asked at once: the answers are there a moment after QEMU is able to give them.
     const { isSpawned, hasNoDiscards, hasDefaultSettings } = process;
     const settings = hasDefaultSettings ? MigrationSettings.ofNewQemu(qmp) : undefined;
@@ -215,9 +226,15 @@ export class QemuTarget implements Target {
 
   record(): TargetRecord {
     assert(this.#known !== null, "record before connect");
-    const { controlPath, isSpawned, endsWithFsl } = this.#process;
-    const undo = this.#known.settings.undoRecord();
-    return { pid: this.pid, controlPath, isControlPrivate: isSpawned, endsWithFsl, undo };
+    const { controlPath, isControlOwn, isSpawned, endsWithFsl } = this.#process;
+    return {
+      pid: this.pid,
+      controlPath: controlPath === null ? null : resolve(controlPath),
+      isControlOwn,
+      isControlPrivate: isSpawned,
+      endsWithFsl,
+      undo: this.#known.settings.undoRecord(),
+    };
   }
 
   async takeUserfaultfd(): Promise<number> {
@@ -225,7 +242,7 @@ export class QemuTarget implements Target {
     if (this.isAttached) {
       // A refused setting is told while not one byte of somebody else's memory is touched.
       await this.#guard(Promise.all(this.#prepared));
-      await this.#guard(this.#proveProcess());
+      await this.#guard(proveProcess(this.#qmp, this.pid));
     }
     const preloaded = this.#preloaded;
     this.#preloaded = null;
@@ -283,7 +300,11 @@ export class QemuTarget implements Target {
 
   async dropDescriptor(name: string): Promise<void> {
     this.#keptNames.delete(name);
-    await this.#guard(this.#qmp.request("closefd", { fdname: name }));
+    await this.#ask(async (qmp, isAgain) => {
+      // The second time there may be none any more.
+      if (isAgain) await qmp.execute("closefd", { fdname: name });
+      else await qmp.request("closefd", { fdname: name });
+    });
   }
 
   giveSeed(seedFd: number): void {
@@ -318,8 +339,30 @@ export class QemuTarget implements Target {
     const loaded = this.#guard(this.#loadFrom(known, streamOffset));
     loaded.catch(() => {});
     await prepared;
-    await loaded;
+    await loaded.catch((error: unknown) => this.#seeLoaded(error));
     this.#phase = "loaded";
+  }
+
+  /**
+   * The connection was cut while somebody else's QEMU loads its state, which it goes on with. (One
+   * of our own is better started anew.)
+   */
+  async #seeLoaded(error: unknown): Promise<void> {
+    if (!this.isAttached || !this.#isCut(error)) throw error;
+    const patience = { timeoutMs: Number.POSITIVE_INFINITY };
+    for (;;) {
+      const progress = await this.#ask((qmp) => qmp.request("query-migrate", undefined, patience));
+      const status = isRecord(progress) ? (progress["status"] ?? "none") : "none";
+      if (status === "completed") return;
+      if (status === "failed") {
+        throw loadFailed(this.description, errorTextOf(progress));
+      }
+      if (status === "none") {
+        await this.#takeNothing();
+        throw error;
+      }
+      await Bun.sleep(LOAD_LOOK_MS);
+    }
   }
 
   /**
@@ -332,28 +375,28 @@ export class QemuTarget implements Target {
   }
 
   async resume(): Promise<void> {
-    const resumed = this.#guard(this.#qmp.request("cont"));
-    // Sent along, so that it is done before anybody knows that the guest runs.
-    void this.putSettingsBack();
-    await resumed;
+    await this.#ask(async (qmp) => {
+      const resumed = qmp.request("cont");
+      // Sent along, so that it is done before anybody knows that the guest runs.
+      void this.putSettingsBack();
+      await resumed;
+    });
   }
 
   async pause(): Promise<void> {
-    await this.#guard(
-      this.#qmp.request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY }),
-    );
+    await this.#ask((qmp) => pauseBy(qmp));
   }
 
   async hold(): Promise<boolean> {
-    const patience = { timeoutMs: Number.POSITIVE_INFINITY };
-    const status = await this.#guard(this.#qmp.request("query-status", undefined, patience));
-    if (!isRecord(status) || status["running"] !== true) return false;
-    await this.pause();
-    return true;
+    return this.#ask((qmp) => holdBy(qmp));
   }
 
-  watchHotplug(wants: HotplugWants, found: (type: string) => void): () => void {
-    return watchHotplug(this.#qmp, wants, found);
+  watchHotplug(
+    wants: HotplugWants,
+    found: (type: string) => void,
+    lost: (error: FslError) => void,
+  ): () => void {
+    return watchHotplugOf(this.#control, wants, found, lost);
   }
 
   async abandon(): Promise<void> {
@@ -369,13 +412,16 @@ export class QemuTarget implements Target {
   }
 
   async release(): Promise<void> {
-    assert(this.#phase === "loaded", `release in phase ${this.#phase}`);
+    assert(["loading", "loaded"].includes(this.#phase), `release in phase ${this.#phase}`);
     this.#phase = "released";
     this.#endHelpers();
-    await this.#guard(this.#putBack());
+    await this.#ask(async (qmp) => {
+      await this.#putBack();
+      if (this.#wasCut) await dropLeftSeeds(qmp, this.pid);
+    });
     // The connection to a spawned QEMU stays: when the last monitor's client goes, QEMU closes
     // fdsets of the user's that are not in use at that moment. Somebody else's monitor is theirs.
-    if (this.isAttached) this.#qmp.close();
+    if (this.isAttached) this.#control.close();
   }
 
   kill(): void {
@@ -408,7 +454,7 @@ export class QemuTarget implements Target {
   }
 
   disconnect(): void {
-    this.#qmp.close();
+    this.#control.close();
   }
 
   /** Closes fsl's descriptors: the QMP connection and the pidfd. QEMU goes on. Idempotent. */
@@ -418,7 +464,7 @@ export class QemuTarget implements Target {
     this.#endHelpers();
     if (this.#preloaded !== null) native.close(this.#preloaded.fd);
     this.#preloaded = null;
-    this.#qmp.close();
+    this.#control.close();
     this.#process.close(this.#phase === "released");
   }
 
@@ -437,7 +483,7 @@ export class QemuTarget implements Target {
     await Promise.all(dropped); // Refused where there is none.
     await dropLeftSeeds(this.#qmp, this.pid);
     if (this.#earlier === null) return known;
-    await MigrationSettings.changedBefore(this.#qmp, undoOf(this.#earlier)).restore();
+    await MigrationSettings.changedBefore(this.#qmp, parseUndo(this.#earlier.undo)).restore();
     const settings = await MigrationSettings.read(this.#qmp);
     if (!linksOf(this.pid).includes(LEFT_STATE_LINK)) return { ...known, settings };
     throw new FslError(
@@ -446,29 +492,6 @@ export class QemuTarget implements Target {
         `expected ${this.#earlier.controlPath ?? "that one"}; use it, or start QEMU anew`,
       { pid: this.pid },
     );
-  }
-
-  /**
-   * The pid may be the caller's word only, and the monitor a relay: a descriptor that is sent there
-   * must arrive in that process.
-   */
-  async #proveProcess(): Promise<void> {
-    const name = `${PROBE_NAME}-${randomHex(8)}`;
-    const fd = native.check(native.memfdCreate(name, MFD_CLOEXEC), "memfd_create");
-    try {
-      await this.#qmp.request("getfd", { fdname: PROBE_NAME }, { fd });
-      const isThere = linksOf(this.pid).includes(`/memfd:${name} (deleted)`);
-      await this.#qmp.execute("closefd", { fdname: PROBE_NAME });
-      if (isThere) return;
-      throw new FslError(
-        "TARGET_MISMATCH",
-        `process ${this.pid}: is not the QEMU that answers on the QMP socket; ` +
-          "give its pid with --pid, or leave that out",
-        { pid: this.pid },
-      );
-    } finally {
-      native.close(fd);
-    }
   }
 
   /** Only what fsl added: somebody else may have come upon the same number. */
@@ -594,15 +617,40 @@ export class QemuTarget implements Target {
     return { ended: promise, stop };
   }
 
-  /** Capabilities, parameters and kept descriptors, as before fsl came. */
+  /** Capabilities, parameters and kept descriptors, as before fsl came. Can be done again. */
   async #putBack(): Promise<void> {
     const dropped = [...this.#keptNames].map((name) =>
       this.#qmp.execute("closefd", { fdname: name }),
     );
-    this.#keptNames.clear();
     await Promise.all(this.#dropSeedsLater.splice(0).map((drop) => drop()));
     await this.#settingsBack.catch(() => {});
     await Promise.all<QmpReply | void | undefined>([...dropped, this.#known?.settings.restore()]);
+    this.#keptNames.clear();
+  }
+
+  /** A connection that was made in the place of one that was cut. */
+  #goOnWith(qmp: QmpClient): void {
+    this.#qmp = qmp;
+    this.#wasCut = true;
+    this.#heedEnd(qmp);
+    if (this.#known === null) return;
+    const undo = this.#known.settings.undoRecord();
+    this.#known = { ...this.#known, settings: MigrationSettings.changedBefore(qmp, undo) };
+  }
+
+  #heedEnd(qmp: QmpClient): void {
+    qmp.onEvent(({ name }) => {
+      if (name === "SHUTDOWN") this.#watchEnd();
+    });
+  }
+
+  #isCut(error: unknown): boolean {
+    return this.isCommitted && this.#control.isCut && !(error instanceof EndedError);
+  }
+
+  /** Once QEMU has its state: through a new connection, if need be. */
+  async #ask<T>(work: (qmp: QmpClient, isAgain: boolean) => Promise<T>): Promise<T> {
+    return this.#guard(this.#control.ask(work));
   }
 
   /** Ends a QEMU whose guest never ran. */
@@ -668,26 +716,6 @@ export function formatExit(exit: ExitStatus): string {
 /** Link text of the state that a load leaves in its target, in /proc/PID/fd. */
 const LEFT_STATE_LINK = "/memfd:fsl-state (deleted)";
 
-/** Where the descriptors of a process lead. */
-function linksOf(pid: number): string[] {
-  return readdirSync(`/proc/${pid}/fd`).map((number) => {
-    try {
-      return readlinkSync(`/proc/${pid}/fd/${number}`);
-    } catch {
-      return ""; // Closed meanwhile.
-    }
-  });
-}
-
-/** What an earlier fsl changed; the record came out of QEMU, which may say anything. */
-function undoOf({ undo }: TargetRecord): MigrationChanges {
-  const { capabilities, parameters } = isRecord(undo) ? undo : {};
-  return {
-    capabilities: isRecord(capabilities) ? (capabilities as Record<string, boolean>) : {},
-    parameters: isRecord(parameters) ? parameters : {},
-  };
-}
-
 /** Shared memory that is a named file is not in such a snapshot. */
 const IGNORE_SHARED = "x-ignore-shared";
 /** @source QEMU migration/ram.c parse_ramblock: before, the block's address was not read */
@@ -702,6 +730,23 @@ const LOAD_CHANGES: MigrationChanges = {
   },
   parameters: PARAMETERS_IN_THE_WAY,
 };
+
+export async function pauseBy(qmp: QmpClient): Promise<void> {
+  await qmp.request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY });
+}
+
+/** See `ServedTarget.hold`. */
+export async function holdBy(qmp: QmpClient): Promise<boolean> {
+  const patience = { timeoutMs: Number.POSITIVE_INFINITY };
+  const status = await qmp.request("query-status", undefined, patience);
+  if (!isRecord(status) || status["running"] !== true) return false;
+  await pauseBy(qmp);
+  return true;
+}
+
+function errorTextOf(progress: unknown): string {
+  return String((isRecord(progress) ? progress["error-desc"] : undefined) ?? "no reason given");
+}
 
 function loadFailed(who: string, description: string): FslError {
   return new FslError(

@@ -48,7 +48,10 @@ export interface QmpExecuteOptions {
 export interface QmpOpenOptions {
   /** For messages: who is at the other end, e.g. `qemu-system-x86_64 (pid 123)`. */
   readonly peer: string;
-  /** How long the greeting may take. QEMU greets when its machine is nearly built. */
+  /**
+   * How long the greeting may take, Infinity allowed (then also the negotiation). QEMU greets when
+   * its machine is nearly built.
+   */
   readonly greetingTimeoutMs?: number;
 }
 
@@ -91,7 +94,8 @@ export class QmpClient {
   readonly #closed = Promise.withResolvers<FslError>();
   #socket: Bun.Socket<undefined> | null = null;
   #lostReason: FslError | null = null;
-  readonly #greetingTimer: ReturnType<typeof setTimeout>;
+  readonly #greetingTimer: ReturnType<typeof setTimeout> | undefined;
+  readonly #isPatient: boolean;
   #greeted = false;
   /** Not from 1: an answer to a client that was there before must not pass for one to this client. */
   #nextId = randomInteger(1, ID_START_MAX);
@@ -106,6 +110,8 @@ export class QmpClient {
     this.ready = this.#ready.promise;
     this.ready.catch(() => {}); // Callers may look at their own commands only.
     const timeoutMs = options.greetingTimeoutMs ?? GREETING_TIMEOUT_MS;
+    this.#isPatient = timeoutMs === Number.POSITIVE_INFINITY;
+    if (this.#isPatient) return;
     this.#greetingTimer = setTimeout(() => {
       const hint = "; another client may be connected to it";
       this.#lose(this.#lostError(`no QMP greeting within ${timeoutMs} ms${hint}`));
@@ -316,7 +322,8 @@ export class QmpClient {
 
   async #negotiate(args: { enable: string[] } | undefined, version: QmpVersion): Promise<void> {
     try {
-      const reply = await this.#send("qmp_capabilities", args, {});
+      const patience = this.#isPatient ? { timeoutMs: Number.POSITIVE_INFINITY } : {};
+      const reply = await this.#send("qmp_capabilities", args, patience);
       if (reply.ok) this.#ready.resolve(version);
       else this.#lose(this.#lostError(`negotiation refused: ${reply.description}`));
     } catch (error) {

@@ -6,23 +6,28 @@ import { constants } from "node:os";
 import { FslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
 import { type ExitWatch, watchExit } from "./exit-watch.ts";
+import { Control } from "./control.ts";
 import { dropLeftSeeds } from "./fdset.ts";
-import { type MigrationChanges, MigrationSettings } from "./migration-settings.ts";
-import { connectQmp } from "./qmp-connect.ts";
+import { watchHotplugOf } from "./hotplug-watch.ts";
+import { MigrationSettings, parseUndo } from "./migration-settings.ts";
 import { isRecord, type QmpClient } from "./qmp.ts";
-import { USERFAULTFD_NAME } from "./qemu.ts";
+import { holdBy, pauseBy, USERFAULTFD_NAME } from "./qemu.ts";
 import { removeRuntimeDirectoryOf } from "./runtime-directory.ts";
-import type { ExitStatus, FoundTarget, StateProgress, TargetRecord } from "./target.ts";
-
-/** A QEMU that has just been freed from a wait has a whole device state to load first. */
-const GREETING_TIMEOUT_MS = 60_000;
+import type {
+  ExitStatus,
+  FoundTarget,
+  HotplugWants,
+  StateProgress,
+  TargetRecord,
+} from "./target.ts";
 
 /**
  * @param record what the dead fsl left in the load state
+ * @param notice what a person may want to know of the connection
  * @throws FslError TARGET_LOST when the process has ended
  */
-export function reattachQemu(record: TargetRecord): FoundTarget {
-  return new ReattachedQemu(record);
+export function reattachQemu(record: TargetRecord, notice?: (text: string) => void): FoundTarget {
+  return new ReattachedQemu(record, notice);
 }
 
 class ReattachedQemu implements FoundTarget {
@@ -33,10 +38,10 @@ class ReattachedQemu implements FoundTarget {
   readonly endsWithFsl: boolean;
   readonly #record: TargetRecord;
   readonly #watch: ExitWatch;
-  #qmp: QmpClient | null = null;
+  readonly #control: Control;
   #isClosed = false;
 
-  constructor(record: TargetRecord) {
+  constructor(record: TargetRecord, notice?: (text: string) => void) {
     this.#record = record;
     this.endsWithFsl = record.endsWithFsl;
     this.pid = record.pid;
@@ -50,14 +55,23 @@ class ReattachedQemu implements FoundTarget {
     this.pidfd = pidfd;
     this.#watch = watchExit(pidfd, record.pid);
     this.exited = this.#watch.exited.then((status) => {
-      this.#qmp?.close();
+      this.#control.close();
       this.#removeControl();
       return status;
+    });
+    const { pid, controlPath, isControlOwn } = record;
+    const { description, exited } = this;
+    this.#control = new Control({ description, pid, controlPath, isControlOwn, exited }, null, {
+      // QEMU's end shows first as the end of its connection.
+      onConnected: (qmp) => void qmp.closed.then(() => this.#watch.hint()),
+      notice,
     });
   }
 
   async stateProgress(): Promise<StateProgress> {
-    const reply = await this.#control().request("query-migrate");
+    const qmp = await this.#control.open(true);
+    const patience = { timeoutMs: Number.POSITIVE_INFINITY };
+    const reply = await qmp.request("query-migrate", undefined, patience);
     const status = isRecord(reply) ? reply["status"] : undefined;
     if (status === "completed") return "loaded";
     if (status === "failed") return "failed";
@@ -65,33 +79,49 @@ class ReattachedQemu implements FoundTarget {
   }
 
   async resume(): Promise<void> {
-    const resumed = this.#control().request("cont");
-    void this.putSettingsBack(); // Sent along.
-    await resumed;
+    await this.#control.ask(async (qmp) => {
+      const resumed = qmp.request("cont");
+      // Sent along. What QEMU refuses or does not answer is tried again at the end.
+      void this.#restore(qmp).catch(() => {});
+      await resumed;
+    });
   }
 
-  /** What QEMU refuses or does not answer is tried again at the end. */
   async putSettingsBack(): Promise<void> {
-    await this.#settings(this.#control())
-      .restore()
-      .catch(() => {});
+    await this.#control.ask((qmp) => this.#restore(qmp)).catch(() => {});
   }
 
   async pause(): Promise<void> {
-    await this.#control().request("stop", undefined, { timeoutMs: Number.POSITIVE_INFINITY });
+    await this.#control.ask((qmp) => pauseBy(qmp));
+  }
+
+  async hold(): Promise<boolean> {
+    return this.#control.ask((qmp) => holdBy(qmp));
+  }
+
+  watchHotplug(
+    wants: HotplugWants,
+    found: (type: string) => void,
+    lost: (error: FslError) => void,
+  ): () => void {
+    return watchHotplugOf(this.#control, wants, found, lost);
   }
 
   async dropDescriptor(name: string): Promise<void> {
-    await this.#control().request("closefd", { fdname: name });
+    await this.#control.ask(async (qmp, isAgain) => {
+      // The second time there may be none any more.
+      if (isAgain) await qmp.execute("closefd", { fdname: name });
+      else await qmp.request("closefd", { fdname: name });
+    });
   }
 
   async release(): Promise<void> {
-    const qmp = this.#control();
-    await qmp.execute("closefd", { fdname: USERFAULTFD_NAME });
-    await dropLeftSeeds(qmp, this.pid);
-    await this.#settings(qmp).restore();
-    qmp.close();
-    this.#qmp = null;
+    await this.#control.ask(async (qmp) => {
+      await qmp.execute("closefd", { fdname: USERFAULTFD_NAME });
+      await dropLeftSeeds(qmp, this.pid);
+      await this.#restore(qmp);
+    });
+    this.#control.close();
     // The load is over: nobody will come back for it.
     this.#removeControl();
   }
@@ -108,29 +138,13 @@ class ReattachedQemu implements FoundTarget {
     if (this.#isClosed) return;
     this.#isClosed = true;
     this.#watch.stop();
-    this.#qmp?.close();
+    this.#control.close();
     native.close(this.pidfd);
   }
 
-  /** Those that the dead fsl changed. */
-  #settings(qmp: QmpClient): MigrationSettings {
-    return MigrationSettings.changedBefore(qmp, this.#record.undo as MigrationChanges);
-  }
-
-  #control(): QmpClient {
-    const { controlPath } = this.#record;
-    if (controlPath === null) {
-      throw new FslError(
-        "TARGET_LOST",
-        `${this.description}: has no QMP socket that can be connected to again`,
-      );
-    }
-    if (this.#qmp === null) {
-      this.#qmp = connectQmp(controlPath, { greetingTimeoutMs: GREETING_TIMEOUT_MS });
-      // QEMU's end shows first as the end of its connection.
-      this.#qmp.closed.then(() => this.#watch.hint());
-    }
-    return this.#qmp;
+  /** Migration settings that the dead fsl changed. */
+  #restore(qmp: QmpClient): Promise<void> {
+    return MigrationSettings.changedBefore(qmp, parseUndo(this.#record.undo)).restore();
   }
 
   /** Never a socket of the user's own. */

@@ -22,6 +22,7 @@ import {
   startsStopped,
 } from "./qemu-command.ts";
 import { type QemuProcess, QemuTarget } from "./qemu.ts";
+import { listenerOf } from "./control.ts";
 import { QmpClient } from "./qmp.ts";
 import {
   CONTROL_NAME,
@@ -154,6 +155,7 @@ class SpawnedQemu implements QemuProcess {
   readonly hasNoDiscards: boolean;
   readonly hasDefaultSettings: boolean;
   readonly isSpawned = true;
+  readonly isControlOwn = true;
   #pid: number;
   #pidfd: number;
   readonly #program: string;
@@ -212,8 +214,7 @@ class SpawnedQemu implements QemuProcess {
     const probe = native.unixConnect(this.#socketPath);
     if (probe < 0) return;
     try {
-      const credentials = new Int32Array(3);
-      const pid = native.peerCredentials(probe, credentials) < 0 ? 0 : (credentials[0] ?? 0);
+      const pid = listenerOf(probe);
       if (pid <= 0 || pid === this.#pid || pid === process.pid) return;
       const pidfd = native.pidfdOpen(pid, 0);
       if (pidfd < 0) return;

@@ -7,6 +7,7 @@
  * → `release`. Until `loadState` everything can be undone by `abandon`; after it nothing can.
  */
 
+import type { FslError } from "../errors.ts";
 import type { HelperRecord } from "../sys/helper-task.ts";
 
 /** A RAMBlock's place in the target's address space. */
@@ -69,6 +70,8 @@ export interface TargetRecord {
   readonly pid: number;
   /** Path of a control socket that somebody can connect to again; null when there is none. */
   readonly controlPath: string | null;
+  /** The target itself listens there, by the kernel's account; else it may be a relay. */
+  readonly isControlOwn: boolean;
   /** fsl made that socket, and removes it when nobody will come back for it. */
   readonly isControlPrivate: boolean;
   /** fsl started the target to stay with it: a signal that is to end fsl is to end the target. */
@@ -101,6 +104,23 @@ export interface ServedTarget {
   dropDescriptor(name: string): Promise<void>;
   /** After the load: puts capabilities and parameters back and lets go. */
   release(): Promise<void>;
+  /**
+   * After its state is loaded: tells of a device that is plugged in while RAM comes in and that
+   * changes what is right for it, within about 0.1 s, once. Absent: none can be.
+   * @param found called with the device's type
+   * @param lost called when nobody can be asked any more, although the target lives
+   * @returns stops the watch
+   */
+  watchHotplug?(
+    wants: HotplugWants,
+    found: (type: string) => void,
+    lost: (error: FslError) => void,
+  ): () => void;
+  /**
+   * Like `pause`, and not to be awaited either while a vCPU may wait for a page.
+   * @returns whether the guest was running: only then `resume` is right afterwards
+   */
+  hold?(): Promise<boolean>;
   /** Sends a signal by pidfd; nothing when the target has ended. */
   signal(signal: NodeJS.Signals): void;
   /** SIGKILL by pidfd. */
@@ -153,18 +173,6 @@ export interface Target extends ServedTarget {
    */
   putSettingsBack?(): Promise<void>;
   /**
-   * After `loadState`: tells of a device that is plugged in while RAM comes in and that changes what
-   * is right for it, within about 0.1 s, once. Absent: none can be.
-   * @param found called with the device's type
-   * @returns stops the watch
-   */
-  watchHotplug?(wants: HotplugWants, found: (type: string) => void): () => void;
-  /**
-   * Like `pause`, and not to be awaited either while a vCPU may wait for a page.
-   * @returns whether the guest was running: only then `resume` is right afterwards
-   */
-  hold?(): Promise<boolean>;
-  /**
    * Before `abandon`: an error that came because the target has ended becomes one that says so, and
    * how; any other stays what it is. Waits up to a second for the kernel to tell. Absent: the
    * target's own methods do that for all errors.
@@ -186,8 +194,19 @@ export interface FoundTarget extends ServedTarget {
    * while its RAM comes in. `resume` does it too, `release` at the latest.
    */
   putSettingsBack(): Promise<void>;
-  /** Asks the target; it can answer only when no thread of its main loop waits for a page. */
+  /**
+   * Asks the target; it can answer only when no thread of its main loop waits for a page, and until
+   * then this waits, for as long as the target lives.
+   */
   stateProgress(): Promise<StateProgress>;
   /** Closes what fsl holds of it; the target goes on. Idempotent. */
   close(): void;
+}
+
+/** How long an exit may lag behind the end of a connection, ms. */
+const EXIT_NOTICE_MS = 1_000;
+
+/** Whether a target that does not answer as it should has ended. Waits a moment for that. */
+export async function hasEnded({ exited }: ServedTarget): Promise<boolean> {
+  return Promise.race([exited.then(() => true), Bun.sleep(EXIT_NOTICE_MS).then(() => false)]);
 }

@@ -4,6 +4,7 @@
  */
 import { readFileSync } from "node:fs";
 import * as native from "../sys/native.ts";
+import { listenerOf } from "./control.ts";
 import { isRecord, QmpClient } from "./qmp.ts";
 import { controlPaths, runtimeBases } from "./runtime-directory.ts";
 
@@ -24,8 +25,7 @@ export async function findUnbegun(): Promise<number[]> {
 async function waitingAt(path: string): Promise<number | null> {
   const fd = native.unixConnect(path);
   if (fd < 0) return null;
-  const credentials = new Int32Array(3);
-  const pid = native.peerCredentials(fd, credentials) < 0 ? 0 : (credentials[0] ?? 0);
+  const pid = listenerOf(fd);
   const qmp = QmpClient.open(fd, { peer: `QEMU at ${path}`, greetingTimeoutMs: ANSWER_MS });
   try {
     const status = await qmp.request("query-status", undefined, { timeoutMs: ANSWER_MS });

@@ -56,7 +56,7 @@ describe.skipIf(skip)("fsl load --qmp --detach", () => {
       process.kill(await run.process("fsl"), "SIGKILL");
       await backgroundEnd(run);
       expect(await run.status(run.pid)).toMatchObject({ served: false, phase: "running" });
-      const { code, stderr } = await run.run("resume", "--pid", String(run.pid));
+      const { code, stderr } = await run.resume(run.pid);
       expect([code, stderr]).toEqual([0, expect.stringContaining("all RAM is in")]);
       expect(await differencesFromOracle(snapshot, run)).toEqual([]);
       expect(await run.traits()).toEqual(before);
@@ -123,7 +123,7 @@ describe.skipIf(skip)("fsl load --detach", () => {
       process.kill(await run.process("fsl"), "SIGKILL");
       await backgroundEnd(run);
       expect(await run.status(pid)).toMatchObject({ served: false });
-      expect((await run.run("resume", "--pid", String(pid))).code).toBe(0);
+      expect((await run.resume(pid)).code).toBe(0);
       expect(await differencesFromOracle(snapshot, { pid, qmp })).toEqual([]);
       expect(run.files()).toEqual([]);
       qmp.close();

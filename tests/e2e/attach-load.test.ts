@@ -126,7 +126,7 @@ describe.skipIf(skip)("fsl load --qmp", () => {
       const again = await run.attach(snapshot).end();
       expect(again.stderr).toContain(`go on with: fsl resume --pid ${run.pid}`);
       expect(again.code).toBe(8);
-      const resumed = await run.run("resume", "--pid", String(run.pid));
+      const resumed = await run.resume(run.pid);
       expect([resumed.code, resumed.stderr]).toEqual([0, expect.stringContaining("all RAM is in")]);
       expect(await differencesFromOracle(snapshot, run)).toEqual([]);
       expect(await run.traits()).toEqual(before);

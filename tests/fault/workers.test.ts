@@ -12,6 +12,8 @@ import { snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { whyNoExecutable } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 60_000;
+/** Of fault-load.ts. A fsl that goes on with its load is to be told, or runs no such code. */
+const SOURCE = join(import.meta.dir, "../helpers/fault-source.ts");
 const reason = whyNoExecutable() ?? whyNoGuests();
 
 /** The file that makes the page source go wrong as long as it exists. */
@@ -80,7 +82,10 @@ describe.skipIf(reason !== null)("a Worker", () => {
       expect(await run.status()).toMatchObject({ served: false });
       expect(run.serial.lines.filter(({ text }) => text.startsWith("tick"))).toEqual([]);
       on.off();
-      const resumed = await run.resume();
+      const untold = await (await run.resume()).end();
+      expect(untold.stderr).toMatch(/page source: expected none, found ".*fault-source\.ts"/);
+      expect(untold.code).toBe(7);
+      const resumed = await run.resume("--source", SOURCE);
       await expectRound(run);
       expect((await resumed.end()).code).toBe(0);
       await run.qmp.execute("quit");

@@ -61,6 +61,11 @@ export class MarkedRun implements AsyncDisposable {
     return this.fsl(...args).end();
   }
 
+  /** `fsl resume` to its end, without the limit that the load had. */
+  async resume(pid: number, ...flags: readonly string[]): Promise<Ended> {
+    return this.run("resume", "--pid", String(pid), "--eager-rate", "0", ...flags);
+  }
+
   /** What `fsl status` says of a QEMU; null when it does not know it. */
   async status(pid: number): Promise<FoundLoad | null> {
     const { code, stdout, stderr } = await this.run("status", "--json");

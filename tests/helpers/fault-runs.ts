@@ -182,9 +182,10 @@ export class FaultRun implements AsyncDisposable {
     return new FslProcess([FSL, ...args], this.#env, this.directory);
   }
 
-  /** `fsl resume` of this run's QEMU. */
+  /** `fsl resume` of this run's QEMU, without the limit that the load had unless it is said. */
   async resume(...flags: string[]): Promise<FslProcess> {
-    return this.command("resume", "--pid", String(await this.qemuPid()), ...flags);
+    const rate = flags.includes("--eager-rate") ? [] : ["--eager-rate", "0"];
+    return this.command("resume", "--pid", String(await this.qemuPid()), ...rate, ...flags);
   }
 
   /** What `fsl status` says of this run's QEMU; null when it does not know it. */

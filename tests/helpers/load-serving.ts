@@ -107,6 +107,8 @@ export class Rig implements AsyncDisposable {
       ],
       registered: [region.addr, region.addr + region.length],
       canDiscard: options.canDiscard ?? false,
+      watched: { balloons: false, helpers: false },
+      serving: {},
       source:
         source === undefined
           ? { options: { fd: this.#file.fd } }

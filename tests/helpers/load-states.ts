@@ -51,6 +51,7 @@ export function makeState(
     target: {
       pid: process.pid,
       controlPath: null,
+      isControlOwn: false,
       isControlPrivate: false,
       endsWithFsl: true,
       undo: null,
@@ -62,6 +63,8 @@ export function makeState(
     registered:
       options.registered ?? blocks.flatMap((b) => [b.hostAddr, b.hostAddr + b.usedLength]),
     canDiscard: options.canDiscard ?? false,
+    watched: { balloons: false, helpers: false },
+    serving: {},
     source: options.source ?? { options: null },
   };
   const { state, fd } = LoadState.create(metadata);

@@ -25,6 +25,7 @@ beforeEach(() => {
     exited,
     preloadSocket: -1,
     controlPath: null,
+    isControlOwn: false,
     runsStartedProgram: true,
     isSpawned: true,
     endsWithFsl: false,

@@ -3,16 +3,36 @@ import { closeSync, fstatSync, ftruncateSync, openSync, readSync, writeSync } fr
 import { FslError } from "../../src/errors.ts";
 import { setRange, testBit } from "../../src/load/bits.ts";
 import { LoadState, PHASE_ARMED, PHASE_RUNNING, WORKERS_MAX } from "../../src/load/state.ts";
+import { MFD_CLOEXEC } from "../../src/sys/abi.ts";
+import * as sys from "../../src/sys/native.ts";
 import { BASE, makeState, PAGE } from "../helpers/load-states.ts";
 
 let made: ReturnType<typeof makeState>;
+/** What is adopted: the state itself, or a copy of it. */
+let stateFd: number;
 beforeEach(() => {
   made = makeState([{ pages: 100, data: [[3, 7]] }, { pages: 65 }], { canDiscard: true });
+  stateFd = made.fd;
 });
-afterEach(() => made[Symbol.dispose]());
+afterEach(() => {
+  if (stateFd !== made.fd) closeSync(stateFd);
+  made[Symbol.dispose]();
+});
 
 function adopt(takeOver = true): LoadState {
-  return LoadState.adopt(made.fd, fstatSync(made.fd).size, takeOver);
+  return LoadState.adopt(stateFd, fstatSync(stateFd).size, takeOver);
+}
+
+/** A copy that is as long as it is made: the state itself is sealed. */
+function resized(by: (length: number) => number): void {
+  const { size } = fstatSync(made.fd);
+  const bytes = new Uint8Array(size);
+  const fd = openSync(`/proc/self/fd/${made.fd}`, "r");
+  readSync(fd, bytes, 0, size, 0);
+  closeSync(fd);
+  stateFd = sys.check(sys.memfdCreate("fsl-test", MFD_CLOEXEC), "memfd_create");
+  writeSync(stateFd, bytes);
+  ftruncateSync(stateFd, by(size));
 }
 
 /** Overwrites 32-bit words of the file. */
@@ -99,13 +119,9 @@ describe("LoadState.adopt", () => {
   });
 
   test.each<[string, () => void, RegExp]>([
-    ["an empty file", () => ftruncateSync(made.fd, 0), /expected at least \d+ bytes, found 0/],
-    [
-      "a file that was cut",
-      () => ftruncateSync(made.fd, fstatSync(made.fd).size - PAGE),
-      /do not fit|found/,
-    ],
-    ["a longer file", () => ftruncateSync(made.fd, fstatSync(made.fd).size + PAGE), /do not fit/],
+    ["an empty file", () => resized(() => 0), /expected at least \d+ bytes, found 0/],
+    ["a file that was cut", () => resized((length) => length - PAGE), /do not fit|found/],
+    ["a longer file", () => resized((length) => length + PAGE), /do not fit/],
     ["another magic", () => write(0, 0x31313131), /magic 0x314c5346 version \d+, found 0x31313131/],
     ["another version", () => write(4, 99), /found 0x314c5346 version 99/],
     ["metadata of no length", () => write(8, 0), /metadata of 0 bytes/],
@@ -128,6 +144,38 @@ describe("LoadState.adopt", () => {
       },
       /metadata|load state/,
     ],
+    ...(
+      [
+        ["a pid that is none", { pid: -1 }],
+        ["a control path that is none", { controlPath: "run/qmp" }],
+        ["a control path that is a number", { controlPath: 7 }],
+        ["no word of who ends with whom", { endsWithFsl: 1 }],
+      ] as const
+    ).map(([what, target]): [string, () => void, RegExp] => [
+      `a target with ${what}`,
+      () => {
+        const { target: before, ...rest } = metadata() as { target: object };
+        replaceMetadata(JSON.stringify({ ...rest, target: { ...before, ...target } }));
+      },
+      /metadata is damaged/,
+    ]),
+    ...(
+      [
+        ["no place of the snapshot", { snapshotPath: "snap" }],
+        ["no source", { source: "file:///tmp/evil.js" }],
+        ["no word of what is watched", { watched: null }],
+        ["ranges of no length", { registered: [BASE, BASE] }],
+        ["half a range", { registered: [BASE] }],
+        ["a range before its block", { registered: [BASE - PAGE, BASE + PAGE] }],
+        ["a range beyond its block", { registered: [BASE, BASE + 101 * PAGE] }],
+        ["a range that is cut across a page", { registered: [BASE, BASE + 100] }],
+        ["a range of no address", { registered: [BASE, "x"] }],
+      ] as const
+    ).map(([what, change]): [string, () => void, RegExp] => [
+      what,
+      () => replaceMetadata(JSON.stringify({ ...metadata(), ...change })),
+      /metadata is damaged/,
+    ]),
     [
       "blocks of absurd lengths",
       () => {

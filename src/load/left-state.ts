@@ -1,0 +1,100 @@
+/**
+ * The load state that a target keeps, found in /proc/PID/fd. Any process may hold a memfd of that
+ * name, so nothing in it is believed before the kernel has said whose it is: only its owner and root
+ * can have written to a file of mode 0600. What the owner is believed for is what this fsl may do
+ * anyhow; beside that the state decides where pages are read, and which process gets them.
+ */
+import { closeSync, constants, fstatSync, openSync } from "node:fs";
+import { FslError, isFslError } from "../errors.ts";
+import { F_GET_SEALS, O_CLOEXEC } from "../sys/abi.ts";
+import * as sys from "../sys/native.ts";
+import { descriptorsOf } from "../vmm/process-links.ts";
+import { LoadState, STATE_SEALS } from "./state.ts";
+
+const STATE_LINK = "/memfd:fsl-state (deleted)";
+
+/**
+ * Opens the load state that a process holds.
+ * @returns a descriptor, the caller's; null when there is none, or the process has ended or is not
+ * to be looked at by this user
+ * @throws FslError TARGET_MISMATCH for one that nobody can vouch for: another user's, or one that
+ * others can write to or cut short
+ */
+export function openLeftState(pid: number): number | null {
+  const [number] = descriptorsOf(pid, STATE_LINK);
+  if (number === undefined) return null;
+  let fd: number;
+  try {
+    // The name tells nothing of what is behind it: a FIFO would keep whoever opens it waiting.
+    const flags = constants.O_RDWR | constants.O_NONBLOCK | constants.O_NOCTTY | O_CLOEXEC;
+    fd = openSync(`/proc/${pid}/fd/${number}`, flags);
+  } catch (error) {
+    const errno = (error as NodeJS.ErrnoException).code ?? String(error);
+    if (errno === "ENOENT" || errno === "ESRCH") return null;
+    throw refused(pid, `it cannot be opened (${errno})`, "run fsl as the user who began the load");
+  }
+  try {
+    checkOrigin(fd, pid);
+    return fd;
+  } catch (error) {
+    closeSync(fd);
+    throw error;
+  }
+}
+
+function checkOrigin(fd: number, pid: number): void {
+  const status = fstatSync(fd);
+  const own = process.geteuid?.() ?? 0;
+  if (!status.isFile()) throw refused(pid, "it is no memory file", "end that process");
+  if (status.uid !== own && status.uid !== 0) {
+    throw refused(
+      pid,
+      `expected one of user ${own}, found one of user ${status.uid}`,
+      "if that user began a load, run fsl as that user",
+    );
+  }
+  const mode = status.mode & 0o777;
+  if ((mode & 0o077) !== 0) {
+    throw refused(pid, `expected mode 600, found ${mode.toString(8)}`, "end that process");
+  }
+  const seals = sys.fcntl(fd, F_GET_SEALS, 0);
+  if (seals < 0 || (seals & STATE_SEALS) !== STATE_SEALS) {
+    throw refused(pid, "it is not sealed against being cut short", "end that process");
+  }
+}
+
+function refused(pid: number, why: string, whatToDo: string): FslError {
+  return new FslError(
+    "TARGET_MISMATCH",
+    `process ${pid}: its load state is not to be trusted: ${why}; ${whatToDo}`,
+    { pid },
+  );
+}
+
+/**
+ * The state behind a descriptor of `openLeftState`.
+ * @param takeOver see `LoadState.adopt`
+ * @throws FslError TARGET_LOST when it is damaged, of another version, or of another process
+ */
+export function adoptLeftState(fd: number, pid: number, takeOver: boolean): LoadState {
+  const state = LoadState.adopt(fd, fstatSync(fd).size, takeOver);
+  const owner = state.metadata.target.pid;
+  if (owner === pid) return state;
+  state.unmap();
+  throw new FslError("TARGET_LOST", `process ${pid}: its load state is that of process ${owner}`, {
+    pid,
+  });
+}
+
+/**
+ * Null for a state that is not complete yet, that another version of fsl has made, or that is
+ * another process's: the fsl that serves a target has its state too.
+ */
+export function adoptOrNull(fd: number, pid: number): LoadState | null {
+  try {
+    return adoptLeftState(fd, pid, false);
+  } catch (error) {
+    if (isFslError(error)) return null;
+    throw error;
+  }
+}
