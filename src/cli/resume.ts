@@ -94,7 +94,7 @@ function reachedBy(record: TargetRecord, qmpPath: string | undefined): TargetRec
 }
 
 function onlyUnserved(): number {
-  const waiting = findLoads().filter(({ served }) => !served);
+  const waiting = findLoads(({ message }) => log.warn(message)).filter(({ served }) => !served);
   const [only] = waiting;
   if (only !== undefined && waiting.length === 1) return only.pid;
   if (only === undefined)

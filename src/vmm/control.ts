@@ -35,7 +35,7 @@ export const PROBE_NAME = "fsl-probe";
 /** QEMU may have a whole device state to load before it answers. */
 const GREETING_TIMEOUT_MS = 60_000;
 /** For how long, and how often, a socket is tried that nobody listens on: a relay may come back. */
-const TRY_MS = 5_000;
+const TRY_MS = 3_000;
 const RETRY_MS = 200;
 /** QEMU closes its sockets a moment before it ends, which is nothing to be told. */
 const TELL_MS = 1_000;
@@ -45,6 +45,8 @@ export class Control {
   readonly #options: ControlOptions;
   #qmp: QmpClient | null;
   #connecting: Promise<QmpClient> | null = null;
+  /** Nobody has listened for `TRY_MS`: whoever asks now is not kept waiting for that. */
+  #isGivenUp = false;
   #isClosed = false;
 
   /** @param first a connection that is there already, its owner from now on this object */
@@ -107,6 +109,7 @@ export class Control {
         const qmp = await connectTo(this.#place, isPatient);
         if (this.#isClosed) qmp.close();
         this.#qmp = qmp;
+        this.#isGivenUp = false;
         onConnected?.(qmp);
         if (cut !== null) notice?.(`${cut.message}; it was made again`);
         return qmp;
@@ -115,7 +118,8 @@ export class Control {
         const end = Promise.race([this.#place.exited.then(() => true), Bun.sleep(RETRY_MS)]);
         const isOver = (await end) === true;
         const triedMs = performance.now() - startMs;
-        if (isOver || this.#isClosed || triedMs > TRY_MS || !isLost(error)) throw error;
+        this.#isGivenUp ||= triedMs > TRY_MS;
+        if (isOver || this.#isClosed || this.#isGivenUp || !isLost(error)) throw error;
         if (cut === null || isTold || triedMs < TELL_MS) continue;
         notice?.(`${cut.message}; it is tried again`);
         isTold = true;

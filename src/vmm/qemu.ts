@@ -418,6 +418,8 @@ export class QemuTarget implements Target {
     await this.#ask(async (qmp) => {
       await this.#putBack();
       if (this.#wasCut) await dropLeftSeeds(qmp, this.pid);
+      // A seed may have stayed without a word.
+      if (qmp.isClosed) throw await qmp.closed;
     });
     // The connection to a spawned QEMU stays: when the last monitor's client goes, QEMU closes
     // fdsets of the user's that are not in use at that moment. Somebody else's monitor is theirs.

@@ -3,8 +3,9 @@
  */
 import { beforeAll, describe, expect, test } from "bun:test";
 import { createConnection } from "node:net";
-import { dirname } from "node:path";
+import { dirname, join } from "node:path";
 import { AttachRun, socketExists } from "../helpers/attach-runs.ts";
+import type { FslProcess } from "../helpers/fault-runs.ts";
 import { type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { openFiles, whyNoExecutable } from "../helpers/load-runs.ts";
@@ -160,6 +161,120 @@ describe.skipIf(skip)("fsl load --qmp", () => {
         expect(await run.traits()).toEqual(before);
       }
       expect(isArmed).toBe(true);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(skip)("fsl load --qmp --pid through a relay", () => {
+  /** The relay of tests/helpers/qmp-relay.ts, in front of QEMU's monitor. */
+  async function relayOf(run: AttachRun, what: string, command: string): Promise<string> {
+    const path = `${run.qmpPath}-relay`;
+    const program = join(import.meta.dir, "../helpers/qmp-relay.ts");
+    const argv = [process.execPath, program, path, run.qmpPath, what, command];
+    const child = Bun.spawn(["setpriv", "--pdeathsig", "KILL", ...argv], {
+      stdio: ["ignore", "pipe", "inherit"],
+      env: run.env,
+    });
+    const { value } = await child.stdout.getReader().read();
+    expect(new TextDecoder().decode(value)).toBe("ready\n");
+    return path;
+  }
+
+  function loadThrough(run: AttachRun, path: string, ...flags: readonly string[]): FslProcess {
+    const own = ["--qmp", path, "--pid", String(run.pid), "--working-set", "none"];
+    return run.fsl("load", snapshot.path, ...own, ...flags);
+  }
+
+  test.each([
+    ["while QEMU takes its state", "migrate-incoming"],
+    ["when the guest is to run", "cont"],
+    ["when fsl lets go", "remove-fd"],
+  ])(
+    "that closes %s: the connection is made again, and all is as it should be",
+    async (_, command) => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const path = await relayOf(run, "cut", command);
+      const { code, stderr } = await loadThrough(run, path).end();
+      expect([code, stderr]).toEqual([0, expect.stringContaining("it was made again")]);
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+      expect(run.processes("qemu-system")).toEqual([run.pid]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that ends for good: QEMU is not ended, gets its pages, and can be let go on by hand",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const path = await relayOf(run, "gone", "migrate-incoming");
+      const { code, stderr } = await loadThrough(run, path).end();
+      expect(stderr).toMatch(/could not be resumed: .*; its pages are served all the same/);
+      expect(stderr).toMatch(/^fsl: .*resume it by QMP's cont$/m);
+      expect(code).toBe(8);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.status(run.pid)).toMatchObject({ phase: "finished", served: false });
+      // What is left in it goes with the next fsl, by the socket that there is.
+      expect((await run.resume(run.pid, "--qmp", run.qmpPath)).code).toBe(0);
+      expect(await run.traits()).toEqual(before);
+      await run.qmp.execute("cont");
+      await run.serial.waitForNext(/^tick \d+ ok/);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that answers two seconds late: fsl waits",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const path = await relayOf(run, "late", "migrate-incoming");
+      const startedMs = performance.now();
+      expect((await loadThrough(run, path).end()).code).toBe(0);
+      expect(performance.now() - startedMs).toBeGreaterThan(2000);
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that refuses to hand the state over: QEMU is as it was",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const path = await relayOf(run, "fail", "migrate-incoming");
+      const { code, stderr } = await loadThrough(run, path).end();
+      expect(stderr).toContain("refused to take the state: refused by the relay");
+      expect(code).toBe(8);
+      expect(await run.traits()).toEqual(before);
+      expect(await run.qmp.execute("query-status")).toMatchObject(inmigrate);
+      expect((await run.attach(snapshot, "--paused").end()).code).toBe(0);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that refuses to let the guest run: it is told, and every page comes",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const path = await relayOf(run, "fail", "cont");
+      const { code, stderr } = await loadThrough(run, path).end();
+      expect(stderr).toMatch(/QMP cont: .* refused it: refused by the relay; its pages are/);
+      expect(code).toBe(8);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+      await run.qmp.execute("cont");
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
     },
     TIMEOUT_MS,
   );
