@@ -2,7 +2,7 @@
  * A private directory for QMP sockets: made with an unpredictable name and mode 0700, in a place of
  * the caller's own.
  */
-import { lstatSync, mkdtempSync, readdirSync, rmdirSync, rmSync, unlinkSync } from "node:fs";
+import { lstatSync, mkdtempSync, readdirSync, rmdirSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
@@ -54,7 +54,8 @@ export function removeRuntimeDirectoryOf(socketPath: string): void {
   const directory = dirname(socketPath);
   if (!DIRECTORY_NAME.test(basename(directory))) return;
   try {
-    unlinkSync(socketPath);
+    // QEMU removes its socket itself when it ends in order.
+    rmSync(socketPath, { force: true });
     rmdirSync(directory);
   } catch {
     // See removeRuntimeDirectory.

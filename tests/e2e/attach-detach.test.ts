@@ -3,7 +3,13 @@ import { beforeAll, describe, expect, test } from "bun:test";
 import { openSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { AttachRun, MarkedRun } from "../helpers/attach-runs.ts";
-import { type GuestSnapshot, QmpClient, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
+import {
+  type GuestSnapshot,
+  QmpClient,
+  SerialConsole,
+  snapshotOf,
+  whyNoGuests,
+} from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { openFiles, until, whyNoExecutable } from "../helpers/load-runs.ts";
 
@@ -19,6 +25,12 @@ beforeAll(async () => {
 async function backgroundEnd(run: MarkedRun): Promise<void> {
   const isOver = (): true | null => (run.processes("fsl").length === 0 ? true : null);
   await until(isOver, 30_000, "the end of fsl in the background");
+}
+
+/** The guest looks at all its memory for each. */
+async function twoTicks(serial: SerialConsole): Promise<void> {
+  for (let tick = 0; tick < 2; tick += 1) await serial.waitForNext(/^tick \d+ ok/);
+  expect(serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
 }
 
 describe.skipIf(skip)("fsl load --qmp --detach", () => {
@@ -41,6 +53,20 @@ describe.skipIf(skip)("fsl load --qmp --detach", () => {
       expect(Number(stat.split(" ")[3])).toBe(background);
       await backgroundEnd(run);
       expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "lets the guest run, which goes on while the rest comes and after that",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      expect((await run.attach(snapshot, "--detach", "--eager-rate", "20M").end()).code).toBe(0);
+      await twoTicks(run.serial);
+      await backgroundEnd(run);
+      await twoTicks(run.serial);
       expect(await run.traits()).toEqual(before);
     },
     TIMEOUT_MS,
@@ -84,10 +110,17 @@ describe.skipIf(skip)("fsl load --detach", () => {
 
   /** The snapshot's QEMU in the background, with a monitor of the test's. */
   async function start(run: MarkedRun, ...flags: readonly string[]): Promise<Started> {
+    return startWith(run, ["-serial", "null"], ...flags);
+  }
+
+  async function startWith(
+    run: MarkedRun,
+    serial: readonly string[],
+    ...flags: readonly string[]
+  ): Promise<Started> {
     const qmp = await QmpClient.listen(join(run.directory, "monitor"));
     const own = ["--detach", "--working-set", "none", ...flags, "--", ...snapshot.argv];
-    const quiet = ["-serial", "null"];
-    const load = ["load", snapshot.path, ...own, ...quiet, ...qmp.args];
+    const load = ["load", snapshot.path, ...own, ...serial, ...qmp.args];
     const { code, stderr } = await run.run(...load);
     expect({ code, stderr }).toEqual({
       code: 0,
@@ -111,6 +144,25 @@ describe.skipIf(skip)("fsl load --detach", () => {
       expect(run.files()).toEqual([]);
       expect(await qmp.execute("query-status")).toMatchObject({ running: false });
       qmp.close();
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "lets the guest run; killed in the background it waits, and runs on with fsl resume",
+    async () => {
+      await using run = new MarkedRun();
+      const serial = await SerialConsole.listen(join(run.directory, "serial"));
+      const { pid, qmp } = await startWith(run, serial.args, "--eager-rate", "256K");
+      expect(await run.status(pid)).toMatchObject({ served: true, phase: "running" });
+      await twoTicks(serial);
+      process.kill(await run.process("fsl"), "SIGKILL");
+      await backgroundEnd(run);
+      expect((await run.resume(pid)).code).toBe(0);
+      await twoTicks(serial);
+      expect(run.files()).toEqual([]);
+      qmp.close();
+      serial.close();
     },
     TIMEOUT_MS,
   );

@@ -81,6 +81,17 @@ describe.skipIf(skip)("a file that is named by mistake", () => {
     TIMEOUT_MS,
   );
 
+  test("--report: is its owner's alone, whatever the umask", () => {
+    const report = join(folder, "fresh.json");
+    const before = process.umask(0);
+    try {
+      load("/nonexistent", "--report", report, "--", "qemu-system-x86_64");
+    } finally {
+      process.umask(before);
+    }
+    expect(statSync(report).mode & 0o777).toBe(0o600);
+  });
+
   test("--report: an earlier one is not emptied by a load that fails", () => {
     const report = join(folder, "report.json");
     writeFileSync(report, "{}");

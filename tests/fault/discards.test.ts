@@ -130,11 +130,12 @@ describe.skipIf(reason !== null)("memory that the guest gives back", () => {
   );
 
   test.each([
-    ["private memory", {}],
-    ["shared memory", { memoryBackend: "memory-backend-memfd,share=on" }],
+    ["private memory", {}, false],
+    ["shared memory", { memoryBackend: "memory-backend-memfd,share=on" }, false],
+    ["private memory, after fsl resume", {}, true],
   ])(
     "by a balloon that is plugged in while RAM comes in: the guest waits for all of it (%s)",
-    async (_, memory) => {
+    async (_, memory, isResumed) => {
       const snapshot = await snapshotOf({
         machine: "pc",
         commands: ["fill 64", "free 64"],
@@ -150,12 +151,14 @@ describe.skipIf(reason !== null)("memory that the guest gives back", () => {
       const { hostAddr } = ram.block;
       const data = ram.data.slice();
       state?.unmap();
+      if (isResumed) await run.fsl.kill();
+      const fsl = isResumed ? await run.resume("--eager-rate", "1M") : run.fsl;
       // QEMU tells on stderr which pages it is given.
       await run.qmp.hmp("trace-event virtio_balloon_handle_output on");
       await run.qmp.execute("device_add", { driver: "virtio-balloon-pci", id: "balloon0" });
       await balloonTo(run, 192 * MIB);
-      expect(run.fsl.stderr.text).toContain("virtio-balloon-pci was plugged in while RAM comes in");
-      expect(run.fsl.stderr.text).toMatch(/all RAM in after/);
+      expect(fsl.stderr.text).toContain("virtio-balloon-pci was plugged in while RAM comes in");
+      await fsl.stderr.waitFor(isResumed ? /all RAM is in/ : /all RAM in after/);
       expect(await run.qmp.execute<object>("query-status")).toMatchObject({ running: true });
       await run.qmp.execute("stop");
       const told = /virtio_balloon_handle_output.* gpa: (0x\w+)/g;

@@ -3,13 +3,23 @@
  * QEMU has ended, and leaves nothing.
  */
 import { describe, expect, test } from "bun:test";
+import { createConnection } from "node:net";
 import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { PHASE_ARMED, PHASE_HANDING_OVER, PHASE_RUNNING } from "../../src/load/state.ts";
-import { FaultRun, randomNumbers, repetitions, SEED, someoneWaits } from "../helpers/fault-runs.ts";
+import { AttachRun, MarkedRun } from "../helpers/attach-runs.ts";
+import {
+  FaultRun,
+  type FslProcess,
+  randomNumbers,
+  repetitions,
+  SEED,
+  someoneWaits,
+} from "../helpers/fault-runs.ts";
 import { snapshotOf, whyNoGuests, whyNoKvm } from "../helpers/guests.ts";
-import { until, whyNoExecutable } from "../helpers/load-runs.ts";
+import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { openFiles, until, whyNoExecutable } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 60_000;
 const SOAK_MS = 3_600_000;
@@ -114,6 +124,130 @@ describe.skipIf(reason !== null)("a signal to fsl", () => {
       expect(stderr).toContain("QEMU did not end within 300 ms of SIGTERM: killed");
       expect(code).toBe(137);
       expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+/** Sends a signal until the process ends by it: for one that heeds only the second. */
+async function insist(fsl: FslProcess, signal: NodeJS.Signals): Promise<void> {
+  const ended = fsl.exited.then(() => true);
+  while ((await Promise.race([ended, Bun.sleep(200)])) !== true) fsl.signal(signal);
+}
+
+describe.skipIf(reason !== null)("a signal to fsl resume", () => {
+  /** The load of a QEMU of fsl's own goes on as slowly as it began: nothing else is said. */
+  async function resumed(flags: readonly string[] = []): Promise<[FaultRun, FslProcess]> {
+    const run = await loading(["--paused"]);
+    await run.fsl.kill();
+    const fsl = run.command("resume", "--pid", String(await run.qemuPid()), ...flags);
+    const [, rate, unit] = await fsl.stderr.waitFor(/\d+% of .*?, ([\d.]+) (\w+)\/s/);
+    expect([Number(rate) < 1024, unit]).toEqual([true, "KiB"]);
+    return [run, fsl];
+  }
+
+  test.each(["SIGTERM", "SIGINT", "SIGHUP"] as const)(
+    "%s ends a QEMU that was to end with fsl, in order",
+    async (signal) => {
+      const [started, fsl] = await resumed();
+      await using run = started;
+      fsl.signal(signal);
+      const { code, stderr } = await fsl.end();
+      expect([code, stderr]).toEqual([0, expect.stringContaining("QEMU ended before all RAM")]);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "that QEMU does not heed: it is killed after the grace time",
+    async () => {
+      const [started, fsl] = await resumed(["--grace-ms", "300"]);
+      await using run = started;
+      process.kill(await run.qemuPid(), "SIGSTOP");
+      fsl.signal("SIGTERM");
+      const { stderr } = await fsl.end();
+      expect(stderr).toContain("QEMU did not end within 300 ms of SIGTERM: killed");
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "makes it hurry where QEMU is somebody else's; the second one ends it, and another goes on",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const load = run.attach(snapshot, "--paused", ...SLOW);
+      await run.reached("running");
+      await load.kill();
+      process.kill(run.pid, "SIGSTOP"); // All RAM may come, but fsl cannot let go.
+      const first = run.fsl("resume", "--pid", String(run.pid));
+      await first.stderr.waitFor(/\d+% of/);
+      first.signal("SIGINT");
+      await first.stderr.waitFor(/SIGINT: QEMU needs fsl until all its RAM is in/);
+      await insist(first, "SIGINT");
+      const { code, stderr } = await first.end();
+      expect([code, stderr]).toEqual([
+        130,
+        expect.stringMatching(/SIGINT: fsl ends; QEMU \d+ waits/),
+      ]);
+      process.kill(run.pid, "SIGCONT");
+      expect(await run.status(run.pid)).toMatchObject({ served: false });
+      expect((await run.resume(run.pid)).code).toBe(0);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(reason !== null)("a signal to fsl load --detach before the guest runs", () => {
+  test.each([
+    ["SIGTERM", 143],
+    ["SIGINT", 130],
+    ["SIGHUP", 129],
+  ] as const)(
+    "%s gives up a QEMU of somebody else's and leaves it as it was",
+    async (signal, expected) => {
+      await using run = await AttachRun.start(await snapshotOf(BARE));
+      const before = await run.traits();
+      const busy = createConnection(run.qmpPath);
+      await new Promise((resolve) => busy.once("data", resolve));
+      const load = run.attach(await snapshotOf(BARE), "--detach");
+      // The one in the background has its lock, and waits for the monitor.
+      const lock = `/proc/${run.pid}/mem`;
+      const isWaiting = (): true | null =>
+        run.processes("fsl").some((pid) => openFiles(pid).includes(lock)) ? true : null;
+      await until(isWaiting, 10_000, "fsl in the background");
+      load.signal(signal);
+      const { code, stderr } = await load.end();
+      expect([code, stderr]).toEqual([
+        expected,
+        expect.stringContaining(`ended by ${signal} before the guest ran`),
+      ]);
+      busy.destroy();
+      expect(run.processes("fsl")).toEqual([]);
+      expect(await run.traits()).toEqual(before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "ends a QEMU that fsl has started",
+    async () => {
+      await using run = new MarkedRun();
+      // One that never greets.
+      const program = join(run.directory, "qemu-system-slow");
+      writeFileSync(program, "#!/bin/sh\nexec sleep 60\n", { mode: 0o755 });
+      const { path } = await snapshotOf(BARE);
+      const load = run.fsl("load", path, "--detach", "--", program, "-m", "64M");
+      await run.process("sleep");
+      load.signal("SIGTERM");
+      const { code, stderr } = await load.end();
+      expect([code, stderr]).toEqual([143, expect.stringContaining("ended by SIGTERM before")]);
+      expect([run.processes("sleep"), run.processes("fsl"), run.files()]).toEqual([[], [], []]);
     },
     TIMEOUT_MS,
   );

@@ -6,6 +6,7 @@ import { describe, expect, test } from "bun:test";
 import { PHASE_RUNNING } from "../../src/load/state.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
 import { FaultyDisk, whyNoFaultyDisk } from "../helpers/fault-disk.ts";
+import { AttachRun } from "../helpers/attach-runs.ts";
 import { FaultRun, someoneWaits } from "../helpers/fault-runs.ts";
 import {
   type GuestSnapshot,
@@ -15,7 +16,7 @@ import {
   whyNoKvm,
 } from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
-import { whyNoExecutable } from "../helpers/load-runs.ts";
+import { until, whyNoExecutable } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 120_000;
 const reason = whyNoExecutable() ?? whyNoGuests() ?? whyNoFaultyDisk();
@@ -186,6 +187,56 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       expect(code).toBe(9);
       expect(run.serial.lines.filter(({ text }) => text.startsWith("tick"))).toEqual([]);
       expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["in the foreground", []],
+    ["with --detach", ["--detach"]],
+  ])(
+    "for ever, of somebody else's QEMU: a second signal ends fsl, and another one goes on (%s)",
+    async (_, detach) => {
+      const snapshot = await snapshotOf(BARE);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const flags = ["--paused", "--on-error", "wait", ...SLOW, ...detach];
+      const load = run.attach({ path: disk.path }, ...flags);
+      if (detach.length > 0) expect((await load.end()).code).toBe(0);
+      await run.reached("running");
+      disk.fail(ramOffset(snapshot, 0.6));
+      await run.qmp.execute("cont");
+      await someoneWaits(run.pid);
+      const failing = { served: true, lastFailure: { idstr: "pc.ram", errno: 5 } };
+      while ((await run.status(run.pid))?.lastFailure == null) await Bun.sleep(20);
+      expect(await run.status(run.pid)).toMatchObject(failing);
+      const served = await run.process("fsl");
+      process.kill(served, "SIGTERM");
+      if (detach.length === 0) await load.stderr.waitFor(/SIGTERM: QEMU needs fsl until/);
+      // The second one counts a second later.
+      const isOver = (): true | null => {
+        if (run.processes("fsl").length === 0) return true;
+        process.kill(served, "SIGTERM");
+        return null;
+      };
+      await until(isOver, 20_000, "the end of fsl");
+      if (detach.length === 0) {
+        const { code, stderr } = await load.end();
+        expect(code).toBe(9);
+        expect(stderr).toContain(
+          `SIGTERM: fsl ends; QEMU ${run.pid} waits where it needs a page, until: ` +
+            `fsl resume --pid ${run.pid}`,
+        );
+      }
+      expect(await run.status(run.pid)).toMatchObject({ ...failing, served: false });
+      expect(run.serial.lines.filter(({ text }) => text.startsWith("tick"))).toEqual([]);
+      disk.mend();
+      const ticks = run.serial.waitForNext(/^tick \d+ ok/);
+      expect((await run.resume(run.pid)).code).toBe(0);
+      await ticks;
+      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+      expect(await run.traits()).toEqual(before);
     },
     TIMEOUT_MS,
   );

@@ -93,6 +93,14 @@ describe("QmpClient greeting", () => {
     expect(client.isClosed).toBe(true);
   });
 
+  test("is waited for as long as it takes, where that is asked for", async () => {
+    const { monitor, client } = start({ greetingTimeoutMs: Number.POSITIVE_INFINITY });
+    await Bun.sleep(50); // A timer of so long would ring at once.
+    expect(client.isClosed).toBe(false);
+    monitor.send(GREETING);
+    expect(await client.ready).toEqual({ major: 10, minor: 0, micro: 2 });
+  });
+
   test("is lost when the negotiation is refused", async () => {
     const { monitor, client } = start();
     monitor.replies = { qmp_capabilities: { error: { class: "GenericError", desc: "not today" } } };
