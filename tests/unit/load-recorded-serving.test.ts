@@ -41,6 +41,7 @@ describe("withRecorded", () => {
     [{ eager: 7, onError: "run", errorLimitMs: "1", clusterPages: -1 }],
     [{ eager: { workers: 1.5, bytesPerSecond: null, nice: {}, pieceLength: 1e300 } }],
   ])("leaves out what is no such thing: %j", (value) => {
-    expect(withRecorded({ clusterPages: 4 }, value)).toEqual({ clusterPages: 4, eager: {} });
+    const said: ServingOptions = { clusterPages: 4 };
+    expect(withRecorded(said, value)).toEqual({ clusterPages: 4, eager: {} });
   });
 });
