@@ -241,6 +241,8 @@ async function stay(handle: LoadHandle, pid: number, run: Run): Promise<number> 
     log.warn(`${message}; to go on: fsl resume --pid ${pid}`);
     return { error };
   });
+  // What is left in it goes with it.
+  if (handle.unfinished !== null) log.warn(handle.unfinished.message);
   const exit = await handle.exited;
   if ("error" in end) throw end.error;
   if (exit.signal === "SIGBUS" && !handle.supplyFailed) {

@@ -56,11 +56,6 @@ export class Control {
     this.#options = options;
   }
 
-  /** The last connection that was made, alive or not. */
-  get last(): QmpClient | null {
-    return this.#qmp;
-  }
-
   /** There was a connection, and it is gone, but not by `close`. */
   get isCut(): boolean {
     return this.#qmp?.isClosed === true && !this.#isClosed;
