@@ -137,20 +137,19 @@ async function insist(fsl: FslProcess, signal: NodeJS.Signals): Promise<void> {
 
 describe.skipIf(reason !== null)("a signal to fsl resume", () => {
   /** The load of a QEMU of fsl's own goes on as slowly as it began: nothing else is said. */
-  async function resumed(flags: readonly string[] = []): Promise<[FaultRun, FslProcess]> {
-    const run = await loading(["--paused"]);
+  async function resumed(run: FaultRun, flags: readonly string[] = []): Promise<FslProcess> {
     await run.fsl.kill();
     const fsl = run.command("resume", "--pid", String(await run.qemuPid()), ...flags);
     const [, rate, unit] = await fsl.stderr.waitFor(/\d+% of .*?, ([\d.]+) (\w+)\/s/);
     expect([Number(rate) < 1024, unit]).toEqual([true, "KiB"]);
-    return [run, fsl];
+    return fsl;
   }
 
   test.each(["SIGTERM", "SIGINT", "SIGHUP"] as const)(
     "%s ends a QEMU that was to end with fsl, in order",
     async (signal) => {
-      const [started, fsl] = await resumed();
-      await using run = started;
+      await using run = await loading(["--paused"]);
+      const fsl = await resumed(run);
       fsl.signal(signal);
       const { code, stderr } = await fsl.end();
       expect([code, stderr]).toEqual([0, expect.stringContaining("QEMU ended before all RAM")]);
@@ -162,8 +161,8 @@ describe.skipIf(reason !== null)("a signal to fsl resume", () => {
   test(
     "that QEMU does not heed: it is killed after the grace time",
     async () => {
-      const [started, fsl] = await resumed(["--grace-ms", "300"]);
-      await using run = started;
+      await using run = await loading(["--paused"]);
+      const fsl = await resumed(run, ["--grace-ms", "300"]);
       process.kill(await run.qemuPid(), "SIGSTOP");
       fsl.signal("SIGTERM");
       const { stderr } = await fsl.end();
