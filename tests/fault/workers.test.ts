@@ -3,11 +3,9 @@
  * and the guest waits.
  */
 import { describe, expect, test } from "bun:test";
-import { mkdtempSync, rmSync, statSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { FaultRun, someoneWaits } from "../helpers/fault-runs.ts";
-import type { FaultySourceOptions } from "../helpers/fault-source.ts";
+import { faultyProgram, type How, Switch } from "../helpers/fault-switch.ts";
 import { snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { differencesOfBareGuest } from "../helpers/load-oracle.ts";
 import { whyNoExecutable } from "../helpers/load-runs.ts";
@@ -16,30 +14,8 @@ const TIMEOUT_MS = 60_000;
 const reason = whyNoExecutable() ?? whyNoGuests();
 const BARE = { guest: "bare" } as const;
 
-/** The file that makes the page source go wrong as long as it exists. */
-class Switch implements Disposable {
-  readonly directory = mkdtempSync(join(tmpdir(), "fsl-fault-switch-"));
-  readonly path = join(this.directory, "on");
-  constructor() {
-    writeFileSync(this.path, "");
-  }
-  get times(): number {
-    return statSync(this.path).size;
-  }
-  off(): void {
-    rmSync(this.path, { force: true });
-  }
-  [Symbol.dispose](): void {
-    rmSync(this.directory, { recursive: true, force: true });
-  }
-}
-
-type How = Pick<FaultySourceOptions, "every" | "timesMax" | "how">;
-
 async function start(on: Switch, how: How): Promise<FaultRun> {
-  const options = JSON.stringify({ ...how, switchPath: on.path });
-  const program = [process.execPath, join(import.meta.dir, "../helpers/fault-load.ts"), options];
-  return FaultRun.start(await snapshotOf(BARE), { program });
+  return FaultRun.start(await snapshotOf(BARE), faultyProgram(on, how));
 }
 
 async function expectEveryByte(run: FaultRun): Promise<void> {

@@ -263,16 +263,21 @@ export function descriptors(pid: number): [string, string][] {
 
 /** Threads of a process that wait for a page of a userfaultfd at this moment. */
 export function waitingThreads(pid: number): number {
-  let waiting = 0;
-  for (const thread of readdirSync(`/proc/${pid}/task`)) {
-    try {
-      const where = readFileSync(`/proc/${pid}/task/${thread}/wchan`, "latin1");
-      if (where.includes("handle_userfault")) waiting += 1;
-    } catch {
-      // It has ended meanwhile.
-    }
+  return readdirSync(`/proc/${pid}/task`).filter((thread) => threadWaits(pid, thread)).length;
+}
+
+/** QEMU's main loop does: no monitor answers. */
+export function mainThreadWaits(pid: number): boolean {
+  return threadWaits(pid, String(pid));
+}
+
+function threadWaits(pid: number, thread: string): boolean {
+  try {
+    const where = readFileSync(`/proc/${pid}/task/${thread}/wchan`, "latin1");
+    return where.includes("handle_userfault");
+  } catch {
+    return false; // It has ended meanwhile.
   }
-  return waiting;
 }
 
 /** Returns when some thread of a process waits for a page. */
