@@ -21,6 +21,7 @@ import type { FoundLoad, LoadReport } from "../../src/index.ts";
 import { LoadState } from "../../src/load/state.ts";
 import { type GuestSnapshot, QmpClient, SerialConsole } from "./guests.ts";
 import { FSL, isRunning, plainEnvironment, until, Watched, within } from "./load-runs.ts";
+import { byUser } from "./published.ts";
 
 const MARK = "FSL_FAULT_RUN";
 let counter = 0;
@@ -144,8 +145,7 @@ export class FaultRun implements AsyncDisposable {
       for (const name of [".", "run", "tmp", "serial", "qmp"])
         chownSync(join(directory, name), uid, uid);
     }
-    const user =
-      uid === undefined ? [] : ["setpriv", `--reuid=${uid}`, `--regid=${uid}`, "--clear-groups"];
+    const user = uid === undefined ? [] : byUser(uid);
     const argv = [
       ...(options.prefix ?? []),
       ...user,
