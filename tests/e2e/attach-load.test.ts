@@ -6,15 +6,10 @@ import { rmSync, writeFileSync } from "node:fs";
 import { createConnection } from "node:net";
 import { dirname, join } from "node:path";
 import { AttachRun, type QemuTraits, socketExists } from "../helpers/attach-runs.ts";
-import {
-  type GuestSnapshot,
-  snapshotOf,
-  type SnapshotSpec,
-  whyNoGuests,
-} from "../helpers/guests.ts";
+import { type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { openFiles, whyNoExecutable } from "../helpers/load-runs.ts";
-import { withArgument } from "../helpers/matrix-guests.ts";
+import { TWO_NODES, withNode } from "../helpers/load-snapshots.ts";
 import { isUserfaultfdRefused, NOBODY, Published } from "../helpers/published.ts";
 import { askQmp } from "../helpers/qemu-vmm.ts";
 import { failing, Tracer, whyNoStrace } from "../helpers/strace.ts";
@@ -236,17 +231,12 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
   ])(
     "when a block cannot be written, after one that was %s was corrected",
     async (_, backend) => {
-      const node = (id: string): string[] => [
-        ...["-object", `memory-backend-ram,id=${id},size=32M`],
-        ...["-numa", `node,memdev=${id}`],
-      ];
-      const spec: SnapshotSpec = { guest: "bare", extraArgs: [...node("n0"), ...node("n1")] };
-      const [own, otherMemory] = [await snapshotOf(spec), await snapshotOf({ ...spec, ...OTHER })];
+      const own = await snapshotOf(TWO_NODES);
+      const otherMemory = await snapshotOf({ ...TWO_NODES, ...OTHER });
       writeFileSync(SHM, Buffer.alloc(32 << 20, 0xa5));
       try {
-        const onDisk = `memory-backend-file,share=on,mem-path=${DISK},id=n1`;
-        const full = withArgument(own.argv, "memory-backend-ram,id=n1", onDisk);
-        const argv = withArgument(full, "memory-backend-ram,id=n0", `${backend},id=n0`);
+        const onDisk = `memory-backend-file,share=on,mem-path=${DISK}`;
+        const argv = withNode(withNode(own.argv, "n1", onDisk), "n0", backend);
         await using run = await AttachRun.start(own, { argv });
         const before = await run.traits();
         const load = run.attachBy(failing("process_vm_writev:error=EPERM"), own, "--paused");

@@ -32,7 +32,7 @@ import {
 } from "../helpers/guests.ts";
 import { differencesFromOracle, differencesOfBareGuest } from "../helpers/load-oracle.ts";
 import { isRunning, until, whyNoExecutable } from "../helpers/load-runs.ts";
-import { withArgument } from "../helpers/matrix-guests.ts";
+import { TWO_NODES, withNode } from "../helpers/load-snapshots.ts";
 
 const TIMEOUT_MS = 120_000;
 const SOAK_MS = 3_600_000;
@@ -131,14 +131,10 @@ describe.skipIf(reason !== null)("fsl killed", () => {
    * takes some milliseconds.
    */
   async function armingSlowly(): Promise<[FaultRun, GuestSnapshot, Disposable]> {
-    const node = (id: string): string[] => [
-      ...["-object", `memory-backend-ram,id=${id},size=32M`],
-      ...["-numa", `node,memdev=${id}`],
-    ];
-    const snapshot = await snapshotOf({ ...BARE, extraArgs: [...node("n0"), ...node("n1")] });
+    const snapshot = await snapshotOf(TWO_NODES);
     const file = new FileOnDisk();
-    const onDisk = `memory-backend-file,share=on,mem-path=${file.path},id=n1`;
-    const argv = withArgument(snapshot.argv, "memory-backend-ram,id=n1", onDisk);
+    const onDisk = `memory-backend-file,share=on,mem-path=${file.path}`;
+    const argv = withNode(snapshot.argv, "n1", onDisk);
     return [await FaultRun.start(snapshot, { argv, flags: ["--paused"] }), snapshot, file];
   }
 
