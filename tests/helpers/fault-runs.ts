@@ -236,19 +236,31 @@ export class FaultRun implements AsyncDisposable {
   }
 }
 
-/** The load state among a process's descriptors; null when it has none. */
+/**
+ * The load state among a process's descriptors; null when it has none. Those that fsl's Workers
+ * rehearse with are nobody's.
+ */
 export function openLoadState(pid: number): LoadState | null {
-  const number = descriptors(pid).find(([, link]) => link === "/memfd:fsl-state (deleted)")?.[0];
-  if (number === undefined) return null;
+  for (const [number, link] of descriptors(pid)) {
+    if (link !== "/memfd:fsl-state (deleted)") continue;
+    const state = adopt(`/proc/${pid}/fd/${number}`);
+    if ((state?.metadata.target.pid ?? 0) > 0) return state;
+    state?.unmap();
+  }
+  return null;
+}
+
+/** Null when it is not written yet, or was closed meanwhile. */
+function adopt(path: string): LoadState | null {
   try {
-    const fd = openSync(`/proc/${pid}/fd/${number}`, "r+");
+    const fd = openSync(path, "r+");
     try {
       return LoadState.adopt(fd, fstatSync(fd).size, false);
     } finally {
       closeSync(fd);
     }
   } catch {
-    return null; // Not written yet, or closed meanwhile.
+    return null;
   }
 }
 
