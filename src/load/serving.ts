@@ -207,13 +207,12 @@ export class Serving {
     });
   }
 
-  /** Every thread that waits faults again: for faults that a dead reader had taken. */
+  /**
+   * Every thread that waits faults again: for faults that a dead reader had taken. In zero extents
+   * too, which are not always let go.
+   */
   wakeAll(): void {
-    const { registered } = this.#state.metadata;
-    for (let index = 0; index + 1 < registered.length; index += 2) {
-      const start = registered[index] ?? 0;
-      this.#uffd.wake(start, (registered[index + 1] ?? 0) - start);
-    }
+    for (const { block } of this.#state.blocks) this.#uffd.wake(block.hostAddr, block.usedLength);
   }
 
   /** Sets the eager Workers to work: first the working set, then everything. */
@@ -338,13 +337,12 @@ export class Serving {
     return missing;
   }
 
+  /** Every block as a whole: with the zero extents that could not be let go. */
   #unregister(): void {
-    const { registered } = this.#state.metadata;
-    for (let index = 0; index + 1 < registered.length; index += 2) {
-      const start = registered[index] ?? 0;
+    for (const { block } of this.#state.blocks) {
       try {
         // A target that ended meanwhile has nothing left to unregister.
-        if (!this.#uffd.unregister(start, (registered[index + 1] ?? 0) - start)) return;
+        if (!this.#uffd.unregister(block.hostAddr, block.usedLength)) return;
       } catch (error) {
         // A memory device that was unplugged meanwhile has taken its range along. Should a part of
         // it still be there, it is complete, and goes with the descriptor.

@@ -10,7 +10,7 @@
  * Never UFFD_USER_MODE_ONLY: device emulation reads guest memory in system calls, which would get
  * EFAULT.
  */
-import { readdirSync, readlinkSync } from "node:fs";
+import { readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import {
   EACCES,
@@ -174,10 +174,13 @@ function findRemoteDescriptor(request: UserfaultfdRequest, fd: number): number {
   const directory = `/proc/${request.pid}/fd`;
   const numbers = readdirSync(directory).slice(0, DESCRIPTORS_MAX).map(Number);
   const candidates = numbers.filter((number) => linkOf(`${directory}/${number}`) === DEVICE_PATH);
-  const same = candidates.find(
-    (number) => native.kcmpFile(process.pid, request.pid, fd, number) === 0,
+  const compared = candidates.map((number) =>
+    native.kcmpFile(process.pid, request.pid, fd, number),
   );
+  const same = candidates[compared.indexOf(0)];
   if (same !== undefined) return same;
+  const failed = compared.find((result) => result < 0);
+  if (failed !== undefined) throw refused(request, "kcmp", failed);
   throw new FslError(
     "TARGET_LOST",
     `userfaultfd: ${DEVICE_PATH} was handed to ${request.description}, but is not among its descriptors`,
@@ -244,12 +247,23 @@ function linkOf(path: string): string {
 function refused(request: UserfaultfdRequest, call: string, result: number): FslError {
   const errno = native.errnoName(result);
   const isPermission = result === -EPERM || result === -EACCES;
-  const hint = isPermission
-    ? "; run fsl as root, or as QEMU's user with kernel.yama.ptrace_scope=0"
-    : "";
+  const tracer = call === "ptrace" ? tracerOf(request.pid) : 0;
+  const permitted = "run fsl as root, or as QEMU's user with kernel.yama.ptrace_scope=0";
+  const traced = `process ${tracer} traces it already (as gdb and strace do); let that end first`;
+  const hint = isPermission ? `; ${tracer > 0 ? traced : permitted}` : "";
   return new FslError(
     errno === "ESRCH" ? "TARGET_LOST" : "HOST_UNSUPPORTED",
     `userfaultfd: ${call} in ${request.description} failed (${errno})${hint}`,
     { call, errno, pid: request.pid },
   );
+}
+
+/** Who traces a process; 0 when nobody does, or it cannot be told. */
+function tracerOf(pid: number): number {
+  try {
+    const status = readFileSync(`/proc/${pid}/status`, "latin1");
+    return Number(/^TracerPid:\s*(\d+)$/m.exec(status)?.[1] ?? 0);
+  } catch {
+    return 0;
+  }
 }

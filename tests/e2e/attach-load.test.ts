@@ -2,17 +2,23 @@
  * `fsl load --qmp`: a QEMU of somebody else's gets its state, and lives on as if nothing had been.
  */
 import { beforeAll, describe, expect, test } from "bun:test";
+import { rmSync, writeFileSync } from "node:fs";
 import { createConnection } from "node:net";
 import { dirname, join } from "node:path";
-import { AttachRun, socketExists } from "../helpers/attach-runs.ts";
+import { AttachRun, type QemuTraits, socketExists } from "../helpers/attach-runs.ts";
 import type { FslProcess } from "../helpers/fault-runs.ts";
 import { type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { openFiles, whyNoExecutable } from "../helpers/load-runs.ts";
+import { TWO_NODES, withNode } from "../helpers/load-snapshots.ts";
+import { isUserfaultfdRefused, NOBODY, Published } from "../helpers/published.ts";
 import { askQmp } from "../helpers/qemu-vmm.ts";
+import { failing, Tracer, whyNoStrace } from "../helpers/strace.ts";
 
 const TIMEOUT_MS = 60_000;
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
+/** Other bytes, and zeros in other places. */
+const OTHER = { guestOptions: "seed=2 zero=5" };
 const isRoot = process.getuid?.() === 0;
 
 let snapshot: GuestSnapshot;
@@ -22,53 +28,53 @@ let other: GuestSnapshot;
 beforeAll(async () => {
   if (skip) return;
   snapshot = await snapshotOf({ guest: "bare" });
-  other = await snapshotOf({
-    guest: "bare",
-    guestOptions: "churn=4096",
-    live: true,
-    bandwidthMiB: 20,
-  });
+  other = await snapshotOf({ guest: "bare", ...OTHER });
 }, TIMEOUT_MS);
 
 const inmigrate = { status: "inmigrate" };
 
 describe.skipIf(skip)("fsl load --qmp", () => {
-  test.each<[string, string, readonly string[], (path: string) => readonly string[]]>([
-    ["an ordinary QEMU", "user", [], () => []],
-    ["one in a sandbox", "user", ["-sandbox", "on,elevateprivileges=deny,spawn=deny"], () => []],
-    ["one that went into the background", "user", ["-daemonize"], () => []],
-    ["one of another user", "root", ["-run-with", "user=nobody"], () => []],
-    [
-      "one that cannot see the snapshot",
-      "root",
-      [],
-      (path) => {
-        const script = 'mount -t tmpfs none "$0" && exec "$@"';
-        return ["unshare", "--mount", "sh", "-c", script, dirname(path)];
-      },
-    ],
-  ])(
-    "brings in all memory of %s and leaves it",
-    async (_, who, qemuArgs, prefix) => {
-      if (who === "root" && !isRoot) return;
-      await using run = await AttachRun.start(snapshot, {
-        qemuArgs,
-        prefix: prefix(snapshot.path),
-      });
-      const before = await run.traits();
-      const { code, stderr } = await run.attach(snapshot, "--paused").end();
-      expect({ code, stderr }).toEqual({
-        code: 0,
-        stderr: expect.stringContaining("all RAM in after") as unknown as string,
-      });
-      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
-      expect(await run.traits()).toEqual(before);
-      expect(await run.status(run.pid)).toBeNull();
-      // Its monitor is free again.
-      expect(await askQmp(run.qmpPath, "query-status")).toMatchObject({ running: false });
-      await run.qmp.execute("cont");
-      await run.serial.waitForNext(/^tick \d+ ok/);
-      expect(run.files()).toEqual([]);
+  async function bringsIn(
+    qemuArgs: readonly string[],
+    prefix: readonly string[] = [],
+  ): Promise<void> {
+    await using run = await AttachRun.start(snapshot, {
+      qemuArgs,
+      prefix,
+    });
+    const before = await run.traits();
+    const { code, stderr } = await run.attach(snapshot, "--paused").end();
+    expect({ code, stderr }).toEqual({
+      code: 0,
+      stderr: expect.stringContaining("all RAM in after") as unknown as string,
+    });
+    expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+    expect(await run.traits()).toEqual(before);
+    expect(await run.status(run.pid)).toBeNull();
+    // Its monitor is free again.
+    expect(await askQmp(run.qmpPath, "query-status")).toMatchObject({ running: false });
+    await run.qmp.execute("cont");
+    await run.serial.waitForNext(/^tick \d+ ok/);
+    expect(run.files()).toEqual([]);
+  }
+
+  test.each<[string, readonly string[]]>([
+    ["an ordinary QEMU", []],
+    ["one in a sandbox", ["-sandbox", "on,elevateprivileges=deny,spawn=deny"]],
+    ["one that went into the background", ["-daemonize"]],
+  ])("brings in all memory of %s and leaves it", (_, qemuArgs) => bringsIn(qemuArgs), TIMEOUT_MS);
+
+  test.skipIf(!isRoot)(
+    "brings in all memory of one of another user and leaves it",
+    () => bringsIn(["-run-with", "user=nobody"]),
+    TIMEOUT_MS,
+  );
+
+  test.skipIf(!isRoot)(
+    "brings in all memory of one that cannot see the snapshot and leaves it",
+    () => {
+      const script = 'mount -t tmpfs none "$0" && exec "$@"';
+      return bringsIn([], ["unshare", "--mount", "sh", "-c", script, dirname(snapshot.path)]);
     },
     TIMEOUT_MS,
   );
@@ -282,13 +288,13 @@ describe.skipIf(skip)("fsl load --qmp --pid through a relay", () => {
 
 describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
   /** Whoever started it can still give it a state, here one of other memory. */
-  async function loadOrdinarily(run: AttachRun): Promise<void> {
+  async function loadOrdinarily(run: AttachRun, memory = other): Promise<void> {
     await run.qmp.execute("stop");
     await run.qmp.setCapabilities(["mapped-ram"]);
     const from = run.qmp.events.length;
-    await run.qmp.execute("migrate-incoming", { uri: `file:${other.path}` });
+    await run.qmp.execute("migrate-incoming", { uri: `file:${memory.path}` });
     await run.qmp.waitMigrated(from);
-    expect(await differencesFromOracle(other, run)).toEqual([]);
+    expect(await differencesFromOracle(memory, run)).toEqual([]);
   }
 
   test(
@@ -313,21 +319,169 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
   );
 
   test(
-    "when the last step before the hand-over fails",
+    "when it has no descriptor for the seed",
     async () => {
       await using run = await AttachRun.start(snapshot);
       const before = await run.traits();
-      // The seed is the last descriptor of all: one too many.
       const open = run.openCount();
       for (let limit = open + 3; ; limit -= 1) {
+        expect(limit).toBeGreaterThanOrEqual(open);
         await Bun.$`prlimit --pid ${run.pid} --nofile=${limit}:1024`.quiet();
         const { code, stderr } = await run.attach(snapshot, "--paused").end();
         expect(code).not.toBe(0);
-        if (stderr.includes("add-fd") || limit < open) break;
+        if (stderr.includes("add-fd")) break;
       }
       await Bun.$`prlimit --pid ${run.pid} --nofile=1024:1024`.quiet();
       expect(await run.traits()).toEqual(before);
       await loadOrdinarily(run);
+    },
+    TIMEOUT_MS,
+  );
+
+  const SHM = `/dev/shm/fsl-attach-load-${process.pid}`;
+  const DISK = join(import.meta.dir, `../../.cache/fsl-attach-load-${process.pid}`);
+  test.skipIf(whyNoStrace() !== null).each([
+    ["preallocated", "memory-backend-ram,prealloc=on"],
+    ["with old contents", `memory-backend-file,share=on,mem-path=${SHM}`],
+  ])(
+    "when a block cannot be written, after one that was %s was corrected",
+    async (_, backend) => {
+      const own = await snapshotOf(TWO_NODES);
+      const otherMemory = await snapshotOf({ ...TWO_NODES, ...OTHER });
+      writeFileSync(SHM, Buffer.alloc(32 << 20, 0xa5));
+      try {
+        const onDisk = `memory-backend-file,share=on,mem-path=${DISK}`;
+        const argv = withNode(withNode(own.argv, "n1", onDisk), "n0", backend);
+        await using run = await AttachRun.start(own, { argv });
+        const before = await run.traits();
+        const load = run.attachBy(failing("process_vm_writev:error=EPERM"), own, "--paused");
+        const { code, stderr } = await load.end();
+        expect(stderr).toContain("33554432 bytes were in QEMU's memory already and were corrected");
+        expect(stderr).toMatch(/cannot be written: EPERM.*; run fsl as root, or as QEMU's user/);
+        expect(code).toBe(6);
+        expect(await run.traits()).toEqual(before);
+        await loadOrdinarily(run, otherMemory);
+      } finally {
+        for (const path of [SHM, DISK]) rmSync(path, { force: true });
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  /** As left by a load that was refused: everything is as before, and QEMU can be given a state. */
+  async function expectAsItWas(run: AttachRun, before: QemuTraits): Promise<void> {
+    expect(await run.traits()).toEqual(before);
+    expect(await run.qmp.execute("query-status")).toMatchObject(inmigrate);
+    using readable = new Published(other);
+    await loadOrdinarily(run, { ...other, path: readable.snapshot });
+  }
+
+  const AS_ROOT = "run fsl as root, or as QEMU's user";
+  /** It may make no userfaultfd: the device is needed. And it can read what everybody can. */
+  const OF_NOBODY = ["-run-with", "user=nobody"];
+  const UFFD = "anon_inode:[userfaultfd]";
+  test
+    .skipIf(!isRoot || whyNoStrace() !== null)
+    .each<
+      [string, readonly string[], string, string | ((pid: number) => string) | undefined, string]
+    >([
+      [
+        "its memory cannot be opened",
+        [],
+        "open,openat:error=EACCES",
+        (pid) => `/proc/${pid}/mem`,
+        `its memory cannot be opened (EACCES); ${AS_ROOT}`,
+      ],
+      ["ptrace is refused", [], "ptrace:error=EPERM", undefined, "failed (EPERM); " + AS_ROOT],
+      ["pidfd_getfd is refused", [], "pidfd_getfd:error=EPERM", undefined, `(EPERM); ${AS_ROOT}`],
+      [
+        "userfaultfd is refused, and /dev/userfaultfd",
+        OF_NOBODY,
+        "open,openat:error=EACCES",
+        "/dev/userfaultfd",
+        "/dev/userfaultfd cannot be opened (EACCES); run: setfacl",
+      ],
+      [
+        "kcmp is refused",
+        OF_NOBODY,
+        "kcmp:error=EPERM",
+        undefined,
+        `userfaultfd: kcmp in qemu-system-x86`,
+      ],
+      ["UFFDIO_API is refused", [], "ioctl:error=EPERM:when=1", UFFD, "UFFDIO_API: EPERM"],
+      [
+        "UFFDIO_REGISTER is refused",
+        [],
+        "ioctl:error=EPERM:when=2",
+        UFFD,
+        "UFFDIO_REGISTER: EPERM",
+      ],
+      [
+        "its page map cannot be read",
+        [],
+        "open,openat:error=EACCES",
+        (pid) => `/proc/${pid}/pagemap`,
+        `pagemap cannot be read (EACCES); ${AS_ROOT}`,
+      ],
+    ])(
+    "when %s",
+    async (_, qemuArgs, calls, path, message) => {
+      await using run = await AttachRun.start(snapshot, { qemuArgs });
+      const before = await run.traits();
+      const only = typeof path === "function" ? path(run.pid) : path;
+      const load = run.attachBy(failing(calls, only), snapshot, "--paused");
+      const { code, stderr } = await load.end();
+      expect(stderr).toContain(message);
+      expect(code).toBe(6);
+      await expectAsItWas(run, before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.skipIf(whyNoStrace() !== null)(
+    "when somebody else traces it",
+    async () => {
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      await using tracer = await Tracer.attach(run.pid);
+      const { code, stderr } = await run.attach(snapshot, "--paused").end();
+      expect(stderr).toContain(`(EPERM); process ${tracer.pid} traces it already`);
+      expect(code).toBe(6);
+      await tracer.detach();
+      await expectAsItWas(run, before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.skipIf(!isRoot)(
+    "when it is root's, and fsl is not",
+    async () => {
+      using published = new Published(snapshot);
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const { code, stderr } = await run.attachAs(NOBODY, published).end();
+      expect(stderr).toContain(`its memory cannot be opened (EACCES); ${AS_ROOT}`);
+      expect(code).toBe(6);
+      await expectAsItWas(run, before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.skipIf(!isRoot || !isUserfaultfdRefused())(
+    "when it is an ordinary user's own, who then gets access to /dev/userfaultfd",
+    async () => {
+      using published = new Published(snapshot);
+      const { argv } = published;
+      await using run = await AttachRun.start(snapshot, { argv, uid: NOBODY });
+      const before = await run.traits();
+      const { code, stderr } = await run.attachAs(NOBODY, published).end();
+      expect(stderr).toContain("/dev/userfaultfd cannot be opened (EACCES); run: setfacl");
+      expect(code).toBe(6);
+      expect(await run.traits()).toEqual(before);
+      const device = await published.withDevice();
+      expect((await run.attachAs(NOBODY, published, device).end()).code).toBe(0);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+      expect(await run.traits()).toEqual(before);
     },
     TIMEOUT_MS,
   );

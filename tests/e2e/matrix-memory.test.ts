@@ -19,12 +19,14 @@ import { join } from "node:path";
 import { AttachRun } from "../helpers/attach-runs.ts";
 import {
   guestArgv,
+  type GuestSnapshot,
   type Qemu,
   ramBlocks,
   type SerialConsole,
   snapshotOf,
   whyNoGuests,
 } from "../helpers/guests.ts";
+import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { FslRun, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import {
   hugePages,
@@ -383,6 +385,9 @@ describe.skipIf(skip)("memory back ends", () => {
       const { code, stderr } = await run.attach(snapshot, "--paused").end();
       expect(stderr).toContain("RAMBlock ram0 is loaded in full before resume: other processes");
       expect(code).toBe(0);
+      expect(await differencesFromOracle(snapshot as MatrixSnapshot & GuestSnapshot, run)).toEqual(
+        [],
+      );
     },
     MATRIX_TIMEOUT_MS,
   );

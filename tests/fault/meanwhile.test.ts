@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { testBit } from "../../src/load/bits.ts";
 import { type BlockState, PHASE_RUNNING } from "../../src/load/state.ts";
-import { collect, FaultRun, openLoadState } from "../helpers/fault-runs.ts";
+import { FaultRun, openLoadState } from "../helpers/fault-runs.ts";
 import { gdb, whyNoGdb } from "../helpers/gdb.ts";
 import {
   ordinaryLoad,
@@ -16,7 +16,8 @@ import {
   whyNoGuests,
 } from "../helpers/guests.ts";
 import { differencesFromOracle, oracleMemory } from "../helpers/load-oracle.ts";
-import { Watched, whyNoExecutable, within } from "../helpers/load-runs.ts";
+import { whyNoExecutable, within } from "../helpers/load-runs.ts";
+import { Tracer, whyNoStrace } from "../helpers/strace.ts";
 
 const TIMEOUT_MS = 120_000;
 const reason = whyNoExecutable() ?? whyNoGuests();
@@ -327,22 +328,15 @@ describe.skipIf(reason !== null)("while RAM comes in", () => {
     TIMEOUT_MS,
   );
 
-  test.skipIf(Bun.which("strace") === null)(
+  test.skipIf(whyNoStrace() !== null)(
     "strace attached and detached again",
     async () => {
       await using run = await loading({});
       await run.serial.waitFor(/^tick /);
       const sum = run.serial.command("sum");
       for (let round = 0; round < 3; round += 1) {
-        const argv = ["strace", "-f", "-o", "/dev/null", "-p", String(await run.qemuPid())];
-        const tracer = Bun.spawn(argv, { stdout: "ignore", stderr: "pipe", stdin: "ignore" });
-        const errors = new Watched();
-        const reading = collect(tracer.stderr, errors);
-        await errors.waitFor(/attached/);
-        tracer.kill("SIGINT");
-        await tracer.exited;
-        await reading;
-        expect(errors.text).toContain("detached");
+        const tracer = await Tracer.attach(await run.qemuPid());
+        expect(await tracer.detach()).toContain("detached");
       }
       const { checksum } = await snapshotOf({});
       const [verdict, , found] = await sum;

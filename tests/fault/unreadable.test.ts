@@ -3,11 +3,14 @@
  * said at once which page it is; when reads work again the guest goes on as if nothing had been.
  */
 import { describe, expect, test } from "bun:test";
-import { PHASE_RUNNING } from "../../src/load/state.ts";
+import { readFileSync, rmSync } from "node:fs";
+import { join } from "node:path";
+import { countMissing } from "../../src/load/bits.ts";
+import { PHASE_HANDING_OVER, PHASE_RUNNING } from "../../src/load/state.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
 import { FaultyDisk, whyNoFaultyDisk } from "../helpers/fault-disk.ts";
 import { AttachRun } from "../helpers/attach-runs.ts";
-import { FaultRun, someoneWaits } from "../helpers/fault-runs.ts";
+import { FaultRun, mainThreadWaits, openLoadState, someoneWaits } from "../helpers/fault-runs.ts";
 import {
   type GuestSnapshot,
   snapshotOf,
@@ -15,20 +18,23 @@ import {
   whyNoGuests,
   whyNoKvm,
 } from "../helpers/guests.ts";
-import { differencesFromOracle } from "../helpers/load-oracle.ts";
+import { differencesFromOracle, differencesOfBareGuest } from "../helpers/load-oracle.ts";
 import { until, whyNoExecutable } from "../helpers/load-runs.ts";
+import { TWO_NODES, withNode } from "../helpers/load-snapshots.ts";
 
 const TIMEOUT_MS = 120_000;
 const reason = whyNoExecutable() ?? whyNoGuests() ?? whyNoFaultyDisk();
 const SLOW = ["--eager-rate", "256K"];
+/** Guest memory that cannot be lazy. */
+const FILE = join(import.meta.dir, `../../.cache/fsl-unreadable-${process.pid}`);
 const BARE: SnapshotSpec = { guest: "bare" };
 const BARE_KVM: SnapshotSpec = { guest: "bare", accel: "kvm", machine: "pc" };
 
-/** File offset of a place in a snapshot's main RAM. */
-function ramOffset(snapshot: GuestSnapshot, share: number): number {
+/** File offset of a place in a snapshot's main RAM, or in another block. */
+function ramOffset(snapshot: GuestSnapshot, share: number, block = "pc.ram"): number {
   using parsed = openSnapshot(snapshot.path);
-  const ram = parsed.blocks.find(({ idstr }) => idstr === "pc.ram");
-  if (ram === undefined) throw new Error("no pc.ram");
+  const ram = parsed.blocks.find(({ idstr }) => idstr === block);
+  if (ram === undefined) throw new Error(`no ${block}`);
   const page = Math.floor(ram.pageCount * share);
   return ram.pagesOffset + page * ram.pageSize;
 }
@@ -47,6 +53,51 @@ async function failing(
   disk.fail(ramOffset(snapshot, 0.6));
   await run.qmp.execute("cont");
   return run;
+}
+
+/**
+ * Starts a load whose disk fails once fsl has made its load state: it has read all but the guest's RAM
+ * by then, and QEMU was not told yet. Null when fsl was quicker.
+ */
+async function failingWhenArmed(
+  disk: FaultyDisk,
+  snapshot: GuestSnapshot,
+  offset: number,
+  argv: readonly string[] = snapshot.argv,
+): Promise<FaultRun | null> {
+  disk.mend();
+  const run = await FaultRun.start(snapshot, { path: disk.path, flags: ["--paused"], argv });
+  const { pid } = run.fsl;
+  const endMs = performance.now() + 20_000;
+  let state = openLoadState(pid);
+  while (state === null) {
+    if (performance.now() > endMs) throw new Error(`no load state: ${run.fsl.stderr.text}`);
+    state = openLoadState(pid);
+  }
+  run.fsl.signal("SIGSTOP");
+  await until(() => (isStopped(pid) ? true : null), 5000, "the stop of fsl");
+  const isInTime =
+    state.phase < PHASE_HANDING_OVER &&
+    state.blocks.every(({ data, done }) => countMissing(data, done) > 0);
+  state.unmap();
+  if (isInTime) disk.fail(offset);
+  run.fsl.signal("SIGCONT");
+  if (isInTime) return run;
+  await run[Symbol.asyncDispose]();
+  return null;
+}
+
+function isStopped(pid: number): boolean {
+  return /^State:\s+T/m.test(readFileSync(`/proc/${pid}/status`, "latin1"));
+}
+
+/** As often as it takes. */
+async function untilInTime(start: () => Promise<FaultRun | null>): Promise<FaultRun> {
+  for (let attempt = 0; attempt < 20; attempt += 1) {
+    const run = await start();
+    if (run !== null) return run;
+  }
+  throw new Error("fsl was quicker 20 times");
 }
 
 const UNREADABLE =
@@ -83,8 +134,9 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       disk.mend();
       await run.fsl.stderr.waitFor(/page \d+ could be read again after \d+ attempts/);
       await run.serial.waitForNext(/^tick \d+ ok/);
-      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
       expect(await run.status()).toMatchObject({ lastFailure: null, progress: { failedPages: 0 } });
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      expect(await differencesOfBareGuest(snapshot, { pid, qmp: run.qmp })).toEqual([]);
       run.fsl.signal("SIGTERM");
       expect((await run.fsl.end()).code).toBe(0);
       expect(await run.leftovers()).toEqual([]);
@@ -253,9 +305,86 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       const resumed = await run.resume();
       await resumed.stderr.waitFor(UNREADABLE);
       disk.mend();
-      await run.serial.waitForNext(/^tick \d+ ok/);
       expect((await resumed.end()).code).toBe(0);
-      expect(run.serial.lines.filter(({ text }) => text.includes("BAD"))).toEqual([]);
+      const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+      expect(await differencesOfBareGuest(snapshot, qemu)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["comes when the disk works again", false],
+    ["survives fsl", true],
+  ])(
+    "of a ring, while QEMU loads its devices: its main loop waits, and the page %s",
+    async (_, isKilled) => {
+      const snapshot = await snapshotOf({ extraArgs: ["-device", "virtio-net-pci"] });
+      await using disk = await FaultyDisk.make(snapshot.path);
+      const offset = ramOffset(snapshot, 0);
+      await using run = await untilInTime(() => failingWhenArmed(disk, snapshot, offset));
+      const pid = await run.qemuPid();
+      const [, page] = await run.fsl.stderr.waitFor(UNREADABLE);
+      expect(mainThreadWaits(pid)).toBe(true);
+      expect(await run.status()).toMatchObject({
+        phase: "handing over",
+        lastFailure: { idstr: "pc.ram", pageIndex: Number(page), errno: 5 },
+      });
+      let fsl = run.fsl;
+      if (isKilled) {
+        await run.fsl.kill();
+        fsl = await run.resume();
+        await fsl.stderr.waitFor(UNREADABLE);
+      }
+      expect(mainThreadWaits(pid)).toBe(true);
+      disk.mend();
+      await fsl.stderr.waitFor(/all RAM (is )?in/);
+      expect(await differencesFromOracle(snapshot, { pid, qmp: run.qmp })).toEqual([]);
+      expect(await run.qmp.execute<object>("query-status")).toMatchObject({ running: false });
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    ["a block that is loaded in full", "n1", `memory-backend-file,share=on,mem-path=${FILE}`],
+    ["memory that is preallocated", "n0", "memory-backend-ram,prealloc=on"],
+  ])(
+    "before the guest runs, in %s: exit code 3 with the page, and nothing is left",
+    async (_, block, backend) => {
+      const snapshot = await snapshotOf(TWO_NODES);
+      const argv = withNode(snapshot.argv, block, backend);
+      await using disk = await FaultyDisk.make(snapshot.path);
+      // Near its end: it is read from its beginning.
+      const offset = ramOffset(snapshot, 0.97, block);
+      try {
+        await using run = await untilInTime(() => failingWhenArmed(disk, snapshot, offset, argv));
+        const { code, stderr } = await run.fsl.end();
+        expect(stderr).toMatch(
+          new RegExp(`page \\d+ of RAMBlock ${block} at 0x[0-9a-f]+ cannot be read: EIO`),
+        );
+        expect(stderr).toContain(disk.path);
+        expect(code).toBe(3);
+        expect(run.serial.lines).toEqual([]);
+        expect(await run.leftovers()).toEqual([]);
+      } finally {
+        rmSync(FILE, { force: true });
+      }
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "before QEMU is given anything, where the small blocks and the device state are: exit code 3",
+    async () => {
+      const snapshot = await snapshotOf({ ...BARE, extraArgs: ["-device", "VGA"] });
+      await using disk = await FaultyDisk.make(snapshot.path);
+      disk.fail(ramOffset(snapshot, 0, "/rom@etc/acpi/tables"));
+      await using run = await FaultRun.start(snapshot, { path: disk.path });
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain(disk.path);
+      expect(stderr).toContain("EIO");
+      expect(code).toBe(3);
+      expect(run.serial.lines).toEqual([]);
+      expect(await run.leftovers()).toEqual([]);
     },
     TIMEOUT_MS,
   );

@@ -3,13 +3,22 @@
  * own for fsl; the test keeps a second monitor and the serial line. Everything that belongs to it, an
  * fsl in the background too, carries a mark in its environment, by which it is found and ended.
  */
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import {
+  chownSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
-import { basename, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import type { FoundLoad } from "../../src/index.ts";
 import { type Ended, FslProcess } from "./fault-runs.ts";
 import { type GuestSnapshot, QmpClient, SerialConsole } from "./guests.ts";
 import { FSL, isRunning, openFiles, plainEnvironment, until } from "./load-runs.ts";
+import { byUser, type Published } from "./published.ts";
 
 const MARK = "FSL_ATTACH_RUN";
 let counter = 0;
@@ -21,6 +30,8 @@ export interface AttachRunOptions {
   readonly qemuArgs?: readonly string[];
   /** Default: `-incoming defer`. */
   readonly incoming?: readonly string[];
+  /** QEMU runs by this user and group. */
+  readonly uid?: number;
 }
 
 /** What a QEMU has that fsl could leave different. */
@@ -130,9 +141,15 @@ export class AttachRun extends MarkedRun {
     const serial = await SerialConsole.listen(join(sockets, "serial"));
     const qmp = await QmpClient.listen(join(sockets, "monitor"));
     const run = new AttachRun(serial, qmp, join(sockets, "qmp"));
+    const { uid } = options;
+    if (uid !== undefined) {
+      for (const name of [".", "serial", "monitor"]) chownSync(join(sockets, name), uid, uid);
+      run.#giveTo(uid);
+    }
     const child = Bun.spawn(
       [
         ...(options.prefix ?? []),
+        ...(uid === undefined ? [] : byUser(uid)),
         ...(options.argv ?? snapshot.argv),
         ...(options.qemuArgs ?? []),
         ...serial.args,
@@ -160,8 +177,40 @@ export class AttachRun extends MarkedRun {
 
   /** `fsl load SNAP --qmp PATH …`. */
   attach(snapshot: { readonly path: string }, ...flags: readonly string[]): FslProcess {
-    const own = ["--qmp", this.qmpPath, "--working-set", "none"];
-    return this.fsl("load", snapshot.path, ...own, ...flags);
+    return this.fsl("load", ...this.#arguments(snapshot.path, flags));
+  }
+
+  /** The same, executed by something else. */
+  attachBy(
+    prefix: readonly string[],
+    snapshot: { readonly path: string },
+    ...flags: readonly string[]
+  ): FslProcess {
+    const argv = [...prefix, FSL, "load", ...this.#arguments(snapshot.path, flags)];
+    return new FslProcess(argv, this.env, this.directory);
+  }
+
+  /** The same as another user, to whom the QMP socket is open. */
+  attachAs(uid: number, { fsl, snapshot }: Published, prefix: readonly string[] = []): FslProcess {
+    this.#giveTo(uid);
+    for (const path of [dirname(this.qmpPath), this.qmpPath]) chownSync(path, uid, uid);
+    const argv = [
+      ...prefix,
+      ...byUser(uid),
+      fsl,
+      "load",
+      ...this.#arguments(snapshot, ["--paused"]),
+    ];
+    return new FslProcess(argv, this.env, this.directory);
+  }
+
+  #arguments(path: string, flags: readonly string[]): string[] {
+    return [path, "--qmp", this.qmpPath, "--working-set", "none", ...flags];
+  }
+
+  /** Whose fsl may use the run's own directory. */
+  #giveTo(uid: number): void {
+    for (const name of [".", "run", "tmp"]) chownSync(join(this.directory, name), uid, uid);
   }
 
   /** Descriptors that QEMU has open. */

@@ -6,7 +6,8 @@ import { join } from "node:path";
 import { loadSnapshot, spawnQemu } from "../../src/index.ts";
 import type { FaultySourceOptions } from "./fault-source.ts";
 
-const [source = "", snapshot = "", ...rest] = process.argv.slice(2);
+const [json = "", snapshot = "", ...rest] = process.argv.slice(2);
+const source = JSON.parse(json) as FaultySourceOptions;
 const qemu = rest.slice(rest.indexOf("--") + 1);
 const target = spawnQemu({ argv: qemu });
 process.on("SIGTERM", () => target.kill());
@@ -15,8 +16,9 @@ const handle = await loadSnapshot({
   target,
   source: {
     module: join(import.meta.dir, "fault-source.ts"),
-    options: { ...(JSON.parse(source) as FaultySourceOptions), path: snapshot },
+    options: { ...source, path: snapshot },
   },
+  paused: source.paused === true,
   eager: { bytesPerSecond: 4_000_000 },
   logger: { info: (text) => console.error(text), warn: (text) => console.error(text) },
 });

@@ -21,6 +21,7 @@ import type { FoundLoad, LoadReport } from "../../src/index.ts";
 import { LoadState } from "../../src/load/state.ts";
 import { type GuestSnapshot, QmpClient, SerialConsole } from "./guests.ts";
 import { FSL, isRunning, plainEnvironment, until, Watched, within } from "./load-runs.ts";
+import { byUser } from "./published.ts";
 
 const MARK = "FSL_FAULT_RUN";
 let counter = 0;
@@ -144,8 +145,7 @@ export class FaultRun implements AsyncDisposable {
       for (const name of [".", "run", "tmp", "serial", "qmp"])
         chownSync(join(directory, name), uid, uid);
     }
-    const user =
-      uid === undefined ? [] : ["setpriv", `--reuid=${uid}`, `--regid=${uid}`, "--clear-groups"];
+    const user = uid === undefined ? [] : byUser(uid);
     const argv = [
       ...(options.prefix ?? []),
       ...user,
@@ -237,19 +237,31 @@ export class FaultRun implements AsyncDisposable {
   }
 }
 
-/** The load state among a process's descriptors; null when it has none. */
+/**
+ * The load state among a process's descriptors; null when it has none. Those that fsl's Workers
+ * rehearse with are nobody's.
+ */
 export function openLoadState(pid: number): LoadState | null {
-  const number = descriptors(pid).find(([, link]) => link === "/memfd:fsl-state (deleted)")?.[0];
-  if (number === undefined) return null;
+  for (const [number, link] of descriptors(pid)) {
+    if (link !== "/memfd:fsl-state (deleted)") continue;
+    const state = adopt(`/proc/${pid}/fd/${number}`);
+    if ((state?.metadata.target.pid ?? 0) > 0) return state;
+    state?.unmap();
+  }
+  return null;
+}
+
+/** Null when it is not written yet, or was closed meanwhile. */
+function adopt(path: string): LoadState | null {
   try {
-    const fd = openSync(`/proc/${pid}/fd/${number}`, "r+");
+    const fd = openSync(path, "r+");
     try {
       return LoadState.adopt(fd, fstatSync(fd).size, false);
     } finally {
       closeSync(fd);
     }
   } catch {
-    return null; // Not written yet, or closed meanwhile.
+    return null;
   }
 }
 
@@ -264,16 +276,21 @@ export function descriptors(pid: number): [string, string][] {
 
 /** Threads of a process that wait for a page of a userfaultfd at this moment. */
 export function waitingThreads(pid: number): number {
-  let waiting = 0;
-  for (const thread of readdirSync(`/proc/${pid}/task`)) {
-    try {
-      const where = readFileSync(`/proc/${pid}/task/${thread}/wchan`, "latin1");
-      if (where.includes("handle_userfault")) waiting += 1;
-    } catch {
-      // It has ended meanwhile.
-    }
+  return readdirSync(`/proc/${pid}/task`).filter((thread) => threadWaits(pid, thread)).length;
+}
+
+/** QEMU's main loop does: no monitor answers. */
+export function mainThreadWaits(pid: number): boolean {
+  return threadWaits(pid, String(pid));
+}
+
+function threadWaits(pid: number, thread: string): boolean {
+  try {
+    const where = readFileSync(`/proc/${pid}/task/${thread}/wchan`, "latin1");
+    return where.includes("handle_userfault");
+  } catch {
+    return false; // It has ended meanwhile.
   }
-  return waiting;
 }
 
 /** Returns when some thread of a process waits for a page. */

@@ -12,6 +12,21 @@ import {
   qemuVersion,
   type SnapshotSpec,
 } from "./guests.ts";
+import { withArgument } from "./matrix-guests.ts";
+
+/** A bare guest whose RAM is two blocks of 32 MiB, `n0` and `n1`. */
+export const TWO_NODES: SnapshotSpec = {
+  guest: "bare",
+  extraArgs: ["n0", "n1"].flatMap((id) => [
+    ...["-object", `memory-backend-ram,id=${id},size=32M`],
+    ...["-numa", `node,memdev=${id}`],
+  ]),
+};
+
+/** Its command line with another back end for one of them. */
+export function withNode(argv: readonly string[], id: string, backend: string): string[] {
+  return withArgument(argv, `memory-backend-ram,id=${id}`, `${backend},id=${id}`);
+}
 
 export interface SpecialSave {
   /** Migration parameters for this save. */
