@@ -51,7 +51,7 @@
 /* At the bottom of the helper's stack: what it is started with. */
 struct start {
   int32_t socket, uffd, target_pid, parent_pid;
-  uint64_t staging_addr;
+  uint64_t staging_addr, staging_bytes;
 };
 
 struct control {
@@ -163,10 +163,19 @@ static long settle(const struct start *start) {
 
 /* ---- serving ---- */
 
-static void make_calls(struct helper_request *request, struct helper_reply *reply) {
+/* Whether another request waits, or fsl has gone away. */
+static int32_t is_wanted(int32_t socket) {
+  struct pollfd32 polled = {socket, POLLIN, 0};
+  const struct timespec64 at_once = {0, 0};
+  return sys(NR_ppoll, &polled, 1, &at_once, 0, 0) > 0;
+}
+
+static void make_calls(int32_t socket, struct helper_request *request,
+                       struct helper_reply *reply) {
   const uint32_t count =
       request->call_count < HELPER_CALLS_MAX ? request->call_count : HELPER_CALLS_MAX;
   for (uint32_t i = 0; i < count; i++) {
+    if (i > 0 && (request->flags & HELPER_YIELDS) != 0 && is_wanted(socket)) return;
     const struct helper_call *call = &request->calls[i];
     uint64_t args[6];
     for (uint32_t k = 0; k < 6; k++) {
@@ -175,7 +184,12 @@ static void make_calls(struct helper_request *request, struct helper_reply *repl
         args[k] = (uint64_t)(uintptr_t)&request->data[call->args[k] % HELPER_DATA_BYTES];
       }
     }
-    const long result = sys(call->number, args[0], args[1], args[2], args[3], args[4], args[5]);
+    long result = 0;
+    if (call->number == HELPER_TOUCH) {
+      *(volatile uint8_t *)(uintptr_t)args[0] = 0;
+    } else {
+      result = sys(call->number, args[0], args[1], args[2], args[3], args[4], args[5]);
+    }
     reply->results[i] = result;
     reply->calls_made = (int32_t)i + 1;
     if ((call->flags & HELPER_STOP_IF_NEGATIVE) != 0 && result < 0) return;
@@ -209,7 +223,7 @@ static long serve(int32_t socket) {
     for (uint64_t i = 0; i < count && i < FD_COUNT_MAX; i++) reply.fds[i] = control.fds[i];
   }
 
-  make_calls(&request, &reply);
+  make_calls(socket, &request, &reply);
 
   struct iovec64 parts[2] = {
       {(uint64_t)(uintptr_t)&reply, offsetof(struct helper_reply, data)},
@@ -236,15 +250,17 @@ static void helper_main(struct start *start) {
     if (result > 0 && polled[0].revents != 0 && serve(socket) != 0) break;
   }
   /* Of what the program did not have before, this leaves address space and a page of stack. */
-  sys(NR_madvise, start->staging_addr, HELPER_STAGING_BYTES, MADV_DONTNEED);
+  sys(NR_madvise, start->staging_addr, start->staging_bytes, MADV_DONTNEED);
   sys(NR_exit_group, 0);
 }
 
 /* ---- making helpers ---- */
 
-/* Maps staging and stacks for `count` helpers. Returns the address of the staging, or -errno. */
-static long map_area(int32_t count) {
-  const uint64_t staging_bytes = (uint64_t)count * HELPER_STAGING_BYTES;
+/*
+ * Maps staging memory of so many bytes, and stacks for `count` helpers. Returns the address of the
+ * staging, or -errno.
+ */
+static long map_area(int32_t count, uint64_t staging_bytes) {
   const uint64_t bytes =
       GUARD_BYTES + staging_bytes + GUARD_BYTES + (uint64_t)count * (STACK_BYTES + GUARD_BYTES);
   const long mapped = sys(NR_mmap, 0, bytes + HUGE_PAGE_BYTES, PROT_NONE,
@@ -291,11 +307,19 @@ static int32_t is_ready(int32_t socket) {
   return sys(NR_read, socket, &ready, sizeof(ready)) == (long)sizeof(ready) && ready == 0;
 }
 
-int32_t make_helpers(int32_t count, int32_t uffd, struct helper_record *records, int32_t *sockets) {
+int32_t make_helpers(int32_t count, int32_t slots, int32_t uffd, struct helper_record *records,
+                     int32_t *sockets) {
   if (count > HELPERS_MAX) count = HELPERS_MAX;
-  const long staging = map_area(count);
+  if (slots < 1) slots = 1;
+  if (slots > HELPER_SLOTS_MAX) slots = HELPER_SLOTS_MAX;
+  uint64_t own_bytes = (uint64_t)slots * HELPER_SLOT_BYTES;
+  long staging = map_area(count, (uint64_t)count * own_bytes);
+  if (staging < 0 && staging > -4096) {
+    own_bytes = HELPER_SLOT_BYTES;
+    staging = map_area(count, (uint64_t)count * own_bytes);
+  }
   if (staging < 0 && staging > -4096) return 0;
-  const uint64_t stacks = (uint64_t)staging + (uint64_t)count * HELPER_STAGING_BYTES + GUARD_BYTES;
+  const uint64_t stacks = (uint64_t)staging + (uint64_t)count * own_bytes + GUARD_BYTES;
   const int32_t pid = (int32_t)sys(NR_getpid), parent_pid = (int32_t)sys(NR_getppid);
   /* Helpers inherit the full mask. */
   const uint64_t all = ~(uint64_t)0;
@@ -305,8 +329,8 @@ int32_t make_helpers(int32_t count, int32_t uffd, struct helper_record *records,
   for (; started < count; started++) {
     int32_t pair[2];
     if (sys(NR_socketpair, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) break;
-    const uint64_t own_staging = (uint64_t)staging + (uint64_t)started * HELPER_STAGING_BYTES;
-    const struct start start = {pair[0], uffd, pid, parent_pid, own_staging};
+    const uint64_t own_staging = (uint64_t)staging + (uint64_t)started * own_bytes;
+    const struct start start = {pair[0], uffd, pid, parent_pid, own_staging, own_bytes};
     const uint64_t stack = stacks + (uint64_t)started * (STACK_BYTES + GUARD_BYTES);
     const long task = start_helper(stack, &start);
     sys(NR_close, pair[0]);
@@ -314,8 +338,7 @@ int32_t make_helpers(int32_t count, int32_t uffd, struct helper_record *records,
       sys(NR_close, pair[1]);
       break;
     }
-    records[started] =
-        (struct helper_record){(int32_t)task, uffd, own_staging, HELPER_STAGING_BYTES};
+    records[started] = (struct helper_record){(int32_t)task, uffd, own_staging, own_bytes};
     sockets[started] = pair[1];
   }
   sys(NR_rt_sigprocmask, SIG_SETMASK, &mask, 0, sizeof(mask));

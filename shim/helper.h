@@ -14,11 +14,13 @@
 #include "kernel.h"
 
 #define HELPERS_MAX 9
-#define HELPER_CALLS_MAX 8
-/* Bytes of inline data; each call's share is a slot of 64, enough for the ioctls' structures. */
-#define HELPER_DATA_BYTES 512
-/* One chunk. */
-#define HELPER_STAGING_BYTES (2ul << 20)
+#define HELPER_CALLS_MAX 128
+/* Inline data of a call, enough for the ioctls' structures; there is some for eight calls. */
+#define HELPER_INLINE_BYTES 64
+#define HELPER_DATA_BYTES (8 * HELPER_INLINE_BYTES)
+/* Staging memory of a helper: one slot holds one chunk. */
+#define HELPER_SLOT_BYTES (2ul << 20)
+#define HELPER_SLOTS_MAX 256
 
 /* Bits of `flags`. */
 #define HELPER_STOP_IF_NEGATIVE 1u
@@ -29,6 +31,13 @@
  */
 #define HELPER_ARG_IS_DATA(i) (0x100u << (i))
 
+/*
+ * In place of a system call's number: writes a 0 to the byte at args[0], which must be the helper's to
+ * write to. A huge page that is missing there comes without the lock on the whole address space
+ * (mmap_lock), under which a system call would have it cleared: everybody who maps something waits then.
+ */
+#define HELPER_TOUCH 0xffffffffu
+
 struct helper_call {
   uint32_t number;
   uint32_t flags;
@@ -36,9 +45,12 @@ struct helper_call {
   uint64_t args[6];
 };
 
+/* Of a request: it ends before its next call when another request waits. */
+#define HELPER_YIELDS 1u
+
 struct helper_request {
   uint32_t call_count;
-  uint32_t reserved;
+  uint32_t flags;
   struct helper_call calls[HELPER_CALLS_MAX];
   uint8_t data[HELPER_DATA_BYTES];
 };
@@ -59,15 +71,17 @@ struct helper_record {
 };
 
 _Static_assert(sizeof(struct helper_call) == 64, "helper_call");
-_Static_assert(sizeof(struct helper_request) == 1032, "helper_request");
-_Static_assert(sizeof(struct helper_reply) == 648, "helper_reply");
+_Static_assert(sizeof(struct helper_request) == 8712, "helper_request");
+_Static_assert(sizeof(struct helper_reply) == 1608, "helper_reply");
 _Static_assert(sizeof(struct helper_record) == 24, "helper_record");
 
 /*
- * Makes up to `count` helpers of the calling process. records[i] and sockets[i] describe the i-th:
- * the socket is fsl's end, close-on-exec, the caller's to send and to close. Returns how many there
- * are; each is ready for requests. Not being able to make one is not an error.
+ * Makes up to `count` helpers of the calling process, each with `slots` slots of staging memory, or
+ * one where the host does not give address space for so many. records[i] and sockets[i] describe the
+ * i-th: the socket is fsl's end, close-on-exec, the caller's to send and to close. Returns how many
+ * there are; each is ready for requests. Not being able to make one is not an error.
  */
-int32_t make_helpers(int32_t count, int32_t uffd, struct helper_record *records, int32_t *sockets);
+int32_t make_helpers(int32_t count, int32_t slots, int32_t uffd, struct helper_record *records,
+                     int32_t *sockets);
 
 #endif

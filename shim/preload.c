@@ -10,10 +10,11 @@
  * wrong is told over the socket, or shows as silence.
  *
  * Environment (all removed, in place):
- *   FSL_PRELOAD=<socket>:<memfd>[:[c][hN]]
+ *   FSL_PRELOAD=<socket>:<memfd>[:[c][hN][sM]]
  *                                     descriptors: where to send, and where this library was loaded
  *                                     from (or -1). `c` closes all of fsl's descriptors when done;
- *                                     `hN` makes N helpers, 0 to 9
+ *                                     `hN` makes N helpers, 0 to 9, `sM` with M slots of staging
+ *                                     memory each, 1 to 256; without it 1
  *   FSL_PRELOAD_NEXT=<text>           the user's own LD_PRELOAD, put back; without it LD_PRELOAD is
  *                                     removed
  *
@@ -130,13 +131,14 @@ static int32_t make_userfaultfd(struct message *message) {
 }
 
 /* Returns the userfaultfd, or -errno. */
-static int32_t make_and_send(int32_t socket, int32_t helpers_wanted) {
+static int32_t make_and_send(int32_t socket, int32_t helpers_wanted, int32_t slots) {
   struct message message = {
       .magic = MAGIC, .version = VERSION, .pid = (int32_t)sys(NR_getpid), .first_errno = 0};
   int32_t helper_sockets[HELPERS_MAX], helper_count = 0;
   message.result = make_userfaultfd(&message);
   if (message.result >= 0 && helpers_wanted > 0) {
-    helper_count = make_helpers(helpers_wanted, message.result, message.helpers, helper_sockets);
+    helper_count =
+        make_helpers(helpers_wanted, slots, message.result, message.helpers, helper_sockets);
   }
   send_result(socket, &message, helper_count, helper_sockets);
   /* The helpers' lives hang on the other end: nobody but fsl may hold this one. */
@@ -201,12 +203,14 @@ static void preload(int argc, char **argv, char **envp) {
   const int32_t socket = number_at(&text);
   if (*text == ':') text++;
   const int32_t memfd = number_at(&text);
-  int32_t closing = 0, helpers_wanted = 0;
-  for (; *text != 0; text++) {
-    if (*text == 'c') closing = 1;
-    if (*text == 'h' && text[1] >= '0' && text[1] <= '9') helpers_wanted = text[1] - '0';
+  int32_t closing = 0, helpers_wanted = 0, slots = 1;
+  while (*text != 0) {
+    const char option = *text++;
+    if (option == 'c') closing = 1;
+    if (option == 'h') helpers_wanted = number_at(&text);
+    if (option == 's') slots = number_at(&text);
   }
-  const int32_t uffd = socket >= 0 ? make_and_send(socket, helpers_wanted) : -1;
+  const int32_t uffd = socket >= 0 ? make_and_send(socket, helpers_wanted, slots) : -1;
   if (closing) {
     /* fsl leaves a copy here under a name, over QMP, before it registers anything. */
     if (uffd >= 0) sys(NR_close, uffd);

@@ -19,7 +19,7 @@ import { type BlockState, CHUNK_LENGTH } from "./state.ts";
  * A chunk with more runs of data than this is copied: one read for each would cost more than it
  * saves.
  */
-const RUNS_MAX = 64;
+export const CALLS_A_CHUNK_MAX = 64;
 
 /** Whether a chunk can come as a whole; looked at again by the kernel when it does. */
 export function canMove(state: BlockState, chunk: number): boolean {
@@ -32,7 +32,7 @@ export function canMove(state: BlockState, chunk: number): boolean {
   for (let at = nextBit(state.data, start, end, true); at < end; runs += 1) {
     at = nextBit(state.data, nextBit(state.data, at, end, false), end, true);
   }
-  return runs > 0 && runs <= RUNS_MAX;
+  return runs > 0 && runs <= CALLS_A_CHUNK_MAX;
 }
 
 /** What has become of the chunk in hand: still being read, to be moved by `moveNow`, there, or not. */
@@ -101,11 +101,14 @@ export class ChunkMover {
     this.#nextPage = nextBit(state.data, state.chunkStart(chunk), state.chunkEnd(chunk), true);
     this.#helper.begin();
     this.#calls = 0;
+    const { stagingAddr } = this.#helper.record;
     if (this.#isDirty) {
       this.#isDirty = false;
-      this.#helper.madvise(this.#helper.record.stagingAddr, CHUNK_LENGTH, MADV_DONTNEED);
-      this.#calls = 1;
+      this.#helper.madvise(stagingAddr, CHUNK_LENGTH, MADV_DONTNEED);
+      this.#calls += 1;
     }
+    this.#helper.touch(stagingAddr);
+    this.#calls += 1;
     this.#sendCalls(state);
   }
 

@@ -12,7 +12,7 @@ import * as sys from "../sys/native.ts";
 import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { alignDown } from "../pages.ts";
-import { nextBit, nextMissing } from "./bits.ts";
+import { nextMissing } from "./bits.ts";
 import type { ChunkMover } from "./chunk-mover.ts";
 import {
   add,
@@ -78,29 +78,6 @@ export interface EagerLoopOptions {
   readonly pendingMax: number;
   readonly onFailure: (failure: PageFailure) => void;
   readonly onRecovered: (failure: PageFailure) => void;
-}
-
-/** So many chunks at the top of memory come early: a kernel's page tables and per-CPU areas. */
-const TOP_CHUNKS = 8;
-
-/**
- * Plan-wide numbers of all chunks that have data, by address, which is what a guest reads them by;
- * but the first ones (a kernel's image and first allocations) take turns with those at the top, that a
- * guest needs in its first steps.
- */
-export function planChunks(state: LoadState): Uint32Array {
-  const numbers: number[] = [];
-  for (const block of state.blocks) {
-    let page = nextBit(block.data, 0, block.pageCount, true);
-    while (page < block.pageCount) {
-      const chunk = block.chunkOf(page);
-      numbers.push(block.firstChunk + chunk);
-      page = nextBit(block.data, block.chunkEnd(chunk), block.pageCount, true);
-    }
-  }
-  const top = numbers.splice(Math.max(numbers.length - TOP_CHUNKS, numbers.length / 2)).reverse();
-  for (const [index, number] of top.entries()) numbers.splice(2 * index + 1, 0, number);
-  return Uint32Array.from(numbers);
 }
 
 export class EagerLoop {

@@ -39,6 +39,7 @@ import {
   releaseZeroExtents,
   type ZeroRun,
 } from "./arm.ts";
+import { wordsOf } from "./bits.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { SnapshotGuard } from "./guard.ts";
 import { PageReader } from "./page-reader.ts";
@@ -47,12 +48,14 @@ import { HotplugHold } from "./hotplug.ts";
 import { giveHugePagesBack } from "./huge-pages.ts";
 import { recordServing } from "./recorded-serving.ts";
 import { findEarlier, lockState } from "./recovery.ts";
+import { planStaging, STAGED_CHUNKS, Staging } from "./staging.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
 import { makeSeed, makeSeedFrom } from "./seed-file.ts";
 import { eagerWidth, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
 import {
   type BlockState,
+  C_EAGER_PAGES,
   LoadState,
   MAIN_THREAD,
   PHASE_HANDING_OVER,
@@ -61,6 +64,7 @@ import {
   type StateBlock,
 } from "./state.ts";
 import { Supply } from "./supply.ts";
+import { WholeChunks } from "./whole-chunks.ts";
 import { Crew } from "./workers.ts";
 import {
   growWorkingSet,
@@ -157,6 +161,8 @@ class Load {
   #prepared: Prepared | undefined;
   #guard: SnapshotGuard | undefined;
   #crew: Crew | undefined;
+  /** What is being read ahead, until it has been moved. */
+  #staging: Staging | undefined;
   #reader: PageReader | undefined;
   #info: TargetInfo | undefined;
   #plan: LoadPlan | undefined;
@@ -229,6 +235,7 @@ class Load {
     // Once QEMU has been told, and so has something to do meanwhile.
     await Bun.sleep(0);
     await this.#letZeroExtentsGo(state, zero);
+    this.#moveStaged(state);
     try {
       await Promise.all([handedOver, served]);
       state.phase = PHASE_STATE_LOADED;
@@ -366,8 +373,10 @@ class Load {
     this.#guard = await SnapshotGuard.take(snapshot);
     // Not sooner: QEMU needs the CPU. One is enough where helpers do the work.
     crew?.hireEager(this.#target.isAttached ? eagerWidth(this.#options) : 1);
+    if (seedsNow) this.#readAhead(prepared).catch(() => {});
     const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;
+    this.#staging?.stop();
     this.#times.qemuReadyMs = info.readyAtMs - this.#startedAtMs;
     const plan = planLoad(snapshot, info, {
       bitmaps: prepared.bitmaps,
@@ -382,6 +391,23 @@ class Load {
     }
     this.#plan = plan;
     return { prepared, plan };
+  }
+
+  /**
+   * While the target starts, its helpers read what the guest will need first. A guess: what is wrong
+   * with it shows when it is done in earnest.
+   */
+  async #readAhead({ snapshot, bitmaps, seededWithout, set }: Prepared): Promise<void> {
+    const helpers = (await this.#target.earlyHelpers?.()) ?? [];
+    const width = Math.min(helpers.length, eagerWidth(this.#options));
+    if (width === 0 || this.#info !== undefined || this.#prepared === undefined) return;
+    const blocks = snapshot.blocks.flatMap(({ idstr, pageSize, pageCount, pagesOffset }) => {
+      const bitmap = bitmaps.get(idstr);
+      if (bitmap === undefined || !seededWithout.has(idstr)) return [];
+      return [{ idstr, pageSize, pageCount, pagesOffset, data: wordsOf(bitmap) }];
+    });
+    const plan = planStaging(blocks, set, STAGED_CHUNKS);
+    this.#staging = new Staging(plan, helpers.slice(0, width), snapshot.fd);
   }
 
   /** Somebody else's target may hold what an earlier fsl has left in it. */
@@ -474,6 +500,25 @@ class Load {
     if (this.#options.source !== undefined) await Promise.all([served, kept]);
     this.#times.armedMs = this.#now();
     return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
+  }
+
+  /** Into RAM that the guest has not touched; while the target loads its devices. */
+  #moveStaged(state: LoadState): void {
+    const uffd = this.#uffd;
+    const staging = this.#staging;
+    this.#staging = undefined;
+    if (uffd === undefined || staging === undefined) return;
+    if (this.#serving?.hasHelpers !== true) return staging.drop();
+    const whole = new WholeChunks({
+      uffd,
+      state,
+      counters: state.counters(MAIN_THREAD),
+      workerIndex: MAIN_THREAD,
+      movers: [],
+      readsEvents: false,
+      pagesCounter: C_EAGER_PAGES,
+    });
+    staging.moveInto(state, whole);
   }
 
   /** The kernel fills them without us. Where that cannot be, faults in them are served. */
@@ -638,6 +683,8 @@ class Load {
    * everything needs nothing of fsl.
    */
   async #undo(error: unknown): Promise<void> {
+    this.#staging?.stop();
+    this.#staging?.drop();
     const isCut = isFslError(error) && error.code === "TARGET_LOST" && this.#uffd === undefined;
     if (isCut && this.#target.isAttached && this.#target.isCommitted) {
       this.#target.disconnect();

@@ -73,6 +73,12 @@ export function raise(helperPid: number): void {
   sys.setpriority(helperPid, 0);
 }
 
+/** Until they are raised, these helpers take only the CPU time that is left: QEMU is starting. */
+export function readIdly(helperPids: readonly number[]): void {
+  if (!mayRaise()) return;
+  for (const pid of helperPids) sys.schedSetscheduler(pid, SCHED_IDLE);
+}
+
 /**
  * What compiles JavaScript in this process takes only the CPU time that is left, or as much as anybody.
  * Called when code has run for the first time, so that the threads are there.

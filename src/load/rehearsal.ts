@@ -5,8 +5,6 @@
  */
 import {
   EFD_CLOEXEC,
-  HELPER_CALLS_MAX,
-  HELPER_DATA_BYTES,
   HELPER_REPLY,
   MAP_ANONYMOUS,
   MAP_PRIVATE,
@@ -28,8 +26,9 @@ import { createPageSource } from "../source/snapshot-source.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { setRange } from "./bits.ts";
 import { ChunkMover } from "./chunk-mover.ts";
-import { EagerLoop, planChunks } from "./eager-loop.ts";
+import { EagerLoop } from "./eager-loop.ts";
 import { FaultLoop } from "./fault-loop.ts";
+import { orderChunks } from "./order.ts";
 import { C_FAULTS, C_MOVED_CHUNKS, CHUNK_LENGTH, LoadState, type StateBlock } from "./state.ts";
 
 const PAGE = 4096;
@@ -134,7 +133,7 @@ export function rehearseChunks(): number {
       counters: state.counters(1),
       workerIndex: 1,
       pieceLength: CHUNK_LENGTH,
-      order: planChunks(state),
+      order: orderChunks(state.blocks),
       replay: Int32Array.of(0, 0, 0),
       movers: [new ChunkMover(record, fd, false)],
       bytesPerSecond: 0,
@@ -152,7 +151,7 @@ export function rehearseChunks(): number {
   }
 }
 
-/** What a helper answers to a descriptor, then to each chunk: a read and a move, both of all of it. */
+/** What a helper answers to a descriptor, then to each chunk: a touch, a read and a move of all of it. */
 function answerAhead(socket: number): void {
   const answer = new Int32Array(HELPER_REPLY.BYTES / 4);
   const send = (): void => {
@@ -161,10 +160,9 @@ function answerAhead(socket: number): void {
   answer[HELPER_REPLY.FD_COUNT / 4] = 1;
   send();
   answer[HELPER_REPLY.FD_COUNT / 4] = 0;
-  answer[HELPER_REPLY.CALLS_MADE / 4] = 2;
-  answer[HELPER_REPLY.RESULTS / 4] = CHUNK_LENGTH;
-  const moved = HELPER_REPLY.DATA + HELPER_DATA_BYTES / HELPER_CALLS_MAX + UFFD_MOVE.MOVE;
-  answer[moved / 4] = CHUNK_LENGTH;
+  answer[HELPER_REPLY.CALLS_MADE / 4] = 3;
+  answer[HELPER_REPLY.RESULTS / 4 + 2] = CHUNK_LENGTH;
+  answer[(HELPER_REPLY.DATA + UFFD_MOVE.MOVE) / 4] = CHUNK_LENGTH;
   for (let chunk = 0; chunk < CHUNKS; chunk += 1) send();
 }
 

@@ -14,9 +14,9 @@ import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { hasEnded, type ServedTarget } from "../vmm/target.ts";
 import { countMissing, setRange, testBit } from "./bits.ts";
-import { planChunks } from "./eager-loop.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { SnapshotGuard } from "./guard.ts";
+import { orderChunks } from "./order.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
 import { Crew, type CrewEnd } from "./workers.ts";
@@ -171,6 +171,11 @@ export class Serving {
    */
   get supplyFailed(): boolean {
     return this.#suppliedWrong || this.#isAnyDemanded();
+  }
+
+  /** There are tasks in the target that can move memory there. */
+  get hasHelpers(): boolean {
+    return this.#helpers.records.length > 0;
   }
 
   #isAnyDemanded(): boolean {
@@ -359,7 +364,7 @@ export class Serving {
     // One Worker keeps all helpers busy. What a guest has touched before has to be copied, though.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
     const workers = isMoved && state.dataBytes < ALONE_MAX ? 1 : width;
-    const order = planChunks(state);
+    const order = orderChunks(state.blocks);
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
       handle: state.handle,

@@ -70,11 +70,16 @@ export class WholeChunks {
     if (state.chunks[chunk] !== CHUNK_FREE) return false;
     // First: the reader of events is not to look through the chunk for nothing.
     const mover = this.#free();
-    if (mover === undefined || !canMove(state, chunk)) return false;
-    const word = CHUNK_MOVING + this.#options.workerIndex;
-    if (Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, word) !== CHUNK_FREE) return false;
+    if (mover === undefined || !this.claim(state, chunk)) return false;
     mover.begin(state, chunk);
     return true;
+  }
+
+  /** A chunk that nobody has touched is this Worker's from here on: `settle` it. */
+  claim(state: BlockState, chunk: number): boolean {
+    if (!canMove(state, chunk)) return false;
+    const word = CHUNK_MOVING + this.#options.workerIndex;
+    return Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, word) === CHUNK_FREE;
   }
 
   #free(): ChunkMover | undefined {
@@ -116,31 +121,40 @@ export class WholeChunks {
       return;
     }
     const hasMoved = fate === "read" ? this.#moveGuarded(mover, state, chunk) : fate === "moved";
-    this.#settle(state, chunk, hasMoved);
+    this.settle(state, chunk, hasMoved);
     mover.settle(hasMoved);
   }
 
   /** Where pages can be given back: looked at and moved while no event is read. */
   #moveGuarded(mover: ChunkMover, state: BlockState, chunk: number): boolean {
-    const { state: load, workerIndex, readsEvents } = this.#options;
-    while (!readsEvents && !load.enterCopy(workerIndex)) {
-      sys.poll(this.#fds, this.#revents, 0, 0, GATE_PAUSE_MS);
-    }
+    this.enterGate();
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
     // A REMOVE may have marked pages while the bytes were read: those are zero now.
     const isWhole = nextBit(state.done, start, end, true) === end;
-    const hasMoved = isWhole && !load.halted && mover.moveNow();
+    const hasMoved = isWhole && !this.#options.state.halted && mover.moveNow();
     if (hasMoved) setRange(state.done, start, end);
-    if (!readsEvents) load.leaveCopy(workerIndex);
+    this.leaveGate();
     return hasMoved;
+  }
+
+  /** Until `leaveGate` no event is read that tells of pages given back. */
+  enterGate(): void {
+    const { state, workerIndex, readsEvents } = this.#options;
+    if (readsEvents || !state.metadata.canDiscard) return;
+    while (!state.enterCopy(workerIndex)) {
+      sys.poll(this.#fds, this.#revents, 0, 0, GATE_PAUSE_MS);
+    }
+  }
+  leaveGate(): void {
+    if (!this.#options.readsEvents) this.#options.state.leaveCopy(this.#options.workerIndex);
   }
 
   /**
    * A chunk has come as a whole, or could not. Faults in it have waited for it; they are woken in any
    * case.
    */
-  #settle(state: BlockState, chunk: number, hasMoved: boolean): void {
+  settle(state: BlockState, chunk: number, hasMoved: boolean): void {
     const { counters, uffd, priority } = this.#options;
     const { block } = state;
     const start = state.chunkStart(chunk);

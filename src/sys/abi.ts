@@ -320,22 +320,31 @@ export const SYS_PREAD64 = byArch(17, 67);
 // ---- helper tasks: shim/helper.h, whose words are explained there ----
 
 export const HELPERS_MAX = 9;
-export const HELPER_CALLS_MAX = 8;
-export const HELPER_DATA_BYTES = 512;
+export const HELPER_CALLS_MAX = 128;
+/** Inline data of a call, bytes. */
+export const HELPER_INLINE_BYTES = 64;
+export const HELPER_YIELDS = 1;
+export const HELPER_TOUCH = 0xffffffff;
 export const HELPER_STOP_IF_NEGATIVE = 1;
 export const HELPER_STOP_UNLESS_EXPECTED = 2;
 /** For argument i shifted left by i. */
 export const HELPER_ARG_IS_DATA = 0x100;
 
 export const HELPER_CALL = { BYTES: 64, NUMBER: 0, FLAGS: 4, EXPECTED: 8, ARGS: 16 } as const;
-export const HELPER_REQUEST = { BYTES: 1032, CALL_COUNT: 0, CALLS: 8, DATA: 520 } as const;
+export const HELPER_REQUEST = {
+  BYTES: 8712,
+  CALL_COUNT: 0,
+  FLAGS: 4,
+  CALLS: 8,
+  DATA: 8200,
+} as const;
 export const HELPER_REPLY = {
-  BYTES: 648,
+  BYTES: 1608,
   CALLS_MADE: 0,
   FD_COUNT: 4,
   FDS: 8,
   RESULTS: 72,
-  DATA: 136,
+  DATA: 1096,
 } as const;
 /** One helper in the preload message. */
 export const HELPER_RECORD_BYTES = 24;
@@ -372,7 +381,9 @@ export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
   ["uffdio_move.move", UFFD_MOVE.MOVE],
   ["HELPERS_MAX", HELPERS_MAX],
   ["HELPER_CALLS_MAX", HELPER_CALLS_MAX],
-  ["HELPER_DATA_BYTES", HELPER_DATA_BYTES],
+  ["HELPER_INLINE_BYTES", HELPER_INLINE_BYTES],
+  ["HELPER_YIELDS", HELPER_YIELDS],
+  ["HELPER_TOUCH", HELPER_TOUCH],
   ["HELPER_STOP_IF_NEGATIVE", HELPER_STOP_IF_NEGATIVE],
   ["HELPER_STOP_UNLESS_EXPECTED", HELPER_STOP_UNLESS_EXPECTED],
   ["HELPER_ARG_IS_DATA(0)", HELPER_ARG_IS_DATA],
@@ -381,6 +392,7 @@ export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
   ["helper_call.expected", HELPER_CALL.EXPECTED],
   ["helper_call.args", HELPER_CALL.ARGS],
   ["sizeof(helper_request)", HELPER_REQUEST.BYTES],
+  ["helper_request.flags", HELPER_REQUEST.FLAGS],
   ["helper_request.calls", HELPER_REQUEST.CALLS],
   ["helper_request.data", HELPER_REQUEST.DATA],
   ["sizeof(helper_reply)", HELPER_REPLY.BYTES],

@@ -4,12 +4,13 @@
  * within the caller's own address space. Mechanism only: the helper makes any call that its seccomp
  * filter lets through; a call that it does not ends the helper.
  *
- * A batch is begun, filled with up to 8 calls, and run: one packet there, one packet back, 15 to
- * 20 µs. `run` blocks until the calls have been made. Nothing here allocates after construction.
+ * A batch is begun, filled with up to 128 calls, and run: one packet there, one packet back, 15 to
+ * 20 µs. `run` blocks until the calls have been made. Nothing here allocates after construction, but
+ * `stop`.
  *
  * Addresses are the target's. Descriptors are the helper's: `sendDescriptor` says the number that a
- * descriptor has there. A structure that a call takes by address travels in the batch: each call has
- * 64 bytes of inline data, which the helper hands to the kernel as its own copy, and which come back
+ * descriptor has there. A structure that a call takes by address travels in the batch: eight calls can
+ * have 64 bytes of inline data, which the helper hands to the kernel as its own copy, and which come back
  * with the answer.
  *
  * One owner at a time, on any thread; a `HelperRecord` goes to a Worker by structured clone. Who has
@@ -25,11 +26,13 @@ import {
   HELPER_ARG_IS_DATA,
   HELPER_CALL,
   HELPER_CALLS_MAX,
-  HELPER_DATA_BYTES,
+  HELPER_INLINE_BYTES,
   HELPER_REPLY,
   HELPER_REQUEST,
   HELPER_STOP_IF_NEGATIVE,
   HELPER_STOP_UNLESS_EXPECTED,
+  HELPER_TOUCH,
+  HELPER_YIELDS,
   SIGKILL,
   SYS_CLOSE,
   SYS_IOCTL,
@@ -61,8 +64,8 @@ export const HELPER_GONE = -EPIPE;
 /** Result of a call that was not made, because one before it stopped the batch. */
 export const CALL_NOT_MADE = -ENODATA;
 
-/** Inline data of each call, bytes. */
-const SLOT_LENGTH = HELPER_DATA_BYTES / HELPER_CALLS_MAX;
+/** Calls of a batch that can have inline data: a batch has room for so many moves. */
+export const INLINE_CALLS_MAX = 8;
 const TWO_TO_32 = 0x1_0000_0000;
 const NO_FDS = new Int32Array(0);
 /** What the task calls itself, shim/helper.c. */
@@ -78,19 +81,26 @@ export class HelperTask {
   readonly #reply = new Int32Array(HELPER_REPLY.BYTES / 4);
   readonly #sentFd = new Int32Array(1);
   readonly #out = new Int32Array(2);
+  /** Which inline data a call has, and how many have some. */
+  readonly #inlineOf = new Uint8Array(HELPER_CALLS_MAX);
+  #inlineCount = 0;
   #callCount = 0;
   #callsMade = 0;
   #isGone = false;
   #isClosed = false;
+  /** `stop` has been sent: its answer comes behind that of the batch. */
+  #isStopping = false;
 
   constructor(record: HelperRecord) {
     this.record = record;
   }
 
-  /** Starts a batch. */
-  begin(): void {
+  /** Starts a batch. @param canStop it may be ended by `stop` */
+  begin(canStop = false): void {
     this.#callCount = 0;
     this.#callsMade = 0;
+    this.#inlineCount = 0;
+    this.#request[HELPER_REQUEST.FLAGS / 4] = canStop ? HELPER_YIELDS : 0;
   }
 
   /**
@@ -110,7 +120,7 @@ export class HelperTask {
     stopOnError: boolean,
   ): number {
     const index = this.#callCount;
-    assert(index < HELPER_CALLS_MAX, "a batch has at most 8 calls");
+    assert(index < HELPER_CALLS_MAX, "a batch has at most 128 calls");
     this.#callCount = index + 1;
     const at = callWord(index);
     this.#request[at + HELPER_CALL.NUMBER / 4] = number;
@@ -134,23 +144,34 @@ export class HelperTask {
     put64(this.#request, at + HELPER_CALL.EXPECTED / 4, expected);
   }
 
-  /** Argument `argument` of call `index` becomes the address of that call's inline data. */
+  /**
+   * Argument `argument` of call `index` becomes the address of inline data of its own; at most
+   * INLINE_CALLS_MAX calls of a batch have some.
+   */
   passData(index: number, argument: number): void {
     assert(index < this.#callCount && argument >= 0 && argument < 6, "no such argument");
+    assert(this.#inlineCount < INLINE_CALLS_MAX, "a batch has inline data for 8 calls");
+    this.#inlineOf[index] = this.#inlineCount;
+    this.#inlineCount += 1;
     const at = callWord(index);
     this.#request[at + HELPER_CALL.FLAGS / 4] =
       (this.#request[at + HELPER_CALL.FLAGS / 4] ?? 0) | (HELPER_ARG_IS_DATA << argument);
-    put64(this.#request, at + HELPER_CALL.ARGS / 4 + 2 * argument, index * SLOT_LENGTH);
+    put64(this.#request, at + HELPER_CALL.ARGS / 4 + 2 * argument, this.#inlineAt(index));
   }
 
-  /** Sets eight bytes of a call's inline data; `offset` is a multiple of 8 below 64. */
+  /** Sets eight bytes of a call's inline data, after `passData`; `offset` is a multiple of 8 below 64. */
   setData(index: number, offset: number, value: number): void {
-    put64(this.#request, (HELPER_REQUEST.DATA + index * SLOT_LENGTH + offset) / 4, value);
+    put64(this.#request, (HELPER_REQUEST.DATA + this.#inlineAt(index) + offset) / 4, value);
   }
 
   /** Eight bytes of a call's inline data, as they came back; signed. */
   data(index: number, offset: number): number {
-    return get64(this.#reply, (HELPER_REPLY.DATA + index * SLOT_LENGTH + offset) / 4);
+    return get64(this.#reply, (HELPER_REPLY.DATA + this.#inlineAt(index) + offset) / 4);
+  }
+
+  /** Where a call's inline data begin. */
+  #inlineAt(index: number): number {
+    return (this.#inlineOf[index] ?? 0) * HELPER_INLINE_BYTES;
   }
 
   /**
@@ -162,6 +183,11 @@ export class HelperTask {
     const index = this.add(SYS_PREAD64, fdInHelper, addr, length, offset, 0, 0, true);
     this.stopUnless(index, length);
     return index;
+  }
+
+  /** Adds a write of a 0 to the byte at `addr`, which brings the page there: see shim/helper.h. */
+  touch(addr: number): number {
+    return this.add(HELPER_TOUCH, addr, 0, 0, 0, 0, 0, false);
   }
 
   /**
@@ -214,10 +240,26 @@ export class HelperTask {
     return this.#send(NO_FDS);
   }
 
+  /**
+   * Ends the batch that was started, if it may be, behind the call that it is in. Does not wait.
+   */
+  stop(): void {
+    if (this.#isGone || this.#isClosed || this.#isStopping) return;
+    const empty = new Int32Array(HELPER_REQUEST.BYTES / 4);
+    const { fd } = this.record;
+    this.#isStopping = native.send(fd, empty, HELPER_REQUEST.BYTES, NO_FDS, 0, 0) >= 0;
+  }
+
   /** The answer to the batch that was started; blocks until it is there. As `run`. */
   finish(): number {
     const received = this.#receive();
     if (received < 0) return received;
+    if (this.#isStopping) {
+      this.#isStopping = false;
+      const answer = this.#reply.slice();
+      if (this.#receive() < 0) return HELPER_GONE;
+      this.#reply.set(answer);
+    }
     const made = this.#reply[HELPER_REPLY.CALLS_MADE / 4] ?? 0;
     this.#callsMade = made;
     return made > 0 && this.#hasEnded(made - 1) ? made - 1 : made;

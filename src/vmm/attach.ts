@@ -72,6 +72,7 @@ class AttachedQemu implements QemuProcess {
   readonly startsStopped: boolean;
   readonly hasNoDiscards = false;
   readonly hasDefaultSettings = false;
+  readonly hasPlainMemory = false;
   readonly #watch: ExitWatch;
   readonly #lockFd: number;
   #isClosed = false;

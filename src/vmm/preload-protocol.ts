@@ -55,16 +55,19 @@ export function parsePreloadMessage(
  * @param socket number of the socket in the program
  * @param library number of the memfd with the library in the program
  * @param helperTasks how many helpers the library is to make, 0 to 9
+ * @param stagingSlots chunks that the staging memory of each has room for, 1 to 256
  */
 export function preloadEnvironment(
   env: Readonly<Record<string, string | undefined>>,
   socket: number,
   library: number,
   helperTasks: number,
+  stagingSlots: number,
 ): Record<string, string | undefined> {
   const path = `/proc/self/fd/${library}`;
   const own = env["LD_PRELOAD"];
-  const options = helperTasks > 0 ? `ch${Math.min(helperTasks, HELPERS_MAX)}` : "c";
+  const helpers = `h${Math.min(helperTasks, HELPERS_MAX)}s${stagingSlots}`;
+  const options = helperTasks > 0 ? `c${helpers}` : "c";
   const base = { ...env, FSL_PRELOAD: `${socket}:${library}:${options}` };
   if (own === undefined || own === "") return { ...base, LD_PRELOAD: path };
   return { ...base, LD_PRELOAD: `${path}:${own}`, FSL_PRELOAD_NEXT: own };

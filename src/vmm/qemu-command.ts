@@ -16,6 +16,9 @@ const REFUSED_OPTIONS: Readonly<Record<string, string>> = {
     "fsl load stays with the guest it starts; leave it out and put fsl itself into the background",
 };
 
+/** RAM that is not private, is there from the start, is locked, or has a place of its own. */
+const OTHER_MEMORY = /mem-path|prealloc|mem-lock|mlock|memory-backend-(?!ram)|share=|host-nodes/;
+
 /** Arguments of one command line; Linux allows more, no QEMU needs it. */
 const ARGUMENTS_MAX = 65_536;
 
@@ -64,6 +67,7 @@ export function startsStopped(argv: readonly string[]): boolean {
 export function readQemuCommand(argv: readonly string[]): {
   hasNoDiscards: boolean;
   hasDefaultSettings: boolean;
+  hasPlainMemory: boolean;
 } {
   const options = argv.slice(1);
   // These bring more options, or change those that are there.
@@ -71,6 +75,7 @@ export function readQemuCommand(argv: readonly string[]): {
   return {
     hasNoDiscards: isAll && !options.some((option) => /balloon|virtio-mem/.test(option)),
     hasDefaultSettings: isAll && !options.some((option) => option.includes("migration")),
+    hasPlainMemory: isAll && !options.some((option) => OTHER_MEMORY.test(option)),
   };
 }
 

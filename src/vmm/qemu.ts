@@ -39,6 +39,7 @@ import {
   type UserfaultfdRequest,
   type UserfaultfdWay,
   closeRemote,
+  isOfProcess,
   makeUserfaultfd,
   receivePreloaded,
 } from "./userfaultfd.ts";
@@ -68,6 +69,7 @@ export interface QemuProcess {
   /** What its command line tells, unless it turns out to be another program's. */
   readonly hasNoDiscards: boolean;
   readonly hasDefaultSettings: boolean;
+  readonly hasPlainMemory: boolean;
   /**
    * Called once QEMU has answered; the process may turn out to be another one (a wrapper script's
    * child).
@@ -109,6 +111,8 @@ const ABANDON_GRACE_MS = 2_000;
 const LOAD_CHECK_MS = 2_000;
 /** And when the connection was cut meanwhile. */
 const LOAD_LOOK_MS = 20;
+/** How often the preloaded library's message is looked for while QEMU starts. */
+const EARLY_PERIOD_MS = 2;
 /** After SHUTDOWN: how long QEMU is watched, how often, and how long it may take for an answer. */
 const END_WATCH_MS = 10_000;
 const END_LOOK_MS = 200;
@@ -141,6 +145,8 @@ export class QemuTarget implements Target {
   #keptNames = new Set<string>();
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
+  /** Of a program that was not QEMU: somebody may still read ahead with them. */
+  #strangers: HelperRecord[] = [];
   #earlier: TargetRecord | null = null;
   #settingsBack: Promise<void> = Promise.resolve();
   #isEndWatched = false;
@@ -204,7 +210,7 @@ export class QemuTarget implements Target {
     await this.#guard(this.#qmp.ready);
     const readyAtMs = performance.now();
     this.#process.identify();
-    this.#receivePreloaded();
+    this.#takePreloaded();
     const known = await this.#guard(this.#inventory.then((asked) => this.#judge(asked)));
     this.#known = known;
     this.#phase = "connected";
@@ -266,25 +272,52 @@ export class QemuTarget implements Target {
    * What the preloaded library has made, if it has. QEMU gets a copy under a name while it answers
    * the questions: descriptors cannot be sent one right after the other.
    */
-  #receivePreloaded(): void {
-    const { preloadSocket, runsStartedProgram } = this.#process;
-    if (preloadSocket < 0) return;
-    const preloaded = receivePreloaded(preloadSocket, this.pid, runsStartedProgram);
+  #takePreloaded(): void {
+    this.#receivePreloaded();
+    const preloaded = this.#preloaded;
     if (preloaded === null) return;
-    this.#preloaded = preloaded;
+    if (!this.#process.runsStartedProgram || !isOfProcess(preloaded, this.pid)) {
+      this.#preloaded = null;
+      native.close(preloaded.fd);
+      this.#strangers = [...preloaded.helpers];
+      return;
+    }
     this.#way = preloaded.way;
     this.#helpers.push(...preloaded.helpers);
     this.#prepare(this.keepDescriptor(USERFAULTFD_NAME, preloaded.fd));
   }
 
+  #receivePreloaded(): void {
+    const { preloadSocket } = this.#process;
+    if (preloadSocket >= 0) this.#preloaded ??= receivePreloaded(preloadSocket, this.pid);
+  }
+
+  async earlyHelpers(): Promise<readonly HelperRecord[]> {
+    const { preloadSocket, hasPlainMemory } = this.#process;
+    if (preloadSocket < 0 || !hasPlainMemory) return [];
+    let isOver = false;
+    this.exited.then(() => {
+      isOver = true;
+    });
+    for (;;) {
+      if (this.#phase !== "new" || isOver || this.#isClosed) return [];
+      this.#receivePreloaded();
+      if (this.#preloaded !== null) return this.#preloaded.helpers;
+      // The socket carries descriptors, so that it is nothing that the event loop could watch.
+      await Bun.sleep(EARLY_PERIOD_MS);
+    }
+  }
+
   /** What a QEMU has sent that died before it answered: its helpers are children of this process. */
   #dropPreloaded(): void {
-    const { preloadSocket, runsStartedProgram } = this.#process;
-    if (preloadSocket < 0) return;
-    const left = receivePreloaded(preloadSocket, this.pid, runsStartedProgram);
+    for (const helper of this.#strangers.splice(0)) void endHelper(helper);
+    this.#receivePreloaded();
+    const left = this.#preloaded;
     if (left === null) return;
+    this.#preloaded = null;
     native.close(left.fd);
-    for (const helper of left.helpers) void endHelper(helper);
+    // Those that `connect` has found to be QEMU's are among `#helpers`.
+    if (this.#way === null) for (const helper of left.helpers) void endHelper(helper);
   }
 
   takeHelpers(): HelperRecord[] {
@@ -341,6 +374,7 @@ export class QemuTarget implements Target {
     await prepared;
     await loaded.catch((error: unknown) => this.#seeLoaded(error));
     this.#phase = "loaded";
+    for (const helper of this.#strangers.splice(0)) void endHelper(helper);
   }
 
   /**
@@ -464,8 +498,6 @@ export class QemuTarget implements Target {
     if (!this.#isClosed) this.#dropPreloaded();
     this.#isClosed = true;
     this.#endHelpers();
-    if (this.#preloaded !== null) native.close(this.#preloaded.fd);
-    this.#preloaded = null;
     this.#control.close();
     this.#process.close(this.#phase === "released");
   }

@@ -66,6 +66,8 @@ export type StandardStream = "inherit" | "ignore" | number;
 const INHERITED_FD_MAX = 255;
 const NO_FD = -1;
 const HELPER_TASKS = 3;
+/** Chunks of 2 MiB that each helper can read ahead while QEMU starts: only what is read takes memory. */
+const STAGING_SLOTS = 24;
 
 /**
  * Starts QEMU. Returns at once; `connect` waits for it.
@@ -89,7 +91,9 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
     forTarget.add(connection);
     const way = options.userfaultfdWay ?? "preload";
     const preload = way === "preload" ? preparePreload(program, forChild, forTarget) : null;
-    child = startChild(options, program, env, listener, preload);
+    const known = readQemuCommand(options.argv);
+    const stagingSlots = known.hasPlainMemory ? STAGING_SLOTS : 1;
+    child = startChild(options, program, env, listener, preload, stagingSlots);
     // The child cannot have been waited for yet: the event loop has not run since it was started.
     const pidfd = checked(native.pidfdOpen(child.pid, 0), "open a pidfd");
     forTarget.add(pidfd);
@@ -103,7 +107,7 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
       preloadSocket,
       endsWithFsl: options.detached !== true,
       startsStopped: startsStopped(options.argv),
-      ...readQemuCommand(options.argv),
+      ...known,
     });
     forTarget.release(connection);
     const qmp = QmpClient.open(connection, {
@@ -145,6 +149,7 @@ interface SpawnedParts {
   readonly startsStopped: boolean;
   readonly hasNoDiscards: boolean;
   readonly hasDefaultSettings: boolean;
+  readonly hasPlainMemory: boolean;
 }
 
 class SpawnedQemu implements QemuProcess {
@@ -154,6 +159,7 @@ class SpawnedQemu implements QemuProcess {
   readonly startsStopped: boolean;
   readonly hasNoDiscards: boolean;
   readonly hasDefaultSettings: boolean;
+  readonly hasPlainMemory: boolean;
   readonly isSpawned = true;
   readonly isControlOwn = true;
   #pid: number;
@@ -174,6 +180,7 @@ class SpawnedQemu implements QemuProcess {
     this.startsStopped = parts.startsStopped;
     this.hasNoDiscards = parts.hasNoDiscards;
     this.hasDefaultSettings = parts.hasDefaultSettings;
+    this.hasPlainMemory = parts.hasPlainMemory;
     this.#pid = child.pid;
     this.#pidfd = pidfd;
     this.exited = child.exited.then(() => {
@@ -259,15 +266,17 @@ function startChild(
   env: Readonly<Record<string, string | undefined>>,
   listener: number,
   preload: Preload | null,
+  stagingSlots: number,
 ): Bun.Subprocess {
   const own = preload === null ? [listener] : [listener, preload.childSocket, preload.library];
   const layout = layOutDescriptors(inheritedDescriptors(), own);
   const [qmpFd = NO_FD, childSocket = NO_FD, library = NO_FD] = layout.ownNumbers;
   const [, ...args] = qemuCommandLine(options.argv, qmpFd);
+  const helperTasks = options.helperTasks ?? HELPER_TASKS;
   const environment =
     preload === null
       ? { ...env }
-      : preloadEnvironment(env, childSocket, library, options.helperTasks ?? HELPER_TASKS);
+      : preloadEnvironment(env, childSocket, library, helperTasks, stagingSlots);
   try {
     return Bun.spawn([program, ...args], {
       argv0: options.argv[0] ?? program,

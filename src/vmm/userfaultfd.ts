@@ -25,7 +25,7 @@ import {
   SYS_USERFAULTFD,
   USERFAULTFD_IOC_NEW,
 } from "../sys/abi.ts";
-import { endHelper, type HelperRecord, reapHelper } from "../sys/helper-task.ts";
+import { type HelperRecord, reapHelper } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import {
   PRELOAD_DESCRIPTORS_MAX,
@@ -68,19 +68,14 @@ export const DEVICE_NAME = "fsl-uffd-device";
 const USERFAULTFD_LINK = "anon_inode:[userfaultfd]";
 
 /**
- * What the preloaded library sent, if it did. It runs before QEMU's main(), so once QEMU has
+ * What the preloaded library sent, if it has by now. It runs before QEMU's main(), so once QEMU has
  * answered anything, its message is there or never will be: nothing waits here.
  * @param socket fsl's end of the socket that QEMU inherited
  * @param pid who must have made it: another program's userfaultfd (of a shell around QEMU, say) is
  * of no use
- * @param isStartedProgram whether the process runs the program that it was started with
- * @returns null when there is no usable userfaultfd
+ * @returns null when there is no usable userfaultfd; of whom it is `isOfProcess` says
  */
-export function receivePreloaded(
-  socket: number,
-  pid: number,
-  isStartedProgram: boolean,
-): TakenUserfaultfd | null {
+export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd | null {
   const bytes = Buffer.alloc(PRELOAD_MESSAGE_LENGTH_MAX);
   const buffer = new Int32Array(PRELOAD_DESCRIPTORS_MAX);
   const out = new Int32Array(2);
@@ -96,21 +91,21 @@ export function receivePreloaded(
   const fds = received < 0 ? [] : [...buffer.subarray(0, out[0])];
   const fd = fds[0] ?? -1;
   const message = fd < 0 ? null : parsePreloadMessage(bytes.subarray(0, received), fds);
-  if (message?.pid !== pid || !isUserfaultfd(fd)) {
-    for (const each of fds) native.close(each);
-    // Their sockets are among those; they are children of this process all the same.
-    for (const helper of message?.helpers ?? []) void reapHelper(helper.pid);
-    return null;
+  if (message?.pid === pid && isUserfaultfd(fd)) {
+    return { fd, way: "preload", remoteFd: null, helpers: message.helpers };
   }
-  const { helpers } = message;
-  // A program that runs QEMU by exec(2), as taskset does, has QEMU's pid, but its memory is gone:
-  // but for its helpers, if it made any.
-  if (isStartedProgram && helpers.every((helper) => native.kcmpVm(pid, helper.pid) <= 0)) {
-    return { fd, way: "preload", remoteFd: null, helpers };
-  }
-  native.close(fd);
-  for (const helper of helpers) void endHelper(helper);
+  for (const each of fds) native.close(each);
+  // Their sockets are among those; they are children of this process all the same.
+  for (const helper of message?.helpers ?? []) void reapHelper(helper.pid);
   return null;
+}
+
+/**
+ * A program that runs QEMU by exec(2), as taskset does, has QEMU's pid, but its memory is gone: but for
+ * its helpers, if it made any.
+ */
+export function isOfProcess({ helpers }: TakenUserfaultfd, pid: number): boolean {
+  return helpers.every((helper) => native.kcmpVm(pid, helper.pid) <= 0);
 }
 
 /**

@@ -22,7 +22,7 @@ import {
   someoneWaits,
   waitingThreads,
 } from "../helpers/fault-runs.ts";
-import { faultyProgram, Switch } from "../helpers/fault-switch.ts";
+import { FAULTY_SOURCE, faultyProgram, Switch } from "../helpers/fault-switch.ts";
 import {
   type GuestSnapshot,
   snapshotOf,
@@ -213,7 +213,7 @@ describe.skipIf(reason !== null)("fsl killed", () => {
       expect(await run.status()).toMatchObject({ phase: "handing over", served: false });
       expect(mainThreadWaits(pid)).toBe(true);
       on.off();
-      const resumed = await (await run.resume()).end();
+      const resumed = await (await run.resume("--source", FAULTY_SOURCE)).end();
       expect(resumed).toMatchObject({ code: 0, stderr: expect.stringContaining("all RAM is in") });
       await resumeToEnd(run, snapshot, randomNumbers(SEED), 0);
       expect(await run.qmp.execute<object>("query-status")).toMatchObject({ running: false });

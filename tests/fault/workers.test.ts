@@ -5,14 +5,12 @@
 import { describe, expect, test } from "bun:test";
 import { join } from "node:path";
 import { FaultRun, someoneWaits } from "../helpers/fault-runs.ts";
-import { faultyProgram, type How, Switch } from "../helpers/fault-switch.ts";
+import { FAULTY_SOURCE, faultyProgram, type How, Switch } from "../helpers/fault-switch.ts";
 import { snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { differencesOfBareGuest } from "../helpers/load-oracle.ts";
 import { whyNoExecutable } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 60_000;
-/** Of fault-load.ts. A fsl that goes on with its load is to be told, or runs no such code. */
-const SOURCE = join(import.meta.dir, "../helpers/fault-source.ts");
 const reason = whyNoExecutable() ?? whyNoGuests();
 const BARE = { guest: "bare" } as const;
 
@@ -63,7 +61,7 @@ describe.skipIf(reason !== null)("a Worker", () => {
       const untold = await (await run.resume()).end();
       expect(untold.stderr).toMatch(/page source: expected none, found ".*fault-source\.ts"/);
       expect(untold.code).toBe(7);
-      const resumed = await run.resume("--source", SOURCE);
+      const resumed = await run.resume("--source", FAULTY_SOURCE);
       expect((await resumed.end()).code).toBe(0);
       await expectEveryByte(run);
       await run.qmp.execute("quit");

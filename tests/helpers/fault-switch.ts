@@ -5,6 +5,9 @@ import { join } from "node:path";
 import type { FaultOptions } from "./fault-runs.ts";
 import type { FaultySourceOptions } from "./fault-source.ts";
 
+/** The page source. A fsl that goes on with such a load is to be told, or runs no such code. */
+export const FAULTY_SOURCE = join(import.meta.dir, "fault-source.ts");
+
 /** The file that makes the page source go wrong as long as it exists. */
 export class Switch implements Disposable {
   readonly directory = mkdtempSync(join(tmpdir(), "fsl-fault-switch-"));

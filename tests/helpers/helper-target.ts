@@ -33,7 +33,7 @@ export class HelperBench {
   uffd!: Uffd;
   addr = 0;
 
-  private constructor(kind: RegionKind, chunks: number, helpers: number) {
+  private constructor(kind: RegionKind, chunks: number, helpers: number, slots?: number) {
     this.#kind = kind;
     this.#chunks = chunks;
     this.bytes = patternPages(chunks * HUGE_PAGES, 0x40e);
@@ -42,20 +42,21 @@ export class HelperBench {
     this.target = new TargetProcess(
       ["region", kind, String(chunks * HUGE_PAGES)],
       targetProgram(),
-      preloadVariables(helpers),
+      preloadVariables(helpers, slots),
       [library],
     );
     sys.close(library);
   }
 
-  /** @param chunks length of the region in 2 MiB */
+  /** @param chunks length of the region in 2 MiB @param slots chunks of staging memory a helper */
   static async start(
     kind: RegionKind = "thp",
     chunks = 4,
     helpers = 1,
     features = 0,
+    slots?: number,
   ): Promise<HelperBench> {
-    const bench = new HelperBench(kind, chunks, helpers);
+    const bench = new HelperBench(kind, chunks, helpers, slots);
     const line = await bench.target.line((text) => text.startsWith("region "));
     bench.addr = Number(line.split(" ")[1]);
     const preloaded = receivePreload(bench.target.socket);

@@ -29,10 +29,10 @@ export function libraryFd(): number {
 }
 
 /** Variables for a program that has the socket and the library as descriptors 3 and 4. */
-export function preloadVariables(helpers: number): Record<string, string> {
+export function preloadVariables(helpers: number, slots?: number): Record<string, string> {
   return {
     LD_PRELOAD: `/proc/self/fd/${LIBRARY_IN_TARGET}`,
-    FSL_PRELOAD: `${SOCKET_IN_TARGET}:${LIBRARY_IN_TARGET}:ch${helpers}`,
+    FSL_PRELOAD: `${SOCKET_IN_TARGET}:${LIBRARY_IN_TARGET}:ch${helpers}${slots === undefined ? "" : `s${slots}`}`,
   };
 }
 

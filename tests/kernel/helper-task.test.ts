@@ -297,11 +297,63 @@ describe("HelperTask.run", () => {
       for (let index = 0; index < HELPER_CALLS_MAX; index += 1) {
         it.task.stopUnless(it.task.closeDescriptor(999), -EBADF);
       }
-      expect(() => it.task.closeDescriptor(999)).toThrow("at most 8 calls");
+      expect(() => it.task.closeDescriptor(999)).toThrow("at most 128 calls");
       expect(it.task.run()).toBe(HELPER_CALLS_MAX);
       it.task.begin();
       expect(it.task.run()).toBe(0);
       expect(it.task.result(0)).toBe(CALL_NOT_MADE);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe("HelperTask.stop", () => {
+  test(
+    "ends a batch that may be ended, behind the call that it is in; the next one is as ever",
+    async () => {
+      const it = await start();
+      const fd = it.task.sendDescriptor(it.file.fd);
+      it.task.begin(true);
+      for (let index = 0; index < HELPER_CALLS_MAX; index += 1) {
+        it.task.preadInto(fd, it.task.record.stagingAddr, HUGE, 0);
+      }
+      expect(it.task.start()).toBe(0);
+      it.task.stop();
+      it.task.stop();
+      const made = it.task.finish();
+      expect(made).toBeGreaterThanOrEqual(0);
+      expect(made).toBeLessThan(HELPER_CALLS_MAX);
+      expect(it.task.result(made)).toBe(CALL_NOT_MADE);
+      expect(it.bring(2)).toEqual({ made: 2, read: HUGE, moved: HUGE });
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "lets another batch be",
+    async () => {
+      const it = await start();
+      it.task.begin();
+      for (let index = 0; index < 3; index += 1) it.task.closeDescriptor(999);
+      expect(it.task.start()).toBe(0);
+      it.task.stop();
+      expect(it.task.finish()).toBe(3);
+      expect(it.bring(0).moved).toBe(HUGE);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe("HelperTask.touch", () => {
+  test(
+    "brings a huge page",
+    async () => {
+      const it = await start();
+      const { stagingAddr } = it.task.record;
+      it.task.begin();
+      it.task.touch(stagingAddr);
+      expect(it.task.run()).toBe(1);
+      expect(hugeKib(it.target.pid, stagingAddr, HUGE)).toBe(2048);
     },
     TIMEOUT_MS,
   );

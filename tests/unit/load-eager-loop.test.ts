@@ -1,7 +1,8 @@
 import { afterEach, describe, expect, test } from "bun:test";
 import { setRange } from "../../src/load/bits.ts";
-import { EagerLoop, planChunks } from "../../src/load/eager-loop.ts";
+import { EagerLoop } from "../../src/load/eager-loop.ts";
 import type { PageFailure } from "../../src/load/fault-loop.ts";
+import { orderChunks } from "../../src/load/order.ts";
 import {
   C_EAGER_PAGES,
   C_REDUNDANT_PAGES,
@@ -51,7 +52,7 @@ class Bench implements Disposable {
       counters: this.state.counters(WORKER),
       workerIndex: WORKER,
       pieceLength: this.pieceLength,
-      order: planChunks(this.state),
+      order: orderChunks(this.state.blocks),
       replay: Int32Array.from(this.replay),
       movers: [],
       bytesPerSecond: this.bytesPerSecond,
@@ -97,29 +98,6 @@ function bench(...args: ConstructorParameters<typeof Bench>): Bench {
   benches.push(made);
   return made;
 }
-
-describe("planChunks", () => {
-  test("names every chunk that has data, once, through all blocks, the last ones early", () => {
-    const b = bench([
-      {
-        pages: 4 * CHUNK_PAGES,
-        data: [
-          [0, 3],
-          [1500, 1600],
-        ],
-      },
-      { pages: 10, data: [] },
-      { pages: CHUNK_PAGES, data: [[511, 512]] },
-    ]);
-    const { blocks } = b.state;
-    expect([...planChunks(b.state)]).toEqual([0, blocks[2]?.firstChunk ?? -1, 2, 3]);
-  });
-
-  test("cuts chunks at 2 MiB of the target's addresses", () => {
-    const b = bench([{ pages: CHUNK_PAGES, hostAddr: BASE + 0x1000 }]);
-    expect(planChunks(b.state)).toHaveLength(2);
-  });
-});
 
 describe("EagerLoop.run", () => {
   test("copies data pages, and no zero page", () => {

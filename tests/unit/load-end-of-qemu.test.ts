@@ -31,6 +31,7 @@ beforeEach(() => {
     endsWithFsl: false,
     startsStopped: false,
     hasNoDiscards: false,
+    hasPlainMemory: true,
     hasDefaultSettings: false,
     identify: () => {},
     close: () => {},

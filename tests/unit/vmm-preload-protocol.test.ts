@@ -59,7 +59,7 @@ describe("parsePreloadMessage", () => {
 
 describe("preloadEnvironment", () => {
   test("adds its variables to the user's", () => {
-    expect(preloadEnvironment({ HOME: "/h" }, 4, 5, 0)).toEqual({
+    expect(preloadEnvironment({ HOME: "/h" }, 4, 5, 0, 1)).toEqual({
       HOME: "/h",
       FSL_PRELOAD: "4:5:c",
       LD_PRELOAD: "/proc/self/fd/5",
@@ -67,15 +67,15 @@ describe("preloadEnvironment", () => {
   });
 
   test.each([
-    [1, "4:5:ch1"],
-    [9, "4:5:ch9"],
-    [10, "4:5:ch9"],
-  ])("asks for %d helpers", (count, expected) => {
-    expect(preloadEnvironment({}, 4, 5, count)["FSL_PRELOAD"]).toBe(expected);
+    [1, 1, "4:5:ch1s1"],
+    [9, 24, "4:5:ch9s24"],
+    [10, 256, "4:5:ch9s256"],
+  ])("asks for %d helpers with %d slots each", (count, slots, expected) => {
+    expect(preloadEnvironment({}, 4, 5, count, slots)["FSL_PRELOAD"]).toBe(expected);
   });
 
   test("keeps the user's own LD_PRELOAD behind it, and says what to put back", () => {
-    expect(preloadEnvironment({ LD_PRELOAD: "a.so:b.so" }, 4, 5, 0)).toEqual({
+    expect(preloadEnvironment({ LD_PRELOAD: "a.so:b.so" }, 4, 5, 0, 1)).toEqual({
       FSL_PRELOAD: "4:5:c",
       FSL_PRELOAD_NEXT: "a.so:b.so",
       LD_PRELOAD: "/proc/self/fd/5:a.so:b.so",

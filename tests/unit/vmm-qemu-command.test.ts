@@ -54,15 +54,20 @@ describe("qemuCommandLine", () => {
 });
 
 describe("readQemuCommand", () => {
-  const [nothing, both] = [
-    { hasNoDiscards: false, hasDefaultSettings: false },
-    { hasNoDiscards: true, hasDefaultSettings: true },
+  const [nothing, all] = [
+    { hasNoDiscards: false, hasDefaultSettings: false, hasPlainMemory: false },
+    { hasNoDiscards: true, hasDefaultSettings: true, hasPlainMemory: true },
   ];
   test.each([
-    [["qemu", "-m", "1G", "-device", "virtio-net-pci"], both],
-    [["qemu", "-device", "virtio-balloon-pci"], { ...both, hasNoDiscards: false }],
-    [["qemu", "-device", '{"driver":"virtio-mem-pci"}'], { ...both, hasNoDiscards: false }],
-    [["qemu", "-global", "migration.x-multifd=on"], { ...both, hasDefaultSettings: false }],
+    [["qemu", "-m", "1G", "-device", "virtio-net-pci"], all],
+    [["qemu", "-device", "virtio-balloon-pci"], { ...all, hasNoDiscards: false }],
+    [["qemu", "-device", '{"driver":"virtio-mem-pci"}'], { ...all, hasNoDiscards: false }],
+    [["qemu", "-global", "migration.x-multifd=on"], { ...all, hasDefaultSettings: false }],
+    [["qemu", "-object", "memory-backend-ram,id=a,size=1G"], all],
+    [["qemu", "-object", "memory-backend-memfd,id=a,size=1G"], { ...all, hasPlainMemory: false }],
+    [["qemu", "-overcommit", "mem-lock=on"], { ...all, hasPlainMemory: false }],
+    [["qemu", "-m", "1G", "-mem-path", "/dev/shm"], { ...all, hasPlainMemory: false }],
+    [["qemu", "-object", "memory-backend-ram,prealloc=on"], { ...all, hasPlainMemory: false }],
     [["qemu", "-readconfig", "guest.cfg"], nothing],
     [["qemu", "--set", "device.x.y=z"], nothing],
   ])("%p → %p", (argv, expected) => {

@@ -1,0 +1,257 @@
+/**
+ * Reading ahead: while the target is still starting, its helper tasks read the chunks that the guest
+ * will need first into their staging memory, with the CPU time that nobody else wants. When the target
+ * is armed these chunks are moved into its RAM, some 40 µs each, while it loads its devices: the guest's
+ * first steps find them there. Runs on the main thread, which has nothing to do but to wait then: each
+ * helper gets all that it is to read in one batch, and ends it when it is told to.
+ *
+ * What is read ahead is a guess and costs memory for a moment; it is worth nothing where RAM turns out
+ * not to be movable, and is let go then.
+ */
+import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
+import { type HelperRecord, HelperTask, INLINE_CALLS_MAX } from "../sys/helper-task.ts";
+import { nextBit } from "./bits.ts";
+import { CALLS_A_CHUNK_MAX } from "./chunk-mover.ts";
+import { type ChunkedBlock, orderChunks } from "./order.ts";
+import { raise, readIdly } from "./priority.ts";
+import { type BlockState, CHUNK_LENGTH, type LoadState } from "./state.ts";
+import type { WholeChunks } from "./whole-chunks.ts";
+import type { WorkingSet } from "./working-set.ts";
+
+/**
+ * So many chunks are read ahead: what a kernel and its first programs need. More of them come sooner that
+ * way too, but QEMU's own start and its devices come later: it was 1 ms for each 40 chunks, whose bytes go
+ * through the same caches.
+ */
+export const STAGED_CHUNKS = 48;
+/** A chunk's words of the plan before its runs: block index, chunk number, number of runs. */
+const HEAD_WORDS = 3;
+/** And of each run: where in the chunk, bytes; file offset. */
+const RUN_WORDS = 3;
+
+/** Chunks to read, the first one first. Structured-cloneable. */
+export interface StagingPlan {
+  readonly idstrs: readonly string[];
+  /** For each chunk HEAD_WORDS, then RUN_WORDS for each run of data in it. */
+  readonly words: Float64Array;
+}
+
+/** What of a block the plan is made of; its target address is not known yet. */
+export interface StagingBlock {
+  readonly idstr: string;
+  readonly pageSize: number;
+  readonly pageCount: number;
+  readonly pagesOffset: number;
+  readonly data: Int32Array;
+}
+
+/**
+ * Chunks of the working set in its order, then the order of the eager load.
+ * @param chunksMax how many
+ */
+export function planStaging(
+  blocks: readonly StagingBlock[],
+  set: Pick<WorkingSet, "pages"> | null,
+  chunksMax: number,
+): StagingPlan {
+  const chunked: (ChunkedBlock & StagingBlock)[] = [];
+  let firstChunk = 0;
+  for (const block of blocks) {
+    // Blocks that have huge pages are aligned to them; another one's chunks are let go.
+    const pages = CHUNK_LENGTH / block.pageSize;
+    const chunkOf = (page: number): number => Math.floor(page / pages);
+    const chunkEnd = (chunk: number): number => Math.min(block.pageCount, (chunk + 1) * pages);
+    chunked.push({ ...block, firstChunk, chunkOf, chunkEnd });
+    firstChunk += Math.ceil(block.pageCount / pages);
+  }
+  const numbers = new Set<number>();
+  for (const { idstr, pageIndex } of set?.pages ?? []) {
+    const block = chunked.find((one) => one.idstr === idstr && pageIndex < one.pageCount);
+    if (block !== undefined) numbers.add(block.firstChunk + block.chunkOf(pageIndex));
+  }
+  for (const number of orderChunks(chunked)) {
+    if (numbers.size >= chunksMax) break;
+    numbers.add(number);
+  }
+  const words: number[] = [];
+  for (const number of numbers) {
+    const index = chunked.findLastIndex((one) => one.firstChunk <= number);
+    const block = chunked[index];
+    if (block !== undefined) addChunk(words, block, index, number - block.firstChunk);
+  }
+  return { idstrs: blocks.map(({ idstr }) => idstr), words: Float64Array.from(words) };
+}
+
+function addChunk(
+  words: number[],
+  block: ChunkedBlock & StagingBlock,
+  index: number,
+  chunk: number,
+): void {
+  const { data, pageSize, pagesOffset } = block;
+  const start = chunk * (CHUNK_LENGTH / pageSize);
+  const end = block.chunkEnd(chunk);
+  const at = words.push(index, chunk, 0) - 1;
+  let runs = 0;
+  for (let page = nextBit(data, start, end, true); page < end; runs += 1) {
+    const runEnd = nextBit(data, page, end, false);
+    words.push(
+      (page - start) * pageSize,
+      (runEnd - page) * pageSize,
+      pagesOffset + page * pageSize,
+    );
+    page = nextBit(data, runEnd, end, true);
+  }
+  words[at] = runs;
+  // It comes page by page.
+  const isUnfit = runs === 0 || runs > CALLS_A_CHUNK_MAX || (end - start) * pageSize < CHUNK_LENGTH;
+  if (isUnfit) words.length = at + 1 - HEAD_WORDS;
+}
+
+interface StagedChunk {
+  readonly idstr: string;
+  readonly chunk: number;
+  readonly slot: number;
+}
+
+/** One helper: what it was told to read, and what it has read. */
+class Reader {
+  readonly helper: HelperTask;
+  readonly #fileFd: number;
+  readonly #slots: number;
+  /** Chunks in the batch, and how many of its calls must have been made for each to be complete. */
+  readonly #begun: (StagedChunk & { readonly calls: number })[] = [];
+  #calls = 0;
+  #isRunning = false;
+  /** What is there to be moved. */
+  staged: StagedChunk[] = [];
+
+  constructor(record: HelperRecord, fileFd: number) {
+    this.helper = new HelperTask(record);
+    this.#fileFd = this.helper.sendDescriptor(fileFd);
+    this.#slots = this.#fileFd < 0 ? 0 : Math.floor(record.stagingLength / CHUNK_LENGTH);
+    this.helper.begin(true);
+  }
+
+  slotAddr(slot: number): number {
+    return this.helper.record.stagingAddr + slot * CHUNK_LENGTH;
+  }
+
+  /** Adds the chunk at `at` in the plan to the batch. @returns false when there is no room for it */
+  add({ idstrs, words }: StagingPlan, at: number): boolean {
+    const slot = this.#begun.length;
+    const [index = 0, chunk = 0, runs = 0] = words.subarray(at, at + HEAD_WORDS);
+    if (slot >= this.#slots || this.#calls + 1 + runs > HELPER_CALLS_MAX) return false;
+    this.helper.touch(this.slotAddr(slot));
+    for (let run = 0; run < runs; run += 1) {
+      const runAt = at + HEAD_WORDS + run * RUN_WORDS;
+      const [offset = 0, length = 0, fileOffset = 0] = words.subarray(runAt, runAt + RUN_WORDS);
+      this.helper.preadInto(this.#fileFd, this.slotAddr(slot) + offset, length, fileOffset);
+    }
+    this.#calls += 1 + runs;
+    this.#begun.push({ idstr: idstrs[index] ?? "", chunk, slot, calls: this.#calls });
+    return true;
+  }
+
+  start(): void {
+    this.#isRunning = this.#calls > 0 && this.helper.start() >= 0;
+  }
+
+  stop(): void {
+    if (this.#isRunning) this.helper.stop();
+  }
+
+  /** Takes the answer: which chunks are complete. Blocks until the call returns that is being made. */
+  finish(): void {
+    if (!this.#isRunning) return;
+    this.#isRunning = false;
+    const made = this.helper.finish();
+    this.staged = this.#begun.filter(({ calls }) => calls <= made);
+  }
+
+  /** Lets go what was not moved; what was moved left nothing. */
+  clear(): void {
+    if (this.#begun.length === 0) return;
+    this.helper.begin();
+    this.helper.madvise(this.slotAddr(0), this.#begun.length * CHUNK_LENGTH, MADV_DONTNEED);
+    this.helper.run();
+  }
+}
+
+export class Staging {
+  readonly #readers: readonly Reader[];
+
+  /** Sets the helpers to work: they take the chunks of the plan in turns. */
+  constructor(plan: StagingPlan, helpers: readonly HelperRecord[], fileFd: number) {
+    readIdly(helpers.map(({ pid }) => pid));
+    this.#readers = helpers.map((record) => new Reader(record, fileFd));
+    let turn = 0;
+    for (let at = 0; at < plan.words.length;) {
+      if (this.#readers[turn % this.#readers.length]?.add(plan, at) !== true) break;
+      at += HEAD_WORDS + RUN_WORDS * (plan.words[at + 2] ?? 0);
+      turn += 1;
+    }
+    for (const reader of this.#readers) reader.start();
+  }
+
+  /** Enough: each helper ends what it is reading. Does not wait. */
+  stop(): void {
+    for (const reader of this.#readers) reader.stop();
+  }
+
+  /** After `stop`, when nothing of it is to be used. */
+  drop(): void {
+    for (const reader of this.#readers) reader.finish();
+  }
+
+  /**
+   * Moves what was read into the target where nobody has touched it, and lets the rest go. After `stop`;
+   * blocks until that is done. @returns how many chunks have come
+   */
+  moveInto(state: LoadState, whole: WholeChunks): number {
+    let moved = 0;
+    for (const { helper } of this.#readers) raise(helper.record.pid);
+    for (const reader of this.#readers) reader.finish();
+    const isAnyLeft = (): boolean => this.#readers.some(({ staged }) => staged.length > 0);
+    while (isAnyLeft() && !state.halted) {
+      whole.enterGate();
+      const batches = this.#readers.map((reader) => startMoves(reader, state, whole));
+      for (const [index, batch] of batches.entries()) {
+        const helper = this.#readers[index]?.helper;
+        if (helper === undefined || batch.length === 0) continue;
+        helper.finish();
+        for (const [call, { block, chunk }] of batch.entries()) {
+          const hasMoved = helper.moveOutcome(call) === CHUNK_LENGTH;
+          whole.settle(block, chunk, hasMoved);
+          if (hasMoved) moved += 1;
+        }
+      }
+      whole.leaveGate();
+    }
+    for (const reader of this.#readers) reader.clear();
+    return moved;
+  }
+}
+
+interface ClaimedChunk {
+  readonly block: BlockState;
+  readonly chunk: number;
+}
+
+function startMoves(reader: Reader, state: LoadState, whole: WholeChunks): ClaimedChunk[] {
+  const { helper, staged } = reader;
+  const batch: ClaimedChunk[] = [];
+  helper.begin();
+  while (batch.length < INLINE_CALLS_MAX) {
+    const next = staged.shift();
+    if (next === undefined) break;
+    const block = state.blocks.find(({ block: { idstr } }) => idstr === next.idstr);
+    if (block === undefined || block.block.hostAddr % CHUNK_LENGTH !== 0) continue;
+    if (!whole.claim(block, next.chunk)) continue;
+    const target = block.block.hostAddr + next.chunk * CHUNK_LENGTH;
+    helper.move(target, reader.slotAddr(next.slot), CHUNK_LENGTH, 0, false);
+    batch.push({ block, chunk: next.chunk });
+  }
+  if (batch.length > 0) helper.start();
+  return batch;
+}

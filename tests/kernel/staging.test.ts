@@ -1,0 +1,166 @@
+/**
+ * Chunks that are read ahead, then moved into a target's memory: a real userfaultfd, real helpers, a
+ * target that reads its memory back.
+ */
+import { afterEach, describe, expect, test } from "bun:test";
+import { planStaging, Staging, type StagingBlock } from "../../src/load/staging.ts";
+import { C_EAGER_PAGES, CHUNK_FREE, CHUNK_MOVED } from "../../src/load/state.ts";
+import { WholeChunks } from "../../src/load/whole-chunks.ts";
+import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE } from "../helpers/helper-target.ts";
+import { until, within } from "../helpers/kernel-target.ts";
+import { makeState } from "../helpers/load-states.ts";
+
+const TIMEOUT_MS = 20_000;
+const CHUNKS = 6;
+const WORKER = 8;
+
+let bench: HelperBench | undefined;
+afterEach(async () => {
+  await bench?.end();
+  bench = undefined;
+});
+
+/** A target of six chunks with helpers of four slots each, and a load of it. */
+async function start(data: readonly (readonly [number, number])[] = [[0, CHUNKS * HUGE_PAGES]]) {
+  bench = await HelperBench.start("thp", CHUNKS, 2, 0, 4);
+  const it = bench;
+  const spec = {
+    pages: CHUNKS * HUGE_PAGES,
+    hostAddr: it.addr,
+    movable: true,
+    pagesOffset: 0,
+    data,
+  };
+  const made = makeState([spec]);
+  const { state } = made;
+  const [block] = state.blocks;
+  if (block === undefined) throw new Error("no block");
+  const whole = new WholeChunks({
+    uffd: it.uffd,
+    state,
+    counters: state.counters(WORKER),
+    workerIndex: WORKER,
+    movers: [],
+    readsEvents: false,
+    pagesCounter: C_EAGER_PAGES,
+  });
+  const { pageSize, pagesOffset, idstr } = block.block;
+  const subject: StagingBlock = {
+    ...{ idstr, pageSize, pagesOffset },
+    ...{ pageCount: block.pageCount, data: block.data },
+  };
+  const begin = (chunks: number): Staging => {
+    const records = it.tasks.map(({ record }) => record);
+    return new Staging(planStaging([subject], null, chunks), records, it.file.fd);
+  };
+  return { it, state, block, whole, begin, made };
+}
+
+/** KiB of huge pages in the helpers' staging memory. */
+function stagedKib(it: HelperBench): number {
+  const [first] = it.tasks;
+  const staging = it.tasks.map(({ record }) => record.stagingAddr);
+  return hugeKib(it.target.pid, Math.min(...staging), 2 * (first?.record.stagingLength ?? 0));
+}
+
+describe("Staging", () => {
+  test(
+    "brings what was read as huge pages, marks and counts it, and leaves nothing behind",
+    async () => {
+      const { it, state, block, whole, begin, made } = await start();
+      using _ = made;
+      const staging = begin(CHUNKS);
+      await until(() => stagedKib(it) === CHUNKS * 2048 || null, 5000, "six chunks read");
+      staging.stop();
+      expect(staging.moveInto(state, whole)).toBe(CHUNKS);
+      expect([...block.chunks]).toEqual(Array(CHUNKS).fill(CHUNK_MOVED));
+      expect(state.counters(WORKER)[C_EAGER_PAGES]).toBe(CHUNKS * HUGE_PAGES);
+      expect(stagedKib(it)).toBe(0);
+      expect(hugeKib(it.target.pid, it.addr, CHUNKS * HUGE)).toBe(CHUNKS * 2048);
+      expect(await it.read(0, CHUNKS * HUGE_PAGES)).toBe(it.crc(0, CHUNKS * HUGE_PAGES));
+      expect(it.hasFault()).toBe(false);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "zero pages of a chunk are zero, whatever the file has there",
+    async () => {
+      const { it, state, whole, begin, made } = await start([
+        [3, 5],
+        [300, 512],
+      ]);
+      using _ = made;
+      const staging = begin(1);
+      await until(() => stagedKib(it) === 2048 || null, 5000, "a chunk read");
+      staging.stop();
+      expect(staging.moveInto(state, whole)).toBe(1);
+      const zeros = Bun.hash.crc32(new Uint8Array(3 * PAGE));
+      expect([await it.read(0, 3), await it.read(5, 3)]).toEqual([zeros, zeros]);
+      expect([await it.read(3, 2), await it.read(300, 212)]).toEqual([
+        it.crc(3, 2),
+        it.crc(300, 212),
+      ]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "leaves alone what somebody has touched, or has in hand, and wakes who waits in the rest",
+    async () => {
+      const { it, state, block, whole, begin, made } = await start();
+      using _ = made;
+      const staging = begin(3);
+      await until(() => stagedKib(it) === 3 * 2048 || null, 5000, "three chunks read");
+      staging.stop();
+      // The order is bottom, top, bottom.
+      expect(block.splitChunk(HUGE_PAGES + 7)).toBe(true);
+      const { answer } = await it.blockedRead(9);
+      expect(staging.moveInto(state, whole)).toBe(2);
+      expect(await within(answer, 5000, "the waiter")).toBe(it.crc(9, 1));
+      expect(block.chunks[0]).toBe(CHUNK_MOVED);
+      expect(block.chunks[CHUNKS - 1]).toBe(CHUNK_MOVED);
+      expect(block.chunks[2]).toBe(CHUNK_FREE);
+      expect(hugeKib(it.target.pid, it.addr, CHUNKS * HUGE)).toBe(2 * 2048);
+      expect(stagedKib(it)).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "stops early, and moves only what was read to its end",
+    async () => {
+      const { it, state, block, whole, begin, made } = await start();
+      using _ = made;
+      const staging = begin(CHUNKS);
+      staging.stop();
+      const moved = staging.moveInto(state, whole);
+      expect([...block.chunks].filter((word) => word === CHUNK_MOVED)).toHaveLength(moved);
+      expect(moved).toBeLessThan(CHUNKS);
+      for (const [chunk, word] of block.chunks.entries()) {
+        if (word !== CHUNK_MOVED) continue;
+        expect(await it.read(chunk * HUGE_PAGES, HUGE_PAGES)).toBe(
+          it.crc(chunk * HUGE_PAGES, HUGE_PAGES),
+        );
+      }
+      expect(stagedKib(it)).toBe(0);
+      expect(it.hasFault()).toBe(false);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a helper that dies takes its chunks along, and no other",
+    async () => {
+      const { it, state, whole, begin, made } = await start();
+      using _ = made;
+      const staging = begin(4);
+      await until(() => stagedKib(it) === 4 * 2048 || null, 5000, "four chunks read");
+      process.kill(it.tasks[1]?.record.pid ?? 0, "SIGKILL");
+      staging.stop();
+      expect(staging.moveInto(state, whole)).toBe(2);
+      expect(await it.read(0, HUGE_PAGES)).toBe(it.crc(0, HUGE_PAGES));
+    },
+    TIMEOUT_MS,
+  );
+});
