@@ -490,7 +490,7 @@ class Load {
     this.#serving = serving;
     const { set } = prepared;
     const replay = set === null ? new Int32Array(0) : planReplay(set, state);
-    const served = serving.serveFaults(replay);
+    const served = serving.serveFaults(replay, this.#staging === undefined);
     const kept = this.#keepState(fd);
     served.catch(() => {});
     kept.catch(() => {});

@@ -191,9 +191,11 @@ export class Serving {
 
   /**
    * @param replay runs that the guest will ask for, see `planReplay`; none when left out
+   * @param isReplayedNow by the fault loop, while the target loads its devices; false: by the eager load.
+   * Chunks that were read ahead would come page by page
    * @returns when faults are served
    */
-  async serveFaults(replay = new Int32Array(0)): Promise<void> {
+  async serveFaults(replay = new Int32Array(0), isReplayedNow = true): Promise<void> {
     this.#replay = replay;
     const width = eagerWidth(this.#options);
     await this.#crew.serveFaults({
@@ -205,7 +207,7 @@ export class Serving {
       stopFd: this.#stopFd,
       pidfd: this.#target.pidfd,
       clusterPages: this.#options.clusterPages ?? 16,
-      replay,
+      replay: isReplayedNow ? replay : new Int32Array(0),
       helpers: this.#helpers.records.slice(width),
       helperPids: this.#helpers.records.slice(0, width).map(({ pid }) => pid),
       fileFd: this.#helpers.fileFd,
