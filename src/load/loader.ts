@@ -373,7 +373,9 @@ class Load {
     this.#guard = await SnapshotGuard.take(snapshot);
     // Not sooner: QEMU needs the CPU. One is enough where helpers do the work.
     crew?.hireEager(this.#target.isAttached ? eagerWidth(this.#options) : 1);
-    if (seedsNow) this.#readAhead(prepared).catch(() => {});
+    // Whoever limits the eager load does not want so much at once.
+    const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
+    if (seedsNow && !isLimited) this.#readAhead(prepared).catch(() => {});
     const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;
     this.#staging?.stop();
@@ -441,6 +443,10 @@ class Load {
   }> {
     const { snapshot } = prepared;
     const canDiscard = this.#info?.canDiscard ?? false;
+    if (this.#target.hasHelpers !== true) {
+      this.#staging?.drop();
+      this.#staging = undefined;
+    }
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
     uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
@@ -508,7 +514,6 @@ class Load {
     const staging = this.#staging;
     this.#staging = undefined;
     if (uffd === undefined || staging === undefined) return;
-    if (this.#serving?.hasHelpers !== true) return staging.drop();
     const whole = new WholeChunks({
       uffd,
       state,

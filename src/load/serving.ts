@@ -173,11 +173,6 @@ export class Serving {
     return this.#suppliedWrong || this.#isAnyDemanded();
   }
 
-  /** There are tasks in the target that can move memory there. */
-  get hasHelpers(): boolean {
-    return this.#helpers.records.length > 0;
-  }
-
   #isAnyDemanded(): boolean {
     return [...this.#failures.values()].some(
       (known) => known.demanded && !this.#isDone(known.failure),

@@ -245,6 +245,7 @@ export class QemuTarget implements Target {
 
   async takeUserfaultfd(): Promise<number> {
     assert(this.#phase === "connected", `takeUserfaultfd in phase ${this.#phase}`);
+    this.#endStrangers();
     if (this.isAttached) {
       // A refused setting is told while not one byte of somebody else's memory is touched.
       await this.#guard(Promise.all(this.#prepared));
@@ -310,7 +311,7 @@ export class QemuTarget implements Target {
 
   /** What a QEMU has sent that died before it answered: its helpers are children of this process. */
   #dropPreloaded(): void {
-    for (const helper of this.#strangers.splice(0)) void endHelper(helper);
+    this.#endStrangers();
     this.#receivePreloaded();
     const left = this.#preloaded;
     if (left === null) return;
@@ -318,6 +319,14 @@ export class QemuTarget implements Target {
     native.close(left.fd);
     // Those that `connect` has found to be QEMU's are among `#helpers`.
     if (this.#way === null) for (const helper of left.helpers) void endHelper(helper);
+  }
+
+  #endStrangers(): void {
+    for (const helper of this.#strangers.splice(0)) void endHelper(helper);
+  }
+
+  get hasHelpers(): boolean {
+    return this.#helpers.length > 0;
   }
 
   takeHelpers(): HelperRecord[] {

@@ -150,10 +150,11 @@ export interface Target extends ServedTarget {
   takeUserfaultfd(): Promise<number>;
   /**
    * While the target starts: tasks in its address space, for reading ahead into their own memory; as
-   * soon as they are there, empty when there will be none. They are the target's: which of them can be
-   * used further on `takeHelpers` says.
+   * soon as they are there, empty when there will be none. They are the target's, and may turn out to be
+   * of no use: `hasHelpers` says so after `connect`, and such ones end in `takeUserfaultfd`.
    */
   earlyHelpers?(): Promise<readonly HelperRecord[]>;
+  readonly hasHelpers?: boolean;
   /**
    * After `takeUserfaultfd`: tasks in the target's address space that make system calls there for
    * this process, for UFFDIO_MOVE. Empty when there are none. The caller ends what it takes
