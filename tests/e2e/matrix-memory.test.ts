@@ -499,6 +499,41 @@ describe.skipIf(skip)("several blocks", () => {
     MATRIX_TIMEOUT_MS,
   );
 
+  test(
+    "a dimm with data, plugged in before the save",
+    async () => {
+      const spec = { dataMiB: 16, memoryMiB: 160 };
+      const argv = guestArgv(spec).map((argument, index, all) =>
+        all[index - 1] === "-m" ? "160,slots=2,maxmem=1G" : argument,
+      );
+      using own = await saveGuest(argv, {
+        ready: /^tick /,
+        prepare: async ({ qmp, serial }) => {
+          const backend = { "qom-type": "memory-backend-ram", id: "d1", size: 128 * MIB };
+          await qmp.execute("object-add", backend);
+          await qmp.execute("device_add", { driver: "pc-dimm", id: "dimm1", memdev: "d1" });
+          // The guest says that it has it, and it is online by then.
+          await qmp.waitEvent("ACPI_DEVICE_OST", ({ info }) => isPluggedIn(info, "dimm1"));
+          // Hardly anything else is free.
+          expect((await serial.command("fill 96"))[0]).toBe("ok");
+        },
+      });
+      const dimm = ["-object", "memory-backend-ram,id=d1,size=128M"];
+      const withDimm = [...argv, ...dimm, "-device", "pc-dimm,id=dimm1,memdev=d1"];
+      await using loaded = await loadAndCompare({ ...own, argv: withDimm });
+      expect(loaded.ways).toMatchObject({ "pc.ram": "lazy", d1: "lazy" });
+      await loaded.run.qmp.execute("cont");
+      expect((await loaded.run.serial.command("verify"))[0]).toBe("ok");
+    },
+    MATRIX_TIMEOUT_MS,
+  );
+
+  /** By the guest's own account of a device (ACPI's _OST). */
+  function isPluggedIn(info: unknown, device: string): boolean {
+    const found = info as { readonly device?: string; readonly status: number };
+    return found.device === device && found.status === 0;
+  }
+
   /** Half of it plugged in by the guest's own driver. */
   function virtioMem(): string[] {
     const linux = guestArgv({ dataMiB: 16, memoryMiB: 192 });

@@ -1,0 +1,128 @@
+/**
+ * Helper tasks of fsl (`fsl-helper`, src/load/chunk-mover.ts) that are killed with a chunk in hand:
+ * its pages come otherwise, and whoever waits for the chunk is served.
+ */
+import { describe, expect, test } from "bun:test";
+import { readFileSync } from "node:fs";
+import {
+  type BlockState,
+  C_MOVED_CHUNKS,
+  CHUNK_COPYING,
+  CHUNK_MOVED,
+  CHUNK_MOVING,
+  type LoadState,
+  PHASE_RUNNING,
+} from "../../src/load/state.ts";
+import { FaultRun, openLoadState } from "../helpers/fault-runs.ts";
+import { guestArgv, type GuestSnapshot, whyNoGuests } from "../helpers/guests.ts";
+import { differencesOfBareGuest, wholeRound } from "../helpers/load-oracle.ts";
+import { childrenOf, until, whyNoExecutable } from "../helpers/load-runs.ts";
+import { type MatrixSnapshot, saveGuest } from "../helpers/matrix-guests.ts";
+
+const TIMEOUT_MS = 60_000;
+const WAIT_MS = 20_000;
+const reason = whyNoExecutable() ?? whyNoGuests();
+/** More than is read ahead (STAGED_CHUNKS), which comes before the eager load begins. */
+const SPEC = { guest: "bare", memoryMiB: 160 } as const;
+/** Every page counts as data: every second one is zero, and such a chunk would be copied. */
+const SAVE = { ready: /^tick /, parameters: { "zero-page-detection": "none" } };
+/** One eager Worker keeps them busy; another one is the fault Worker's. */
+const EAGER_HELPERS = 2;
+/** A chunk takes half a second of the rate, and is in hand for a moment of it. */
+const FLAGS = ["--paused", "--eager-workers", `${EAGER_HELPERS}`, "--eager-rate", "4M"];
+
+/** Helper tasks of an fsl, in the order in which they were made: those of the eager load first. */
+function helpersOf(fsl: number): number[] {
+  return childrenOf(fsl).filter((pid) => field(pid, "Name") === "fsl-helper");
+}
+
+function field(pid: number, name: string): string {
+  const status = readFileSync(`/proc/${pid}/status`, "latin1");
+  return new RegExp(`^${name}:\\s+(\\S+)`, "m").exec(status)?.[1] ?? "";
+}
+
+class ChunkInHand {
+  readonly #block: BlockState;
+  readonly #chunk: number;
+
+  private constructor(block: BlockState, chunk: number) {
+    this.#block = block;
+    this.#chunk = chunk;
+  }
+
+  /** The chunk that a helper has in hand at this moment; null = none. */
+  static find({ blocks }: LoadState): ChunkInHand | null {
+    for (const block of blocks) {
+      const chunk = block.chunks.findIndex((word) => word >= CHUNK_MOVING && word < CHUNK_COPYING);
+      if (chunk >= 0) return new ChunkInHand(block, chunk);
+    }
+    return null;
+  }
+
+  /** Somebody needs a page of it, and waits until it is moved. */
+  get isWanted(): boolean {
+    return (this.#block.chunkFaultNs[this.#chunk] ?? 0) > 0;
+  }
+
+  /** Waits until no helper has it. @returns whether it came as a whole */
+  async isMoved(): Promise<boolean> {
+    const word = (): number => Atomics.load(this.#block.chunks, this.#chunk);
+    const isInHand = (): boolean => word() >= CHUNK_MOVING && word() < CHUNK_COPYING;
+    await until(() => (isInHand() ? null : true), WAIT_MS, "the chunk out of hand");
+    return word() === CHUNK_MOVED;
+  }
+}
+
+/** Stops the helpers while none has a chunk: what they take in hand from here on, they keep. */
+async function stopIdle(helpers: readonly number[], state: LoadState): Promise<void> {
+  const signal = (name: NodeJS.Signals): void => helpers.forEach((pid) => process.kill(pid, name));
+  for (;;) {
+    await until(() => (ChunkInHand.find(state) === null ? true : null), WAIT_MS, "idle helpers");
+    signal("SIGSTOP");
+    const areStopped = (): boolean => helpers.every((pid) => field(pid, "State") === "T");
+    await until(() => (areStopped() ? true : null), WAIT_MS, "stopped helpers");
+    if (ChunkInHand.find(state) === null) return;
+    signal("SIGCONT");
+  }
+}
+
+describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
+  test(
+    "killed one after the other, each with a chunk in hand: its pages come, and a vCPU that waits",
+    async () => {
+      using snapshot = await saveGuest(guestArgv(SPEC), SAVE);
+      await using run = await FaultRun.start(snapshot, { flags: FLAGS });
+      await run.reached(PHASE_RUNNING);
+      const pid = await run.qemuPid();
+      const state = await until(() => openLoadState(pid), WAIT_MS, "a load state");
+      const all = helpersOf(run.fsl.pid);
+      expect(all.length).toBe(EAGER_HELPERS + 1);
+      const eager = all.slice(0, EAGER_HELPERS);
+      const [eagerCounters, begun] = [state.counters(1), "the eager load's first chunk"];
+      await until(() => (eagerCounters[C_MOVED_CHUNKS] ? true : null), WAIT_MS, begun);
+      await stopIdle(eager, state);
+      for (const [index, helper] of eager.entries()) {
+        const inHand = await until(() => ChunkInHand.find(state), WAIT_MS, "a chunk in hand");
+        if (index === EAGER_HELPERS - 1) {
+          await run.qmp.execute("cont");
+          await until(() => (inHand.isWanted ? true : null), WAIT_MS, "a vCPU that waits for it");
+        }
+        process.kill(helper, "SIGKILL");
+        expect(await inHand.isMoved()).toBe(false);
+      }
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      state.unmap();
+      await wholeRound(run.serial);
+      const qemu = { pid, qmp: run.qmp };
+      expect(
+        await differencesOfBareGuest(snapshot as MatrixSnapshot & GuestSnapshot, qemu),
+      ).toEqual([]);
+      expect(run.report().complete).toBe(true);
+      expect(run.fsl.stderr.text).not.toMatch(/Worker failed|given up/);
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
