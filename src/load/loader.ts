@@ -235,7 +235,7 @@ class Load {
     // Once QEMU has been told, and so has something to do meanwhile.
     await Bun.sleep(0);
     await this.#letZeroExtentsGo(state, zero);
-    this.#moveStaged(state);
+    await this.#moveStaged(serving, state, 0);
     try {
       await Promise.all([handedOver, served]);
       state.phase = PHASE_STATE_LOADED;
@@ -245,12 +245,10 @@ class Load {
     } catch (error) {
       await this.#serveOn(error);
     }
-    serving.startEager();
+    if (this.#staging === undefined) serving.startEager();
     releaseProgramText();
     return this.#handle(
-      this.#finish(serving, state.metadata.watched, prepared.set).catch((error) =>
-        this.#giveUp(serving, error),
-      ),
+      this.#finish(serving, state, prepared.set).catch((error) => this.#giveUp(serving, error)),
     );
   }
 
@@ -443,10 +441,7 @@ class Load {
   }> {
     const { snapshot } = prepared;
     const canDiscard = this.#info?.canDiscard ?? false;
-    if (this.#target.hasHelpers !== true) {
-      this.#staging?.drop();
-      this.#staging = undefined;
-    }
+    if (this.#target.hasHelpers !== true) this.#staging = undefined;
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
     uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
@@ -508,12 +503,19 @@ class Load {
     return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
   }
 
-  /** Into RAM that the guest has not touched; while the target loads its devices. */
-  #moveStaged(state: LoadState): void {
-    const uffd = this.#uffd;
-    const staging = this.#staging;
-    this.#staging = undefined;
+  /**
+   * Into RAM that the guest has not touched: while the target loads its devices, or later, when the
+   * helpers have answered. One that does not is given up.
+   */
+  async #moveStaged(serving: Serving, state: LoadState, patienceMs: number): Promise<void> {
+    const [uffd, staging] = [this.#uffd, this.#staging];
     if (uffd === undefined || staging === undefined) return;
+    staging.hurry();
+    const endMs = performance.now() + patienceMs;
+    while (!staging.isAnswered && performance.now() < endMs) await Bun.sleep(STAGED_PERIOD_MS);
+    if (!staging.isAnswered && patienceMs < STAGED_PATIENCE_MS) return;
+    this.#staging = undefined;
+    const { lost } = staging;
     const whole = new WholeChunks({
       uffd,
       state,
@@ -524,6 +526,7 @@ class Load {
       pagesCounter: C_EAGER_PAGES,
     });
     staging.moveInto(state, whole);
+    serving.loseHelpers([...lost, ...staging.lost]);
   }
 
   /** The kernel fills them without us. Where that cannot be, faults in them are served. */
@@ -615,16 +618,14 @@ class Load {
   }
 
   /** Brings in the rest, then lets go of everything. */
-  async #finish(
-    serving: Serving,
-    watched: HotplugWants,
-    set: WorkingSet | null,
-  ): Promise<LoadReport> {
+  async #finish(serving: Serving, state: LoadState, set: WorkingSet | null): Promise<LoadReport> {
     let recordedLength: number | undefined;
     const timer = setTimeout(() => {
       recordedLength = this.#state?.faultLogLength;
     }, RECORD_MS);
+    const { watched } = state.metadata;
     const hotplug = new HotplugHold(this.#target, serving, watched, this.#options.logger);
+    await this.#moveStaged(serving, state, STAGED_PATIENCE_MS);
     const complete = await serving.bringRest();
     this.#unfinished ??= await hotplug.end(complete);
     clearTimeout(timer);
@@ -689,7 +690,6 @@ class Load {
    */
   async #undo(error: unknown): Promise<void> {
     this.#staging?.stop();
-    this.#staging?.drop();
     const isCut = isFslError(error) && error.code === "TARGET_LOST" && this.#uffd === undefined;
     if (isCut && this.#target.isAttached && this.#target.isCommitted) {
       this.#target.disconnect();
@@ -732,6 +732,10 @@ class Load {
     return performance.now() - this.#startedAtMs;
   }
 }
+
+/** How long helpers that read ahead may take to end that when the guest runs, and how often that is looked at. */
+const STAGED_PATIENCE_MS = 2000;
+const STAGED_PERIOD_MS = 2;
 
 /** How long a target whose state cannot be loaded may take to end in order, before SIGKILL. */
 const END_GRACE_MS = 2000;

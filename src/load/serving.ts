@@ -109,6 +109,8 @@ export class Serving {
   readonly #crew: Crew;
   readonly #stopFd: number;
   readonly #helpers: ServingHelpers;
+  /** Helpers of the eager load that were given up before it. */
+  readonly #lostHelpers = new Set<HelperRecord>();
   readonly #guard: SnapshotGuard | undefined;
   /** Resolved unless the eager load is on hold. */
   #released = Promise.withResolvers<void>();
@@ -171,6 +173,18 @@ export class Serving {
    */
   get supplyFailed(): boolean {
     return this.#suppliedWrong || this.#isAnyDemanded();
+  }
+
+  /** Before the eager load: helpers that do not answer are ended, the others go on. */
+  loseHelpers(lost: readonly HelperRecord[]): void {
+    if (lost.length === 0) return;
+    this.#options.logger?.warn(
+      `${new Set(lost).size} helper tasks of ${this.#target.description} do not answer: the load goes on without them`,
+    );
+    for (const record of new Set(lost)) {
+      this.#lostHelpers.add(record);
+      void endHelper(record);
+    }
   }
 
   #isAnyDemanded(): boolean {
@@ -313,7 +327,8 @@ export class Serving {
     sys.write(this.#stopFd, ONE);
     await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);
     this.#crew.dismiss();
-    await Promise.all(this.#helpers.records.map(endHelper));
+    const left = this.#helpers.records.filter((record) => !this.#lostHelpers.has(record));
+    await Promise.all(left.map(endHelper));
     sys.close(this.#stopFd);
   }
 
@@ -357,7 +372,9 @@ export class Serving {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
     const width = eagerWidth(this.#options);
-    const records = this.#helpers.records.slice(0, width);
+    const records = this.#helpers.records
+      .slice(0, width)
+      .filter((record) => !this.#lostHelpers.has(record));
     // One Worker keeps all helpers busy. What a guest has touched before has to be copied, though.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
     const workers = isMoved && state.dataBytes < ALONE_MAX ? 1 : width;

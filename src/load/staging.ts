@@ -8,8 +8,9 @@
  * What is read ahead is a guess and costs memory for a moment; it is worth nothing where RAM turns out
  * not to be movable, and is let go then.
  */
-import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
+import { HELPER_CALLS_MAX, MADV_DONTNEED, POLLIN } from "../sys/abi.ts";
 import { type HelperRecord, HelperTask, INLINE_CALLS_MAX } from "../sys/helper-task.ts";
+import * as sys from "../sys/native.ts";
 import { nextBit } from "./bits.ts";
 import { CALLS_A_CHUNK_MAX } from "./chunk-mover.ts";
 import { type ChunkedBlock, orderChunks } from "./order.ts";
@@ -24,6 +25,8 @@ import type { WorkingSet } from "./working-set.ts";
  * through the same caches.
  */
 export const STAGED_CHUNKS = 48;
+/** How long a helper may take for what takes microseconds: the main thread waits for it, ms. */
+const PATIENCE_MS = 500;
 /** A chunk's words of the plan before its runs: block index, chunk number, number of runs. */
 const HEAD_WORDS = 3;
 /** And of each run: where in the chunk, bytes; file offset. */
@@ -127,7 +130,7 @@ class Reader {
   staged: StagedChunk[] = [];
 
   constructor(record: HelperRecord, fileFd: number) {
-    this.helper = new HelperTask(record);
+    this.helper = new HelperTask(record, PATIENCE_MS);
     this.#fileFd = this.helper.sendDescriptor(fileFd);
     this.#slots = this.#fileFd < 0 ? 0 : Math.floor(record.stagingLength / CHUNK_LENGTH);
     this.helper.begin(true);
@@ -161,6 +164,13 @@ class Reader {
     if (this.#isRunning) this.helper.stop();
   }
 
+  /** `finish` would not wait. */
+  get isAnswered(): boolean {
+    if (!this.#isRunning) return true;
+    const fds = Int32Array.of(this.helper.record.fd);
+    return sys.poll(fds, new Int32Array(1), 1, POLLIN, 0) === 1;
+  }
+
   /** Takes the answer: which chunks are complete. Blocks until the call returns that is being made. */
   finish(): void {
     if (!this.#isRunning) return;
@@ -179,7 +189,7 @@ class Reader {
 }
 
 export class Staging {
-  readonly #readers: readonly Reader[];
+  #readers: readonly Reader[];
 
   /** Sets the helpers to work: they take the chunks of the plan in turns. */
   constructor(plan: StagingPlan, helpers: readonly HelperRecord[], fileFd: number) {
@@ -199,9 +209,24 @@ export class Staging {
     for (const reader of this.#readers) reader.stop();
   }
 
-  /** After `stop`, when nothing of it is to be used. */
-  drop(): void {
-    for (const reader of this.#readers) reader.finish();
+  /** Somebody waits for what is left of it. */
+  hurry(): void {
+    for (const { helper } of this.#readers) raise(helper.record.pid);
+  }
+
+  /**
+   * After `stop`: whether every helper has answered. One whose read takes long (a disk that hangs, a
+   * helper that somebody has stopped) is not to be waited for here.
+   */
+  get isAnswered(): boolean {
+    return this.#readers.every((reader) => reader.isAnswered);
+  }
+
+  /** Those that have not answered, or were given up: nobody can use them any more. */
+  get lost(): HelperRecord[] {
+    return this.#readers
+      .filter(({ isAnswered, helper }) => !isAnswered || helper.isGone)
+      .map(({ helper }) => helper.record);
   }
 
   /**
@@ -210,7 +235,7 @@ export class Staging {
    */
   moveInto(state: LoadState, whole: WholeChunks): number {
     let moved = 0;
-    for (const { helper } of this.#readers) raise(helper.record.pid);
+    this.#readers = this.#readers.filter(({ isAnswered }) => isAnswered);
     for (const reader of this.#readers) reader.finish();
     const isAnyLeft = (): boolean => this.#readers.some(({ staged }) => staged.length > 0);
     while (isAnyLeft() && !state.halted) {

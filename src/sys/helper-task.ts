@@ -33,6 +33,7 @@ import {
   HELPER_STOP_UNLESS_EXPECTED,
   HELPER_TOUCH,
   HELPER_YIELDS,
+  POLLIN,
   SIGKILL,
   SYS_CLOSE,
   SYS_IOCTL,
@@ -86,13 +87,26 @@ export class HelperTask {
   #inlineCount = 0;
   #callCount = 0;
   #callsMade = 0;
+  readonly #patienceMs: number;
+  readonly #polled = new Int32Array(1);
   #isGone = false;
   #isClosed = false;
   /** `stop` has been sent: its answer comes behind that of the batch. */
   #isStopping = false;
 
-  constructor(record: HelperRecord) {
+  /**
+   * @param patienceMs how long an answer may take; a helper that takes longer (somebody has stopped it, its
+   * disk hangs) is killed, so that it makes no call when nobody expects it any more. -1 = for ever
+   */
+  constructor(record: HelperRecord, patienceMs = -1) {
     this.record = record;
+    this.#patienceMs = patienceMs;
+    this.#polled[0] = record.fd;
+  }
+
+  /** The helper has ended, or was given up. */
+  get isGone(): boolean {
+    return this.#isGone;
   }
 
   /** Starts a batch. @param canStop it may be ended by `stop` */
@@ -351,9 +365,18 @@ export class HelperTask {
     return this.#isGone ? HELPER_GONE : sent;
   }
 
+  #isAnswered(): boolean {
+    return native.poll(this.#polled, this.#out, 1, POLLIN, this.#patienceMs) === 1;
+  }
+
   /** Waits for the reply. 0 or HELPER_GONE. */
   #receive(): number {
     if (this.#isGone || this.#isClosed) return HELPER_GONE;
+    if (this.#patienceMs >= 0 && !this.#isAnswered()) {
+      killChild(this.record.pid);
+      this.#isGone = true;
+      return HELPER_GONE;
+    }
     let received: number;
     do {
       received = native.recv(
@@ -406,6 +429,7 @@ function isHelper(pid: number): boolean {
 
 /** By pidfd. The pid is that of a child not waited for, so it can be nobody else's. */
 function killChild(pid: number): void {
+  if (!isHelper(pid)) return;
   const pidfd = native.pidfdOpen(pid, 0);
   if (pidfd < 0) return;
   native.pidfdSendSignal(pidfd, SIGKILL);

@@ -11,6 +11,7 @@ import { constants } from "node:os";
 import { resolve } from "node:path";
 import { FslError, assert, isFslError } from "../errors.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
+import { checkDescriptorRoom } from "../sys/limits.ts";
 import * as native from "../sys/native.ts";
 import { Control, PROBE_NAME, proveProcess } from "./control.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
@@ -376,7 +377,11 @@ export class QemuTarget implements Target {
     prepared.catch(() => {});
     // Somebody else's QEMU is to take nothing unless all is well. Of our own nothing is lost if not
     // all is, so its answers are not waited for, which takes 1.5 ms.
-    await (this.isAttached ? prepared : this.#qmp.descriptorsSent());
+    if (this.isAttached) {
+      await prepared;
+      // With all that fsl leaves in it. One that began, and failed, would never take a state again.
+      await this.#guard(this.#checkRoom());
+    } else await this.#qmp.descriptorsSent();
     this.#phase = "loading";
     const loaded = this.#guard(this.#loadFrom(known, streamOffset));
     loaded.catch(() => {});
@@ -585,6 +590,10 @@ export class QemuTarget implements Target {
   #prepare(work: Promise<unknown>): void {
     work.catch(() => {}); // loadState looks at it.
     this.#prepared.push(work);
+  }
+
+  async #checkRoom(): Promise<void> {
+    checkDescriptorRoom(this.pid, this.description);
   }
 
   /** Starts the load and waits for its end. From here on nothing can be undone. */

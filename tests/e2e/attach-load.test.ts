@@ -297,23 +297,62 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
     expect(await differencesFromOracle(memory, run)).toEqual([]);
   }
 
+  const LIMIT = "descriptor limit of ";
+
   test(
     "when it has too few descriptors, however far the load came",
     async () => {
       await using run = await AttachRun.start(snapshot);
       const before = await run.traits();
       const reasons = new Set<string>();
-      for (let limit = run.openCount(); limit < 60; limit += 1) {
+      const open = run.openCount();
+      for (let limit = open; ; limit += 1) {
+        expect(limit).toBeLessThan(open + 30);
         await Bun.$`prlimit --pid ${run.pid} --nofile=${limit}:1024`.quiet();
         const { code, stderr } = await run.attach(snapshot, "--paused").end();
         if (code === 0) break;
-        reasons.add(stderr.replace(/^.*?fsl: /s, "").trim());
+        const reason = stderr.replace(/^.*?fsl: /s, "").trim();
+        reasons.add(reason.startsWith(LIMIT) ? LIMIT : reason);
         expect([6, 8], stderr).toContain(code);
         expect(await run.traits()).toEqual(before);
         expect(await run.qmp.execute("query-status")).toMatchObject(inmigrate);
-        if (reasons.size > 2) break;
+        // `setup` is the state of one that has begun, and cannot begin again.
+        expect(await run.qmp.execute("query-migrate")).not.toHaveProperty("status");
       }
-      expect(reasons.size).toBeGreaterThan(1);
+      expect(reasons.size).toBeGreaterThan(2);
+      expect(await differencesFromOracle(snapshot, run)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "when it has a descriptor for all but its own of the seed; the command that is told mends that",
+    async () => {
+      /** Sets the lowest limit at which all that fsl itself gives it has room. */
+      async function refuse(run: AttachRun): Promise<string> {
+        const open = run.openCount();
+        // fsl leaves three there.
+        for (let limit = open + 2; ; limit += 1) {
+          expect(limit).toBeLessThan(open + 30);
+          await Bun.$`prlimit --pid ${run.pid} --nofile=${limit}:1024`.quiet();
+          const { code, stderr } = await run.attach(snapshot, "--paused").end();
+          expect([6, 8], stderr).toContain(code);
+          if (stderr.includes(LIMIT)) return stderr;
+        }
+      }
+      await using run = await AttachRun.start(snapshot);
+      const before = await run.traits();
+      const stderr = await refuse(run);
+      expect(stderr).toMatch(
+        /descriptor limit of .*: expected room for at least 8 more, found 0 \((\d+) of \1 are open\)/,
+      );
+      // What fsl gave it is gone again: there is room for the one descriptor that this takes.
+      await expectAsItWas(run, before);
+      await using mended = await AttachRun.start(snapshot);
+      const [, command = ""] = /; run: (prlimit .*)$/m.exec(await refuse(mended)) ?? [];
+      await Bun.$`${command.split(" ")}`.quiet();
+      expect((await mended.attach(snapshot, "--paused").end()).code).toBe(0);
+      expect(await differencesFromOracle(snapshot, mended)).toEqual([]);
     },
     TIMEOUT_MS,
   );

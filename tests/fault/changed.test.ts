@@ -21,13 +21,25 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { PHASE_RUNNING } from "../../src/load/state.ts";
+import { testBit } from "../../src/load/bits.ts";
 import { SnapshotGuard } from "../../src/load/guard.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
 import { O_NONBLOCK, O_WRONLY } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";
-import { FaultRun, someoneWaits } from "../helpers/fault-runs.ts";
+import {
+  biggestOf,
+  FaultRun,
+  openLoadState,
+  PresentPages,
+  someoneWaits,
+} from "../helpers/fault-runs.ts";
 import { type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
-import { differencesFromOracle, differencesOfBareGuest } from "../helpers/load-oracle.ts";
+import {
+  BARE_OWN_PAGES,
+  differencesFromOracle,
+  differencesOfBareGuest,
+  oracleMemory,
+} from "../helpers/load-oracle.ts";
 import { until, whyNoExecutable, within } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 120_000;
@@ -60,6 +72,35 @@ class Spoilt implements Disposable {
 async function expectWholeGuest(run: FaultRun, snapshot: GuestSnapshot): Promise<void> {
   const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
   expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+}
+
+/** What the running bare guest has of its RAM is right; what never came is missing, not zero. */
+async function expectRightOrMissing(pid: number, snapshot: GuestSnapshot): Promise<void> {
+  const oracle = await oracleMemory(snapshot);
+  const state = openLoadState(pid);
+  if (state === null) throw new Error("no load state");
+  const ram = biggestOf(state.blocks);
+  const expected = oracle.get(ram.block.idstr)?.hashes;
+  const before = Int32Array.from(ram.done);
+  using memory = new PresentPages(pid, ram);
+  const [wrong, lost, present]: [number[], number[], number[]] = [[], [], []];
+  let missing = 0;
+  for (let page = BARE_OWN_PAGES; page < ram.pageCount; page += 1) {
+    const hash = memory.hash(page);
+    if (hash !== null && hash !== expected?.[page]) wrong.push(page);
+    if (!testBit(ram.data, page)) continue;
+    if (hash !== null) present.push(page);
+    else if (testBit(before, page)) lost.push(page);
+    else missing += 1;
+  }
+  expect({ wrong, lost }).toEqual({ wrong: [], lost: [] });
+  expect(present.length).toBeGreaterThan(0);
+  expect(missing).toBeGreaterThan(0);
+  // A page is in a moment before its bit is set.
+  const areDone = (): true | null =>
+    present.every((page) => testBit(ram.done, page)) ? true : null;
+  await until(areDone, 5000, "the bits of all pages that are in");
+  state.unmap();
 }
 
 async function shell(...argv: string[]): Promise<void> {
@@ -200,6 +241,7 @@ describe.skipIf(reason !== null)("the snapshot while it is loaded", () => {
       await run.fsl.stderr.waitFor(/no page is taken from it any more/);
       await run.fsl.stderr.waitFor(/end QEMU, and load again from an intact copy/);
       expect(run.serial.lines.filter(({ text }) => text.startsWith("tick"))).toEqual([]);
+      await expectRightOrMissing(pid, file.snapshot);
       expect(await run.status()).toMatchObject({ pid, served: true });
       run.fsl.signal("SIGTERM");
       const { code, stderr } = await run.fsl.end();

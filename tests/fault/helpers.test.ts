@@ -3,7 +3,7 @@
  * its pages come otherwise, and whoever waits for the chunk is served.
  */
 import { describe, expect, test } from "bun:test";
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import {
   type BlockState,
   C_MOVED_CHUNKS,
@@ -14,8 +14,12 @@ import {
   PHASE_RUNNING,
 } from "../../src/load/state.ts";
 import { FaultRun, openLoadState } from "../helpers/fault-runs.ts";
-import { guestArgv, type GuestSnapshot, whyNoGuests } from "../helpers/guests.ts";
-import { differencesOfBareGuest, wholeRound } from "../helpers/load-oracle.ts";
+import { guestArgv, type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
+import {
+  differencesFromOracle,
+  differencesOfBareGuest,
+  wholeRound,
+} from "../helpers/load-oracle.ts";
 import { childrenOf, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import { type MatrixSnapshot, saveGuest } from "../helpers/matrix-guests.ts";
 
@@ -125,4 +129,44 @@ describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
     },
     TIMEOUT_MS,
   );
+
+  test(
+    "stopped while they read ahead are given up, and all pages come without them",
+    async () => {
+      const snapshot = await snapshotOf({ guest: "bare" });
+      const before = new Set(helpersAnywhere());
+      const starting = FaultRun.start(snapshot, { flags: ["--paused"] });
+      for (const pid of await firstHelpers(before)) process.kill(pid, "SIGSTOP");
+      await using run = await starting;
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+      expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
 });
+
+function helpersAnywhere(): number[] {
+  const numbers = readdirSync("/proc").map(Number).filter(Number.isInteger);
+  return numbers.filter((pid) => nameOf(pid) === "fsl-helper");
+}
+
+function nameOf(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/comm`, "latin1").trim();
+  } catch {
+    return ""; // It has ended.
+  }
+}
+
+/** The helpers of the eager load that is just being started, as soon as there are any. */
+function firstHelpers(before: ReadonlySet<number>): Promise<number[]> {
+  const found = (): number[] | null => {
+    const helpers = helpersAnywhere().filter((pid) => !before.has(pid));
+    return helpers.length >= EAGER_HELPERS ? helpers.slice(0, EAGER_HELPERS) : null;
+  };
+  return until(found, WAIT_MS, "helpers");
+}

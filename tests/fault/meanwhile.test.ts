@@ -4,8 +4,8 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync 
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { testBit } from "../../src/load/bits.ts";
-import { type BlockState, PHASE_RUNNING } from "../../src/load/state.ts";
-import { FaultRun, openLoadState } from "../helpers/fault-runs.ts";
+import { PHASE_RUNNING } from "../../src/load/state.ts";
+import { biggestOf, FaultRun, openLoadState, PresentPages } from "../helpers/fault-runs.ts";
 import { gdb, whyNoGdb } from "../helpers/gdb.ts";
 import {
   ordinaryLoad,
@@ -52,13 +52,6 @@ async function expectRightData(run: FaultRun, spec: SnapshotSpec): Promise<void>
 /** The load was going on all the while. */
 async function expectStillLoading(run: FaultRun): Promise<void> {
   expect(await run.status()).toMatchObject({ served: true, phase: "running" });
-}
-
-/** The guest's RAM, where there are small blocks beside it. */
-function biggestOf(blocks: readonly BlockState[]): BlockState {
-  const biggest = blocks.toSorted((a, b) => b.pageCount - a.pageCount)[0];
-  if (biggest === undefined) throw new Error("no block is lazy");
-  return biggest;
 }
 
 /** A file's pages as the oracle has them. */
@@ -348,7 +341,11 @@ describe.skipIf(reason !== null)("while RAM comes in", () => {
   );
 
   const disk = join(tmpdir(), "fsl-fault-guest-disk.img");
-  const pattern = Buffer.alloc(24 * MIB, "what the disk has ");
+  const words = "what the disk has ";
+  const pattern = Buffer.alloc(24 * MIB, words);
+  const pagesOfPattern = new Set(
+    Array.from(words, (_, at) => Bun.hash.wyhash(pattern.subarray(at, at + PAGE))),
+  );
   const md5 = new Bun.CryptoHasher("md5").update(pattern).digest("hex");
   test.each(["native", "io_uring", "threads"])(
     "a disk with aio=%s and cache=none reads into RAM that is missing",
@@ -357,13 +354,30 @@ describe.skipIf(reason !== null)("while RAM comes in", () => {
       writeFileSync(disk, pattern);
       try {
         const drive = `file=${disk},if=none,id=disk0,format=raw,cache=none,aio=${aio}`;
-        const spec = { extraArgs: ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0"] };
+        const spec = {
+          extraArgs: ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0"],
+          // Most of the free memory, into which the disk is read, has bytes in the snapshot.
+          commands: ["fill 96", "free 96"],
+        };
         await using run = await loading(spec);
         await run.serial.waitFor(/^tick /);
+        const pid = await run.qemuPid();
+        const state = openLoadState(pid);
+        if (state === null) throw new Error("no load state");
+        const ram = biggestOf(state.blocks);
+        const before = Int32Array.from(ram.done);
         run.serial.send("shell\n");
         const line = run.serial.waitForNext(/^[0-9a-f]{32} {2}\/dev\/vda/, 60_000);
         run.serial.send("md5sum /dev/vda\n");
         expect((await line).text.slice(0, 32)).toBe(md5);
+        using memory = new PresentPages(pid, ram);
+        let readIntoMissing = 0;
+        for (let page = 0; page < ram.pageCount; page += 1) {
+          if (!testBit(ram.data, page) || testBit(before, page)) continue;
+          if (pagesOfPattern.has(memory.hash(page) ?? 0n)) readIntoMissing += 1;
+        }
+        state.unmap();
+        expect(readIntoMissing).toBeGreaterThan(pattern.length / PAGE / 2);
         run.serial.send("exit\n");
         await run.serial.waitForNext(/^tick /);
         await expectStillLoading(run);

@@ -13,12 +13,13 @@ import {
   readdirSync,
   readFileSync,
   readlinkSync,
+  readSync,
   rmSync,
 } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import type { FoundLoad, LoadReport } from "../../src/index.ts";
-import { LoadState } from "../../src/load/state.ts";
+import { type BlockState, LoadState } from "../../src/load/state.ts";
 import { type GuestSnapshot, QmpClient, SerialConsole } from "./guests.ts";
 import { FSL, isRunning, plainEnvironment, until, Watched, within } from "./load-runs.ts";
 import { byUser } from "./published.ts";
@@ -262,6 +263,43 @@ function adopt(path: string): LoadState | null {
     }
   } catch {
     return null;
+  }
+}
+
+/** The guest's RAM, where there are small blocks beside it. */
+export function biggestOf(blocks: readonly BlockState[]): BlockState {
+  const biggest = blocks.toSorted((a, b) => b.pageCount - a.pageCount)[0];
+  if (biggest === undefined) throw new Error("no block is lazy");
+  return biggest;
+}
+
+/** The pages of a block that are in a QEMU's memory at this moment. */
+export class PresentPages implements Disposable {
+  readonly #fd: number;
+  readonly #block: BlockState["block"];
+  readonly #bytes: Uint8Array;
+
+  constructor(pid: number, { block }: BlockState) {
+    this.#fd = openSync(`/proc/${pid}/mem`, "r");
+    this.#block = block;
+    this.#bytes = new Uint8Array(block.pageSize);
+  }
+
+  /** Hash of a page's bytes, as the oracle has it; null while it is missing. */
+  hash(page: number): bigint | null {
+    const { hostAddr, pageSize } = this.#block;
+    try {
+      const length = readSync(this.#fd, this.#bytes, 0, pageSize, hostAddr + page * pageSize);
+      if (length !== pageSize) throw new Error(`page ${page}: ${length} bytes`);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === "EIO") return null;
+      throw error;
+    }
+    return Bun.hash.wyhash(this.#bytes);
+  }
+
+  [Symbol.dispose](): void {
+    closeSync(this.#fd);
   }
 }
 

@@ -809,6 +809,8 @@ export interface OrdinaryLoadOptions {
   readonly paused?: boolean;
   /** Number of multifd channels; default: no multifd. */
   readonly multifd?: number;
+  /** More migration capabilities. */
+  readonly capabilities?: readonly string[];
   /** Another command line than the snapshot's own. */
   readonly argv?: readonly string[];
 }
@@ -846,9 +848,8 @@ export async function ordinaryLoad(
   try {
     const { qmp } = qemu;
     const readyAt = performance.now();
-    await qmp.setCapabilities(
-      options.multifd === undefined ? ["mapped-ram"] : ["mapped-ram", "multifd"],
-    );
+    const multifd = options.multifd === undefined ? [] : ["multifd"];
+    await qmp.setCapabilities(["mapped-ram", ...multifd, ...(options.capabilities ?? [])]);
     if (options.multifd !== undefined) {
       await qmp.execute("migrate-set-parameters", { "multifd-channels": options.multifd });
     }

@@ -12,7 +12,14 @@ import {
 } from "./guests.ts";
 
 /** The bare guest's program and what the firmware left lie below: scripts/guest/bare.c FIRST_PAGE. */
-const BARE_OWN_PAGES = 512;
+export const BARE_OWN_PAGES = 512;
+
+/** What QEMU's own load of a snapshot may need besides its path. */
+export interface OracleNeeds {
+  /** As QEMU's `file:` wants it: with the offset. */
+  readonly uri?: string;
+  readonly capabilities?: readonly string[];
+}
 
 const dumps = new Map<string, Promise<Map<string, BlockPages>>>();
 
@@ -22,8 +29,8 @@ export function oracleMemory(snapshot: GuestSnapshot): Promise<Map<string, Block
   const known = dumps.get(path);
   if (known !== undefined) return known;
   const made = (async () => {
-    const { uri = path } = snapshot as GuestSnapshot & { readonly uri?: string };
-    const { qemu } = await ordinaryLoad({ ...snapshot, path: uri }, { paused: true });
+    const { uri = path, capabilities = [] } = snapshot as GuestSnapshot & OracleNeeds;
+    const { qemu } = await ordinaryLoad({ ...snapshot, path: uri }, { paused: true, capabilities });
     await using _ = qemu;
     return await dumpMemory(qemu);
   })();

@@ -16,7 +16,7 @@ import { join } from "node:path";
 import { BUILD, modifiedMs, ROOT } from "../../scripts/build-shim.ts";
 import type { LoadReport } from "../../src/index.ts";
 import { type GuestSnapshot, QEMU, type Qemu, qemuVersion, startQemu } from "./guests.ts";
-import { differencesFromOracle } from "./load-oracle.ts";
+import { differencesFromOracle, type OracleNeeds } from "./load-oracle.ts";
 import { FslRun } from "./load-runs.ts";
 
 export const MATRIX_TIMEOUT_MS = 120_000;
@@ -98,7 +98,7 @@ export interface LoadSpec {
 
 /** Loads it stopped, waits until all RAM is in, and compares every RAMBlock with the oracle's. */
 export async function loadAndCompare(
-  snapshot: Pick<MatrixSnapshot, "path" | "argv">,
+  snapshot: Pick<MatrixSnapshot, "path" | "argv"> & OracleNeeds,
   spec: LoadSpec = {},
 ): Promise<MatrixLoad> {
   const run = await FslRun.start(snapshot, {

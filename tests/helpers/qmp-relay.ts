@@ -55,12 +55,16 @@ function relay(near: number, far: number): void {
   }
 }
 
-/** fsl may send several commands at once: those before it are handed on, and none comes behind. */
+/** fsl may send several commands at once: those before and behind it are handed on. */
 function refuse(near: number, far: number, { bytes, fds }: Received): void {
   const text = bytes.toString();
-  send(far, Buffer.from(text.slice(0, text.indexOf(`{"execute":"${command}"`))), fds);
+  const id = idOf(text);
+  const start = text.indexOf(`{"execute":"${command}"`);
+  const end = `"id":${id}}`;
+  const others = text.slice(0, start) + text.slice(text.indexOf(end, start) + end.length);
+  send(far, Buffer.from(others), fds);
   const error = { class: "GenericError", desc: "refused by the relay" };
-  send(near, Buffer.from(`${JSON.stringify({ id: idOf(text), error })}\n`), []);
+  send(near, Buffer.from(`${JSON.stringify({ id, error })}\n`), []);
 }
 
 /** Messages begin with `{"execute":` and end with their id. */

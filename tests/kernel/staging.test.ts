@@ -6,7 +6,7 @@ import { afterEach, describe, expect, test } from "bun:test";
 import { planStaging, Staging, type StagingBlock } from "../../src/load/staging.ts";
 import { C_EAGER_PAGES, CHUNK_FREE, CHUNK_MOVED } from "../../src/load/state.ts";
 import { WholeChunks } from "../../src/load/whole-chunks.ts";
-import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE } from "../helpers/helper-target.ts";
+import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE, stateOf } from "../helpers/helper-target.ts";
 import { until, within } from "../helpers/kernel-target.ts";
 import { makeState } from "../helpers/load-states.ts";
 
@@ -63,6 +63,12 @@ function stagedKib(it: HelperBench): number {
   return hugeKib(it.target.pid, Math.min(...staging), 2 * (first?.record.stagingLength ?? 0));
 }
 
+/** Stops it, and waits until its helpers have said so. */
+async function stopped(staging: Staging): Promise<void> {
+  staging.stop();
+  await until(() => staging.isAnswered || null, 5000, "the helpers' answers");
+}
+
 describe("Staging", () => {
   test(
     "brings what was read as huge pages, marks and counts it, and leaves nothing behind",
@@ -71,7 +77,7 @@ describe("Staging", () => {
       using _ = made;
       const staging = begin(CHUNKS);
       await until(() => stagedKib(it) === CHUNKS * 2048 || null, 5000, "six chunks read");
-      staging.stop();
+      await stopped(staging);
       expect(staging.moveInto(state, whole)).toBe(CHUNKS);
       expect([...block.chunks]).toEqual(Array(CHUNKS).fill(CHUNK_MOVED));
       expect(state.counters(WORKER)[C_EAGER_PAGES]).toBe(CHUNKS * HUGE_PAGES);
@@ -93,7 +99,7 @@ describe("Staging", () => {
       using _ = made;
       const staging = begin(1);
       await until(() => stagedKib(it) === 2048 || null, 5000, "a chunk read");
-      staging.stop();
+      await stopped(staging);
       expect(staging.moveInto(state, whole)).toBe(1);
       const zeros = Bun.hash.crc32(new Uint8Array(3 * PAGE));
       expect([await it.read(0, 3), await it.read(5, 3)]).toEqual([zeros, zeros]);
@@ -112,7 +118,7 @@ describe("Staging", () => {
       using _ = made;
       const staging = begin(3);
       await until(() => stagedKib(it) === 3 * 2048 || null, 5000, "three chunks read");
-      staging.stop();
+      await stopped(staging);
       // The order is bottom, top, bottom.
       expect(block.splitChunk(HUGE_PAGES + 7)).toBe(true);
       const { answer } = await it.blockedRead(9);
@@ -133,7 +139,7 @@ describe("Staging", () => {
       const { it, state, block, whole, begin, made } = await start();
       using _ = made;
       const staging = begin(CHUNKS);
-      staging.stop();
+      await stopped(staging);
       const moved = staging.moveInto(state, whole);
       expect([...block.chunks].filter((word) => word === CHUNK_MOVED)).toHaveLength(moved);
       expect(moved).toBeLessThan(CHUNKS);
@@ -157,9 +163,41 @@ describe("Staging", () => {
       const staging = begin(4);
       await until(() => stagedKib(it) === 4 * 2048 || null, 5000, "four chunks read");
       process.kill(it.tasks[1]?.record.pid ?? 0, "SIGKILL");
-      staging.stop();
+      await stopped(staging);
       expect(staging.moveInto(state, whole)).toBe(2);
       expect(await it.read(0, HUGE_PAGES)).toBe(it.crc(0, HUGE_PAGES));
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a helper that does not answer is named, and the others' chunks come",
+    async () => {
+      const { it, state, whole, begin, made } = await start();
+      using _ = made;
+      const [first, second] = it.tasks.map(({ record }) => record);
+      if (first === undefined || second === undefined) throw new Error("no helpers");
+      const staging = begin(4);
+      process.kill(second.pid, "SIGSTOP");
+      staging.stop();
+      // Should it have been done before it was stopped, there is nothing to be waited for.
+      await until(() => (stateOf(second.pid) === "T" ? true : null), 5000, "a stopped helper");
+      await until(
+        () => (staging.lost.every((one) => one === second) ? true : null),
+        5000,
+        "an answer",
+      );
+      const isLate = staging.lost.length > 0;
+      expect(staging.isAnswered).toBe(!isLate);
+      const moved = staging.moveInto(state, whole);
+      process.kill(second.pid, "SIGCONT");
+      expect(moved).toBeLessThanOrEqual(isLate ? 2 : 4);
+      for (const chunk of [0, 1]) {
+        if (state.blocks[0]?.chunks[chunk] !== CHUNK_MOVED) continue;
+        expect(await it.read(chunk * HUGE_PAGES, HUGE_PAGES)).toBe(
+          it.crc(chunk * HUGE_PAGES, HUGE_PAGES),
+        );
+      }
     },
     TIMEOUT_MS,
   );
