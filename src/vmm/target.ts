@@ -106,7 +106,7 @@ export interface ServedTarget {
   release(): Promise<void>;
   /**
    * After its state is loaded: tells of a device that is plugged in while RAM comes in and that
-   * changes what is right for it, within about 0.1 s, once. Absent: none can be.
+   * changes what is right for it, within some 50 ms, once. Absent: none can be.
    * @param found called with the device's type
    * @param lost called when nobody can be asked any more, although the target lives
    * @returns stops the watch

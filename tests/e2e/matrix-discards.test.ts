@@ -6,6 +6,8 @@
 import { describe, expect, test } from "bun:test";
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { C_EAGER_PAGES, type LoadState, MAIN_THREAD } from "../../src/load/state.ts";
+import { openLoadState } from "../helpers/fault-runs.ts";
 import { guestArgv, whyNoGuests } from "../helpers/guests.ts";
 import { FslRun, openFiles, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import {
@@ -25,8 +27,17 @@ import {
 } from "../helpers/matrix-guests.ts";
 
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
-/** Slow enough that most of it is missing when the guest begins to give back. */
+/**
+ * Slow enough that most of it is missing when the guest begins to give back. In memory that can be
+ * moved two chunks at a time are two helper tasks of one Worker.
+ */
 const FLAGS = ["--eager-rate", "12M", "--eager-workers", "2"];
+
+/** Without helper tasks, page by page by several Workers. */
+const MANY = 4;
+const MANY_FLAGS = ["--eager-rate", "12M", "--eager-workers", `${MANY}`];
+/** A program that becomes QEMU by exec has none: they are in the memory that it had before. */
+const WITHOUT_HELPERS = ["env"];
 
 const SMALL = { memoryMiB: 160, dataMiB: 16 };
 
@@ -66,17 +77,38 @@ function pagesCollapsed(): number {
   return existsSync(path) ? Number(readFileSync(path, "utf8")) : 0;
 }
 
+/** Eager Workers that have brought pages; what was read ahead is the main thread's. */
+function workersOf(state: LoadState): number {
+  const numbers = Array.from({ length: MAIN_THREAD - 1 }, (_, index) => index + 1);
+  return numbers.filter((number) => (state.counters(number)[C_EAGER_PAGES] ?? 0) > 0).length;
+}
+
+interface Way {
+  readonly save?: MatrixSave;
+  readonly flags?: readonly string[];
+  readonly workers?: number;
+  /** What stands before QEMU's command line when it is loaded. */
+  readonly prefix?: readonly string[];
+}
+
+const RACE: Way = { flags: MANY_FLAGS, workers: MANY, prefix: WITHOUT_HELPERS };
+
 /** Loads it slowly, has the guest give memory back, and looks at every page of that. */
 async function giveBack(
   argv: readonly string[],
   give: (given: Given) => Promise<void>,
-  save: MatrixSave = SAVE,
+  { save = SAVE, flags = FLAGS, workers = 1, prefix = [] }: Way = {},
 ): Promise<void> {
   using snapshot = await saveGuest(argv, save);
   const trace = join(snapshot.directory, "trace");
   const collapsedBefore = pagesCollapsed();
-  await using run = await FslRun.start(snapshot, { flags: FLAGS, qemuArgs: traceArgs(trace) });
+  await using run = await FslRun.start(snapshot, {
+    flags,
+    argv: [...prefix, ...snapshot.argv],
+    qemuArgs: traceArgs(trace),
+  });
   await run.serial.waitFor(/^tick /);
+  const state = await until(() => openLoadState(run.pid), MATRIX_TIMEOUT_MS, "a load state");
   await give({ snapshot, run, trace });
   expect(run.stderr.text).not.toMatch(/all RAM in after/);
   await run.qmp.execute("stop");
@@ -87,6 +119,8 @@ async function giveBack(
     MATRIX_TIMEOUT_MS,
     "the end of the load",
   );
+  expect(workersOf(state)).toBe(workers);
+  state.unmap();
   const found = await lookAtDiscarded(run, snapshot.path, trace);
   // Long zero extents are not registered: no event comes from there.
   expect(report.removedPages).toBeGreaterThanOrEqual(found.dataPages);
@@ -101,9 +135,12 @@ async function giveBack(
 }
 
 describe.skipIf(skip)("memory given back while it is loaded", () => {
-  test(
-    "balloon inflated",
-    async () => {
+  test.each<[string, Way]>([
+    ["balloon inflated", {}],
+    ["balloon inflated without helper tasks, while four eager Workers race", RACE],
+  ])(
+    "%s",
+    async (_, way) => {
       const argv = guestArgv({ ...SMALL, extraArgs: ["-device", "virtio-balloon-pci"] });
       const inflate = async ({ run, trace }: Given): Promise<void> => {
         await run.qmp.execute("balloon", { value: 112 * MIB });
@@ -111,18 +148,21 @@ describe.skipIf(skip)("memory given back while it is loaded", () => {
       };
       // Every page counts as data, so that whole chunks are.
       const parameters = { "zero-page-detection": "none" };
-      await giveBack(argv, inflate, { ...SAVE, parameters });
+      await giveBack(argv, inflate, { ...way, save: { ...SAVE, parameters } });
     },
     MATRIX_TIMEOUT_MS,
   );
 
-  test(
-    "free pages reported",
-    async () => {
+  test.each<[string, Way]>([
+    ["free pages reported", {}],
+    ["free pages reported without helper tasks, while four eager Workers race", RACE],
+  ])(
+    "%s",
+    async (_, way) => {
       const device = "virtio-balloon-pci,free-page-reporting=on";
       // The driver reports only while 64 MiB and more are free.
       const argv = guestArgv({ dataMiB: 16, extraArgs: ["-device", device] });
-      await giveBack(argv, reportFree, SAVE_REPORTING);
+      await giveBack(argv, reportFree, { ...way, save: SAVE_REPORTING });
     },
     MATRIX_TIMEOUT_MS,
   );

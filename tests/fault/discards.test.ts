@@ -16,6 +16,7 @@ import {
 import { snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import { whyNoExecutable } from "../helpers/load-runs.ts";
 
+const POLL_MS = 20;
 const TIMEOUT_MS = 120_000;
 const SOAK_MS = 3_600_000;
 const reason = whyNoExecutable() ?? whyNoGuests();
@@ -153,6 +154,8 @@ describe.skipIf(reason !== null)("memory that the guest gives back", () => {
       state?.unmap();
       if (isResumed) await run.fsl.kill();
       const fsl = isResumed ? await run.resume("--eager-rate", "1M") : run.fsl;
+      // While nobody serves, nobody looks for new devices either.
+      while ((await run.status())?.served !== true) await Bun.sleep(POLL_MS);
       // QEMU tells on stderr which pages it is given.
       await run.qmp.hmp("trace-event virtio_balloon_handle_output on");
       await run.qmp.execute("device_add", { driver: "virtio-balloon-pci", id: "balloon0" });
