@@ -227,7 +227,9 @@ export class EagerLoop {
     const start = replay[at + 1] ?? 0;
     const pages = replay[at + 2] ?? 0;
     if (state === undefined) return SUPPLIED;
-    if (pages === 0) return this.#bringChunk(state.firstChunk + state.chunkOf(start));
+    const chunk = state.firstChunk + state.chunkOf(start);
+    // A page that came alone would leave the rest of its chunk to be copied.
+    if (pages === 0 || (this.#isMoving && this.#isUntouched(chunk))) return this.#bringChunk(chunk);
     const end = start + pages;
     let page = nextMissing(state.data, state.done, start, end, true);
     while (page < end) {
