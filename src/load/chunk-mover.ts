@@ -19,7 +19,7 @@ import { type BlockState, CHUNK_LENGTH } from "./state.ts";
  * A chunk with more runs of data than this is copied: one read for each would cost more than it
  * saves.
  */
-export const CALLS_A_CHUNK_MAX = 64;
+export const RUNS_MAX = 64;
 
 /** Whether a chunk can come as a whole; looked at again by the kernel when it does. */
 export function canMove(state: BlockState, chunk: number): boolean {
@@ -32,7 +32,7 @@ export function canMove(state: BlockState, chunk: number): boolean {
   for (let at = nextBit(state.data, start, end, true); at < end; runs += 1) {
     at = nextBit(state.data, nextBit(state.data, at, end, false), end, true);
   }
-  return runs > 0 && runs <= CALLS_A_CHUNK_MAX;
+  return runs > 0 && runs <= RUNS_MAX;
 }
 
 /** What has become of the chunk in hand: still being read, to be moved by `moveNow`, there, or not. */

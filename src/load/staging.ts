@@ -12,7 +12,7 @@ import { HELPER_CALLS_MAX, MADV_DONTNEED, POLLIN } from "../sys/abi.ts";
 import { type HelperRecord, HelperTask, INLINE_CALLS_MAX } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
 import { nextBit } from "./bits.ts";
-import { CALLS_A_CHUNK_MAX } from "./chunk-mover.ts";
+import { RUNS_MAX } from "./chunk-mover.ts";
 import { type ChunkedBlock, orderChunks } from "./order.ts";
 import { raise, readIdly } from "./priority.ts";
 import { type BlockState, CHUNK_LENGTH, type LoadState } from "./state.ts";
@@ -107,7 +107,7 @@ function addChunk(
   }
   words[at] = runs;
   // It comes page by page.
-  const isUnfit = runs === 0 || runs > CALLS_A_CHUNK_MAX || (end - start) * pageSize < CHUNK_LENGTH;
+  const isUnfit = runs === 0 || runs > RUNS_MAX || (end - start) * pageSize < CHUNK_LENGTH;
   if (isUnfit) words.length = at + 1 - HEAD_WORDS;
 }
 
