@@ -123,7 +123,7 @@ export interface LoadHandle {
   failures(): readonly PageFailure[];
   /**
    * `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot
-   * be read. Looked at when the target has ended: that is why.
+   * be read (not: that the host has no memory for). Looked at when the target has ended: that is why.
    */
   readonly supplyFailed: boolean;
   /**

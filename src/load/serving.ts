@@ -169,10 +169,11 @@ export class Serving {
 
   /**
    * `onError` was carried out, the snapshot was changed, or somebody waits for a page that cannot
-   * be read.
+   * be read. A page that the host has no memory for can be read: a target that the kernel ends for
+   * that has ended by itself.
    */
   get supplyFailed(): boolean {
-    return this.#suppliedWrong || this.#isAnyDemanded();
+    return this.#suppliedWrong || this.#isAnyDemanded(({ errno }) => errno !== ENOMEM);
   }
 
   /** Before the eager load: helpers that do not answer are ended, the others go on. */
@@ -187,9 +188,9 @@ export class Serving {
     }
   }
 
-  #isAnyDemanded(): boolean {
+  #isAnyDemanded(matches: (failure: PageFailure) => boolean = () => true): boolean {
     return [...this.#failures.values()].some(
-      (known) => known.demanded && !this.#isDone(known.failure),
+      ({ demanded, failure }) => demanded && matches(failure) && !this.#isDone(failure),
     );
   }
 
