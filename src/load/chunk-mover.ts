@@ -4,13 +4,13 @@
  * (UFFDIO_MOVE, Linux 6.8), which wakes whoever waits there. At the speed and the cost of an ordinary
  * load, and the guest has a huge page afterwards, where copying leaves 512 small ones.
  *
- * One chunk at a time: `begin` it, `proceed` takes the answer, `settle` it. No call here waits for the
- * helper but `proceed` and `moveNow`.
+ * A batch of chunks at a time, which is one packet: `add` them, `send`, `take` the answer, `settle`
+ * each. No call here waits for the helper but `take` and `moveNow`.
  *
  * Only for chunks in which no page is present: the kernel moves a huge page whole, or has to split
  * it first.
  */
-import { HelperTask, type HelperRecord } from "../sys/helper-task.ts";
+import { HelperTask, type HelperRecord, INLINE_CALLS_MAX } from "../sys/helper-task.ts";
 import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
 import { nextBit } from "./bits.ts";
 import { type BlockState, CHUNK_LENGTH } from "./state.ts";
@@ -20,6 +20,8 @@ import { type BlockState, CHUNK_LENGTH } from "./state.ts";
  * saves.
  */
 export const RUNS_MAX = 64;
+/** Calls that a chunk takes at most: staging memory is given back and touched, read into, moved. */
+const CHUNK_CALLS_MAX = 2 + RUNS_MAX + 1;
 
 /** Whether a chunk can come as a whole; looked at again by the kernel when it does. */
 export function canMove(state: BlockState, chunk: number): boolean {
@@ -35,25 +37,36 @@ export function canMove(state: BlockState, chunk: number): boolean {
   return runs > 0 && runs <= RUNS_MAX;
 }
 
-/** What has become of the chunk in hand: still being read, to be moved by `moveNow`, there, or not. */
-export type ChunkFate = "reading" | "read" | "moved" | "unmoved";
+/** What has become of a chunk in hand: to be moved by `moveNow`, there, or not. */
+export type ChunkFate = "read" | "moved" | "unmoved";
+
+/** A chunk in hand. */
+export interface ChunkInHand {
+  readonly state: BlockState;
+  readonly chunk: number;
+}
+
+interface BatchedChunk extends ChunkInHand {
+  /** How many calls of the packet must have been made for it to have been read. */
+  readonly callsToRead: number;
+  /** Which call moves it; -1 = none. */
+  readonly moveCall: number;
+}
 
 export class ChunkMover {
   readonly #helper: HelperTask;
   readonly #isGuarded: boolean;
   /** Descriptor of the snapshot in the helper. */
   readonly #fileFd: number;
+  /** Chunks that there is staging memory for. */
+  readonly #slots: number;
   #isGone: boolean;
   #isRunning = false;
-  #state: BlockState | null = null;
-  #chunk = 0;
-  /** The first page that no packet has asked for yet. */
-  #nextPage = 0;
-  /** Calls of the packet that runs, and which of them moves the chunk; -1 = none. */
+  /** What is in hand, each in the slot of its place. */
+  #batch: BatchedChunk[] = [];
   #calls = 0;
-  #moveCall = -1;
-  /** The staging memory holds bytes of a chunk that was not moved. */
-  #isDirty = false;
+  /** Slots that hold bytes of a chunk that was not moved. */
+  readonly #dirty = new Set<number>();
 
   /**
    * @param fileFd descriptor of the snapshot in this process
@@ -63,10 +76,11 @@ export class ChunkMover {
     this.#helper = new HelperTask(record);
     this.#isGuarded = isGuarded;
     this.#fileFd = this.#helper.sendDescriptor(fileFd);
-    this.#isGone = this.#fileFd < 0 || record.stagingLength < CHUNK_LENGTH;
+    this.#slots = Math.min(Math.floor(record.stagingLength / CHUNK_LENGTH), INLINE_CALLS_MAX);
+    this.#isGone = this.#fileFd < 0 || this.#slots === 0;
   }
 
-  /** Readable when there is something to `proceed` with. */
+  /** Readable when there is something to `take`. */
   get fd(): number {
     return this.#helper.record.fd;
   }
@@ -81,86 +95,40 @@ export class ChunkMover {
     return this.#isRunning;
   }
 
-  /** A chunk can be begun. */
+  /** Nothing is in hand: a batch can be begun. */
   get isFree(): boolean {
-    return !this.#isGone && !this.#isRunning && this.#state === null;
+    return !this.#isGone && !this.#isRunning && this.#batch.length === 0;
   }
 
-  /** The block whose chunk is in hand, and the chunk's number within it; null = none. */
-  get state(): BlockState | null {
-    return this.#state;
-  }
-  get chunk(): number {
-    return this.#chunk;
+  /** What is in hand. */
+  get batch(): readonly ChunkInHand[] {
+    return this.#batch;
   }
 
-  /** Takes a chunk in hand. Only when `isFree`. */
-  begin(state: BlockState, chunk: number): void {
-    this.#state = state;
-    this.#chunk = chunk;
-    this.#nextPage = nextBit(state.data, state.chunkStart(chunk), state.chunkEnd(chunk), true);
-    this.#helper.begin();
-    this.#calls = 0;
-    const { stagingAddr } = this.#helper.record;
-    if (this.#isDirty) {
-      this.#isDirty = false;
+  /** Nothing can be added to the batch. */
+  get isFull(): boolean {
+    return this.#batch.length >= this.#slots || this.#calls + CHUNK_CALLS_MAX > HELPER_CALLS_MAX;
+  }
+
+  /** Takes a chunk in hand that `canMove`. Only when the batch has not been sent and is not full. */
+  add(state: BlockState, chunk: number): void {
+    const slot = this.#batch.length;
+    if (slot === 0) {
+      this.#helper.begin();
+      this.#calls = 0;
+    }
+    const stagingAddr = this.#slotAddr(slot);
+    if (this.#dirty.delete(slot)) {
       this.#helper.madvise(stagingAddr, CHUNK_LENGTH, MADV_DONTNEED);
       this.#calls += 1;
     }
     this.#helper.touch(stagingAddr);
     this.#calls += 1;
-    this.#sendCalls(state);
-  }
-
-  /**
-   * Takes the answer of the helper, and blocks until it is there.
-   * @returns what has become of the chunk in hand; reading: it goes on with `goOn`
-   */
-  proceed(): ChunkFate {
-    this.#isRunning = false;
-    const made = this.#isGone ? -1 : this.#helper.finish();
-    if (made < 0) this.#isGone = true;
-    if (this.#moveCall >= 0) return this.#hasMoved(this.#moveCall) ? "moved" : "unmoved";
-    if (made < this.#calls || this.#state === null) return "unmoved";
-    const isRead = this.#nextPage >= this.#state.chunkEnd(this.#chunk);
-    return isRead && this.#isGuarded ? "read" : "reading";
-  }
-
-  /** The next calls for a chunk that did not fit into one packet. */
-  goOn(): void {
-    if (this.#state === null) return;
-    this.#helper.begin();
-    this.#calls = 0;
-    this.#sendCalls(this.#state);
-  }
-
-  /** Moves the chunk that was read, and blocks until that is done. @returns whether it has come */
-  moveNow(): boolean {
-    if (this.#state === null || this.#isGone) return false;
-    this.#helper.begin();
-    const call = this.#addMove(this.#state);
-    return this.#helper.run() >= 0 && this.#hasMoved(call);
-  }
-
-  /** The chunk is out of hand. @param hasMoved else its bytes are still in the staging memory */
-  settle(hasMoved: boolean): void {
-    this.#state = null;
-    this.#moveCall = -1;
-    if (!hasMoved) this.#isDirty = true;
-  }
-
-  #hasMoved(call: number): boolean {
-    return this.#helper.moveOutcome(call) === CHUNK_LENGTH;
-  }
-
-  /** Reads of the chunk's data pages, the rest is zero; then, if there is room, the move. */
-  #sendCalls(state: BlockState): void {
+    // The rest of it is zero, as a fresh page is.
     const { pageSize, pagesOffset } = state.block;
-    const { stagingAddr } = this.#helper.record;
-    const start = state.chunkStart(this.#chunk);
-    const end = state.chunkEnd(this.#chunk);
-    let at = this.#nextPage;
-    while (at < end && this.#calls < HELPER_CALLS_MAX) {
+    const start = state.chunkStart(chunk);
+    const end = state.chunkEnd(chunk);
+    for (let at = nextBit(state.data, start, end, true); at < end;) {
       const runEnd = nextBit(state.data, at, end, false);
       const target = stagingAddr + (at - start) * pageSize;
       const length = (runEnd - at) * pageSize;
@@ -168,23 +136,55 @@ export class ChunkMover {
       this.#calls += 1;
       at = nextBit(state.data, runEnd, end, true);
     }
-    this.#nextPage = at;
-    const isLast = at >= end && this.#calls < HELPER_CALLS_MAX;
-    if (isLast && !this.#isGuarded) {
-      this.#moveCall = this.#addMove(state);
+    const callsToRead = this.#calls;
+    let moveCall = -1;
+    if (!this.#isGuarded) {
+      // One that fails does not keep those behind it from coming.
+      moveCall = this.#addMove(state, chunk, slot, false);
       this.#calls += 1;
     }
-    this.#send();
-  }
-
-  #addMove(state: BlockState): number {
-    const target = state.block.hostAddr + state.chunkStart(this.#chunk) * state.block.pageSize;
-    return this.#helper.move(target, this.#helper.record.stagingAddr, CHUNK_LENGTH, 0);
+    this.#batch.push({ state, chunk, callsToRead, moveCall });
   }
 
   /** A failure shows when the answer is taken. */
-  #send(): void {
+  send(): void {
     this.#isRunning = true;
     if (this.#helper.start() < 0) this.#isGone = true;
+  }
+
+  /** Takes the helper's answer, and blocks until it is there. @returns the fate of each in `batch` */
+  take(): ChunkFate[] {
+    this.#isRunning = false;
+    const made = this.#isGone ? -1 : this.#helper.finish();
+    if (made < 0) this.#isGone = true;
+    return this.#batch.map(({ callsToRead, moveCall }) => {
+      if (made < callsToRead) return "unmoved";
+      if (moveCall < 0) return "read";
+      return this.#helper.moveOutcome(moveCall) === CHUNK_LENGTH ? "moved" : "unmoved";
+    });
+  }
+
+  /** Moves a chunk that was read, and blocks until that is done. @returns whether it has come */
+  moveNow(index: number): boolean {
+    const inHand = this.#batch[index];
+    if (inHand === undefined || this.#isGone) return false;
+    this.#helper.begin();
+    const call = this.#addMove(inHand.state, inHand.chunk, index, true);
+    return this.#helper.run() >= 0 && this.#helper.moveOutcome(call) === CHUNK_LENGTH;
+  }
+
+  /** The batch is out of hand. @param hasMoved for each of it; else its bytes are still in its slot */
+  settle(hasMoved: readonly boolean[]): void {
+    for (const [slot, moved] of hasMoved.entries()) if (!moved) this.#dirty.add(slot);
+    this.#batch = [];
+  }
+
+  #addMove(state: BlockState, chunk: number, slot: number, stopOnError: boolean): number {
+    const target = state.block.hostAddr + state.chunkStart(chunk) * state.block.pageSize;
+    return this.#helper.move(target, this.#slotAddr(slot), CHUNK_LENGTH, 0, stopOnError);
+  }
+
+  #slotAddr(slot: number): number {
+    return this.#helper.record.stagingAddr + slot * CHUNK_LENGTH;
   }
 }

@@ -304,6 +304,7 @@ export class EagerLoop {
       while (bytesPerSecond !== 0 && this.#advance(FOREVER));
       return SUPPLIED;
     }
+    this.#whole.flush();
     // Pages may be served one by one from here on.
     Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, CHUNK_SPLIT);
     const copying = CHUNK_COPYING + workerIndex;

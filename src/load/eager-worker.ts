@@ -2,7 +2,6 @@
 import { EagerLoop } from "./eager-loop.ts";
 import { Priority } from "./priority.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
-import { rehearseChunks } from "./rehearsal.ts";
 import { serveWorker } from "./worker.ts";
 
 serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
@@ -31,4 +30,4 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, r
     loop.close();
     priority.close();
   }
-}, rehearseChunks);
+});

@@ -1,23 +1,19 @@
 /**
- * Rehearsals of the Workers' loops, on a load state of our own, while the target is still starting:
- * code that runs for the first time takes a millisecond, and the first faults come from the target's
+ * A rehearsal of the fault loop, on a load state of our own, while the target is still starting: code
+ * that runs for the first time takes a millisecond, and the first faults come from the target's
  * loading of its devices and from the guest's first steps.
  */
 import {
   EFD_CLOEXEC,
-  HELPER_REPLY,
   MAP_ANONYMOUS,
   MAP_PRIVATE,
   MFD_CLOEXEC,
-  MSG_DONTWAIT,
   O_CLOEXEC,
   O_NONBLOCK,
   PROT_READ,
   PROT_WRITE,
   REGISTER_MISSING,
-  SOCK_SEQPACKET,
   UFFD_EVENT_PAGEFAULT,
-  UFFD_MOVE,
   UFFD_MSG,
   UFFD_USER_MODE_ONLY,
 } from "../sys/abi.ts";
@@ -25,11 +21,8 @@ import * as sys from "../sys/native.ts";
 import { createPageSource } from "../source/snapshot-source.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { setRange } from "./bits.ts";
-import { ChunkMover } from "./chunk-mover.ts";
-import { EagerLoop } from "./eager-loop.ts";
 import { FaultLoop } from "./fault-loop.ts";
-import { orderChunks } from "./order.ts";
-import { C_FAULTS, C_MOVED_CHUNKS, CHUNK_LENGTH, LoadState, type StateBlock } from "./state.ts";
+import { C_FAULTS, LoadState, type StateBlock } from "./state.ts";
 
 const PAGE = 4096;
 const PAGES = 64;
@@ -100,70 +93,6 @@ function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): numbe
     state.unmap();
     sys.close(fd);
   }
-}
-
-/** Chunks that the eager loop brings in its rehearsal. */
-const CHUNKS = 8;
-
-/**
- * Brings a few made-up chunks, with the answers of a helper that does not exist. Runs in an eager
- * Worker. @returns how many
- */
-export function rehearseChunks(): number {
-  const block = {
-    ...BLOCK,
-    hostAddr: CHUNK_LENGTH,
-    usedLength: CHUNKS * CHUNK_LENGTH,
-    movable: true,
-  };
-  const pair = new Int32Array(2);
-  if (sys.socketpair(SOCK_SEQPACKET, pair) < 0) return 0;
-  const [ours = -1, theirs = -1] = pair;
-  const { state, fd } = rehearsalState(block);
-  const source = createPageSource({ fd }, [block]);
-  try {
-    for (const { data, pageCount } of state.blocks) setRange(data, 0, pageCount);
-    answerAhead(theirs);
-    const record = { pid: 0, fd: ours, uffdFd: -1, stagingAddr: 0, stagingLength: CHUNK_LENGTH };
-    const loop = new EagerLoop({
-      // Nobody waits, and nothing is copied: it is not used.
-      uffd: new Uffd(fd),
-      source,
-      state,
-      counters: state.counters(1),
-      workerIndex: 1,
-      pieceLength: CHUNK_LENGTH,
-      order: orderChunks(state.blocks),
-      replay: Int32Array.of(0, 0, 0),
-      movers: [new ChunkMover(record, fd, false)],
-      bytesPerSecond: 0,
-      pendingMax: 0,
-      onFailure: () => {},
-      onRecovered: () => {},
-    });
-    loop.run();
-    loop.close();
-    return state.counters(1)[C_MOVED_CHUNKS] ?? 0;
-  } finally {
-    source.close();
-    state.unmap();
-    for (const each of [fd, ours, theirs]) sys.close(each);
-  }
-}
-
-/** What a helper answers to a descriptor, then to each chunk: a touch, a read and a move of all of it. */
-function answerAhead(socket: number): void {
-  const answer = new Int32Array(HELPER_REPLY.BYTES / 4);
-  const send = (): void => {
-    sys.send(socket, answer, HELPER_REPLY.BYTES, new Int32Array(0), 0, MSG_DONTWAIT);
-  };
-  answer[HELPER_REPLY.FD_COUNT / 4] = 1;
-  send();
-  answer[HELPER_REPLY.FD_COUNT / 4] = 0;
-  answer[HELPER_REPLY.CALLS_MADE / 4] = 3;
-  answer[HELPER_REPLY.RESULTS / 4 + 2] = CHUNK_LENGTH;
-  answer[(HELPER_REPLY.DATA + UFFD_MOVE.MOVE) / 4] = CHUNK_LENGTH;
-  for (let chunk = 0; chunk < CHUNKS; chunk += 1) send();
 }
 
 const BLOCK = { idstr: "rehearsal", pageSize: PAGE, hostPageSize: PAGE, pagesOffset: 0 };

@@ -22,6 +22,9 @@ import {
 
 /** Until the reader of events opens the gate. */
 const GATE_PAUSE_MS = 1;
+/** Chunks that a packet to a helper has, and of a guest that reads much. */
+const BATCH = 4;
+const BATCH_BULK = 8;
 
 export interface WholeChunksOptions {
   readonly uffd: Uffd;
@@ -40,6 +43,8 @@ export class WholeChunks {
   readonly #options: WholeChunksOptions;
   readonly #fds: Int32Array;
   readonly #revents: Int32Array;
+  /** Its packet has chunks and has not been sent. */
+  #open: ChunkMover | undefined;
   /** Plan-wide numbers of chunks that could not be moved: their pages come one by one. */
   readonly unmoved: number[] = [];
   /** Bytes of data that have come; the owner sets it back. */
@@ -63,16 +68,39 @@ export class WholeChunks {
 
   /**
    * Takes a chunk that nobody has touched in hand. While all helpers are at work, an eager Worker waits.
-   * The reader of events does not: the one who waits for a page gets that page.
+   * The reader of events does not: the one who waits for a page gets that page. A packet may have room
+   * for more chunks: it goes when it is full, or by `flush`.
    * @returns false when it has to come otherwise
    */
   begin(state: BlockState, chunk: number): boolean {
     if (state.chunks[chunk] !== CHUNK_FREE) return false;
     // First: the reader of events is not to look through the chunk for nothing.
-    const mover = this.#free();
+    const mover = this.#open ?? this.#free();
     if (mover === undefined || !this.claim(state, chunk)) return false;
-    mover.begin(state, chunk);
+    mover.add(state, chunk);
+    this.#open = mover;
+    if (mover.isFull || mover.batch.length >= this.#batchMax) this.flush();
     return true;
+  }
+
+  /** Sends what has been begun. */
+  flush(): void {
+    const mover = this.#open;
+    if (mover === undefined) return;
+    this.#open = undefined;
+    if (this.#options.state.halted)
+      this.#settleAll(
+        mover,
+        mover.batch.map(() => false),
+      );
+    else mover.send();
+  }
+
+  /** Chunks in a packet: what a vCPU waits for may be the last of them. */
+  get #batchMax(): number {
+    const { readsEvents, state } = this.#options;
+    if (readsEvents) return 1;
+    return state.isBulk ? BATCH_BULK : BATCH;
   }
 
   /** A chunk that nobody has touched is this Worker's from here on: `settle` it. */
@@ -97,6 +125,7 @@ export class WholeChunks {
    */
   advance(waitMs: number): boolean {
     const { movers } = this.#options;
+    if (waitMs !== 0) this.flush();
     let running = 0;
     for (const mover of movers) {
       if (mover.isRunning) this.#fds[running++] = mover.fd;
@@ -110,29 +139,33 @@ export class WholeChunks {
     return true;
   }
 
-  /** The next step of what a helper has in hand. */
+  /** A helper has answered. */
   #proceed(mover: ChunkMover): void {
-    const { state: load } = this.#options;
-    const fate = mover.proceed();
-    const { state, chunk } = mover;
-    if (state === null) return;
-    if (fate === "reading" && !load.halted) {
-      mover.goOn();
-      return;
+    const fates = mover.take();
+    const hasMoved = fates.map((fate, index) =>
+      fate === "read" ? this.#moveGuarded(mover, index) : fate === "moved",
+    );
+    this.#settleAll(mover, hasMoved);
+  }
+
+  #settleAll(mover: ChunkMover, hasMoved: readonly boolean[]): void {
+    for (const [index, { state, chunk }] of mover.batch.entries()) {
+      this.settle(state, chunk, hasMoved[index] === true);
     }
-    const hasMoved = fate === "read" ? this.#moveGuarded(mover, state, chunk) : fate === "moved";
-    this.settle(state, chunk, hasMoved);
     mover.settle(hasMoved);
   }
 
   /** Where pages can be given back: looked at and moved while no event is read. */
-  #moveGuarded(mover: ChunkMover, state: BlockState, chunk: number): boolean {
+  #moveGuarded(mover: ChunkMover, index: number): boolean {
+    const inHand = mover.batch[index];
+    if (inHand === undefined) return false;
+    const { state, chunk } = inHand;
     this.enterGate();
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
     // A REMOVE may have marked pages while the bytes were read: those are zero now.
     const isWhole = nextBit(state.done, start, end, true) === end;
-    const hasMoved = isWhole && !this.#options.state.halted && mover.moveNow();
+    const hasMoved = isWhole && !this.#options.state.halted && mover.moveNow(index);
     if (hasMoved) setRange(state.done, start, end);
     this.leaveGate();
     return hasMoved;
