@@ -76,6 +76,8 @@ FSL_EXPORT num_t fsl_read(fd_t fd, void *buffer, num_t length);
 FSL_EXPORT num_t fsl_write(fd_t fd, const void *buffer, num_t length);
 /* These two take the memory by its address. */
 FSL_EXPORT num_t fsl_pread(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
+/* What can be had without waiting for a disk: preadv2(2), RWF_NOWAIT. */
+FSL_EXPORT num_t fsl_pread_at_hand(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
 FSL_EXPORT num_t fsl_pwrite(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
 FSL_EXPORT num_t fsl_copy_file_range(fd_t in, num_t in_offset, fd_t out, num_t out_offset,
                                      num_t length);

@@ -69,6 +69,7 @@
 #define NR_pread64 BY_ARCH(17, 67)
 #define NR_prlimit64 BY_ARCH(302, 261)
 #define NR_process_madvise BY_ARCH(440, 440)
+#define NR_preadv2 BY_ARCH(327, 286)
 #define NR_process_vm_readv BY_ARCH(310, 270)
 #define NR_process_vm_writev BY_ARCH(311, 271)
 #define NR_ptrace BY_ARCH(101, 117)
@@ -257,6 +258,7 @@ struct uffd_msg {
 #define MAP_ANONYMOUS 0x20
 #define MAP_NORESERVE 0x4000
 #define MAP_STACK 0x20000
+#define RWF_NOWAIT 8 /* of preadv2(2) */
 #define MADV_DONTNEED 4
 #define MADV_DONTFORK 10
 #define MADV_HUGEPAGE 14

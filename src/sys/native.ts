@@ -50,6 +50,7 @@ const SYMBOLS = {
   fsl_read: { args: [i32, pointer, f64], returns: f64 },
   fsl_write: { args: [i32, pointer, f64], returns: f64 },
   fsl_pread: { args: [i32, f64, f64, f64], returns: f64 },
+  fsl_pread_at_hand: { args: [i32, f64, f64, f64], returns: f64 },
   fsl_pwrite: { args: [i32, f64, f64, f64], returns: f64 },
   fsl_copy_file_range: { args: [i32, f64, i32, f64, f64], returns: f64 },
   fsl_poll: { args: [pointer, pointer, i32, i32, i32], returns: i32 },
@@ -364,6 +365,19 @@ export function write(fd: number, buffer: Memory, length: number = buffer.byteLe
 /** pread(2) to an address of this process. */
 export function pread(fd: number, bufferAddr: number, length: number, offset: number): number {
   return lib.fsl_pread(fd, bufferAddr, length, offset);
+}
+
+/**
+ * As `pread`, but without waiting for a disk: preadv2(2) with RWF_NOWAIT. -EAGAIN when nothing of it is
+ * in the page cache, fewer bytes when not all of it is; -EOPNOTSUPP where the file system cannot tell.
+ */
+export function preadAtHand(
+  fd: number,
+  bufferAddr: number,
+  length: number,
+  offset: number,
+): number {
+  return lib.fsl_pread_at_hand(fd, bufferAddr, length, offset);
 }
 
 /** pwrite(2) from an address of this process. */
