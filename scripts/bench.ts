@@ -33,6 +33,7 @@ import { htmlPage } from "./bench/html.ts";
 import { type Block, type Mode, planBlocks } from "./bench/plan.ts";
 import { type BenchResult, type Cell, Cells, goalsOf, withLoadCpu } from "./bench/results.ts";
 import { FSL, type Figures, hasWorkingSets, measureRun, UPSTREAM } from "./bench/run.ts";
+import { measureStart, type StartResult } from "./bench/start.ts";
 import { performanceDocument, terminalText } from "./bench/text.ts";
 import { ROOT } from "./build-shim.ts";
 
@@ -78,6 +79,7 @@ async function measureAll(options: Options): Promise<BenchResult> {
     removeDirectory();
   }
   const faultPath = await measureFaults(options);
+  const start = await measureStarts(options);
   const measured = withLoadCpu(cells);
   return {
     schema: 1,
@@ -91,6 +93,7 @@ async function measureAll(options: Options): Promise<BenchResult> {
     goals: goalsOf(new Cells(measured), faultPath),
     cells: measured,
     faultPath,
+    start,
     notes,
   };
 }
@@ -112,6 +115,11 @@ function missingModes(): { without: Mode[]; reasons: string[] } {
 async function measureFaults({ quick, rounds, only }: Options): Promise<FaultPathResult | null> {
   if (!only.every((word) => "fault-path".includes(word.toLowerCase()))) return null;
   return measureFaultPath(faultPathOptions(quick, rounds, log));
+}
+
+async function measureStarts({ rounds, only }: Options): Promise<StartResult | null> {
+  if (!only.every((word) => "start".includes(word.toLowerCase()))) return null;
+  return measureStart(FSL, rounds, log);
 }
 
 // -- one block ------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@
  *                                byte, and serves its faults from a mapping of FILE: poll, read a
  *                                batch, one UFFDIO_COPY for each. What src/load/fault-loop.ts does,
  *                                and nothing else.
- *   fill FILE PIECE THREADS      the same, but copies the whole region in pieces: the most that
- *                                UFFDIO_COPY gives on this machine. Prints: filled NS
+ *   fill FILE PIECE THREADS KEEP the same, but copies the whole region in pieces: the most that
+ *                                UFFDIO_COPY gives on this machine. KEEP 1: the file stays mapped;
+ *                                0: each chunk of it leaves the page table when it was copied, so that
+ *                                memory does not grow with the guest. Prints: filled NS
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -173,6 +175,7 @@ static int touch(uint64_t pages, unsigned threads, uint64_t seed) {
 static int uffd;
 static uint64_t region, region_length, source;
 static uint64_t piece_length;
+static int keeps_mapped;
 static atomic_uint_fast64_t next_chunk;
 
 static void take_region(const char *path) {
@@ -221,11 +224,13 @@ static void *fill_share(void *nothing) {
     for (uint64_t at = start; at < end; at += piece_length) {
       copy(at, end - at < piece_length ? end - at : piece_length);
     }
+    if (!keeps_mapped) madvise((void *)(uintptr_t)(source + start), end - start, MADV_DONTNEED);
   }
 }
 
-static int fill(const char *path, uint64_t piece, unsigned threads) {
+static int fill(const char *path, uint64_t piece, unsigned threads, int keep) {
   piece_length = piece;
+  keeps_mapped = keep;
   take_region(path);
   pthread_t ids[MAX_THREADS];
   uint64_t start = now_ns();
@@ -244,8 +249,9 @@ int main(int count, char **arguments) {
     return touch(strtoull(arguments[2], NULL, 0), (unsigned)atoi(arguments[3]),
                  strtoull(arguments[4], NULL, 0));
   if (count == 3 && strcmp(role, "serve") == 0) return serve(arguments[2]);
-  if (count == 5 && strcmp(role, "fill") == 0)
-    return fill(arguments[2], strtoull(arguments[3], NULL, 0), (unsigned)atoi(arguments[4]));
+  if (count == 6 && strcmp(role, "fill") == 0)
+    return fill(arguments[2], strtoull(arguments[3], NULL, 0), (unsigned)atoi(arguments[4]),
+                atoi(arguments[5]));
   fprintf(stderr, "usage: bench-fault-path touch|serve|fill ...\n");
   return 2;
 }

@@ -58,7 +58,11 @@ export interface EagerRow {
   readonly threads: number;
   readonly ts: Summary | null;
   readonly c: Summary | null;
+  /** TypeScript ÷ C, pair by pair. */
   readonly ratio: Summary | null;
+  /** C that takes the file out of its page table again, as a loader must; that ÷ C. */
+  readonly tidy: Summary | null;
+  readonly tidyRatio: Summary | null;
 }
 
 export interface FaultPathResult {
@@ -98,10 +102,12 @@ export function faultLine({ threads, ts, c, p50Ratio, p99Ratio }: FaultRow): str
   );
 }
 
-export function eagerLine({ pieceLength, threads, ts, c, ratio }: EagerRow): string {
+export function eagerLine(row: EagerRow): string {
+  const { pieceLength, threads, ts, c, ratio, tidy, tidyRatio } = row;
   return (
     `eager, ${pieceLength / KIB} KiB, ${threads} threads: ` +
-    `TypeScript ${fixed(ts, 2)} GB/s; C ${fixed(c, 2)} GB/s; ratio ${fixed(ratio, 2)}`
+    `TypeScript ${fixed(ts, 2)} GB/s; C ${fixed(c, 2)} GB/s; ratio ${fixed(ratio, 2)}; ` +
+    `C that unmaps ${fixed(tidy, 2)} GB/s; ratio ${fixed(tidyRatio, 2)}`
   );
 }
 
@@ -248,10 +254,12 @@ async function fillInC(
   length: number,
   pieceLength: number,
   threads: number,
+  keepsMapped: boolean,
 ): Promise<number> {
   const [left, right] = socketPair();
   const toucher = spawn(["touch", String(length / PAGE), "0", "1"], left);
-  const filler = spawn(["fill", path, String(pieceLength), String(threads)], right);
+  const keep = keepsMapped ? "1" : "0";
+  const filler = spawn(["fill", path, String(pieceLength), String(threads), keep], right);
   try {
     const [ns = 0] = await numbers(filler.stdout, "filled");
     return length / ns;
@@ -429,17 +437,27 @@ async function eagerRow(
   pieceLength: number,
   threads: number,
 ): Promise<EagerRow> {
-  const [ts, c]: [number[], number[]] = [[], []];
+  const [ts, c, tidy]: [number[], number[], number[]] = [[], [], []];
   const { eagerLength } = options;
   for (let round = 0; round < options.rounds; round += 1) {
     await touchMemory(eagerLength);
     const inC = async (): Promise<unknown> =>
-      c.push(await fillInC(path, eagerLength, pieceLength, threads));
+      c.push(await fillInC(path, eagerLength, pieceLength, threads, true));
     const inTs = async (): Promise<unknown> =>
       ts.push(await fillInTypeScript(path, eagerLength, pieceLength, threads));
-    for (const run of alternate([inC, inTs], round)) await run();
+    const tidily = async (): Promise<unknown> =>
+      tidy.push(await fillInC(path, eagerLength, pieceLength, threads, false));
+    for (const run of alternate([inC, inTs, tidily], round)) await run();
   }
-  return { pieceLength, threads, ts: summarize(ts), c: summarize(c), ratio: ratios(ts, c) };
+  return {
+    pieceLength,
+    threads,
+    ts: summarize(ts),
+    c: summarize(c),
+    ratio: ratios(ts, c),
+    tidy: summarize(tidy),
+    tidyRatio: ratios(tidy, c),
+  };
 }
 
 /** Every other round the other way round. */

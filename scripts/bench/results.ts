@@ -3,6 +3,7 @@ import type { FaultPathResult } from "./fault-path.ts";
 import type { HostDescription } from "./host.ts";
 import { type Cache, type Mode, SCENARIOS, type Workload } from "./plan.ts";
 import type { Figures } from "./run.ts";
+import type { StartResult } from "./start.ts";
 import { ratios, type Summary, summarize } from "./statistics.ts";
 
 /** One mode of a block; rounds line up with those of the block's other modes. */
@@ -40,6 +41,8 @@ export interface BenchResult {
   readonly goals: readonly Goal[];
   readonly cells: readonly Cell[];
   readonly faultPath: FaultPathResult | null;
+  /** null: not measured. */
+  readonly start: StartResult | null;
   /** What could not be run, and what went wrong. */
   readonly notes: readonly string[];
 }
@@ -121,7 +124,8 @@ export function withLoadCpu(cells: readonly Cell[]): Cell[] {
 // -- the goals ------------------------------------------------------------------------------------
 
 const { small, medium, large, zero, sparse } = SCENARIOS;
-const GUESTS = [small.name, medium.name, large.name, zero.name];
+/** Guests that the goals speak of. */
+export const GUESTS = [small.name, medium.name, large.name, zero.name];
 
 /** One number that a goal asks for, and its limit. */
 interface Demand {

@@ -1,5 +1,6 @@
 /** A result for reading: as text for the terminal, and as docs/performance.md. Pure. */
 import { eagerLine, faultLine } from "./fault-path.ts";
+import { floorsOf } from "./floors.ts";
 import { MODES, WORKLOADS } from "./plan.ts";
 import { type BenchResult, type Goal, type TableBlock, tablesOf } from "./results.ts";
 import type { Summary } from "./statistics.ts";
@@ -112,6 +113,7 @@ export const LEGEND = [
 
 export function performanceDocument(result: BenchResult): string {
   const { host, faultPath } = result;
+  const floors = floorsOf(result);
   const sections = tablesOf(result.cells).map(
     (block) => `### ${blockTitle(block)}\n\n${markdownTable(tableRows(block))}`,
   );
@@ -128,6 +130,9 @@ export function performanceDocument(result: BenchResult): string {
     ...(result.quick ? ["**A quick run: small guests, few rounds; not for comparing.**"] : []),
     "## Goals",
     goalTable(result.goals),
+    ...(floors.length === 0
+      ? []
+      : ["## Floors", FLOORS_INTRODUCTION, floors.map((line) => `- ${line}`).join("\n")]),
     "## How to repeat it",
     HOW_TO.join("\n\n"),
     "## Figures",
@@ -139,6 +144,10 @@ export function performanceDocument(result: BenchResult): string {
       : ["## Notes", result.notes.map((note) => `- ${note}`).join("\n")]),
   ].join("\n\n")}\n`;
 }
+
+const FLOORS_INTRODUCTION =
+  "What the same machine gives in the same run without fsl, or without what fsl could do differently: " +
+  "how near to a goal one can come.";
 
 const HOW_TO = [
   "```\nnpm run bench -- --json bench.json --docs     # all: about 1.5 hours, 6 GiB of disk\n" +
@@ -168,13 +177,16 @@ function faultPathMarkdown({ faults, eager }: NonNullable<BenchResult["faultPath
     formatSummary(ts.faultsPerSecond),
     formatSummary(c.faultsPerSecond),
   ]);
-  const eagerRows = eager.map(({ pieceLength, threads, ts, c, ratio }) => [
+  const eagerRows = eager.map(({ pieceLength, threads, ts, c, ratio, tidy, tidyRatio }) => [
     `${pieceLength / 1024} KiB`,
     String(threads),
     formatSummary(ts),
     formatSummary(c),
     formatSummary(ratio),
+    formatSummary(tidy),
+    formatSummary(tidyRatio),
   ]);
+  const ofEager = ["TypeScript", "C", "ratio", "C that unmaps", "ratio"];
   const ofFaults = ["p50 µs", "C", "ratio", "p99 µs", "C", "ratio", "faults/s", "C"];
   return [
     "### The fault path alone",
@@ -182,7 +194,9 @@ function faultPathMarkdown({ faults, eager }: NonNullable<BenchResult["faultPath
       "loader's own loop in its Worker, C the same loop in a process of its own.",
     markdownTable([["touching threads", ...ofFaults], ...faultRows]),
     "### The eager load alone",
-    "GB/s from a file in the page cache into another process; C is a bare loop around UFFDIO_COPY.",
-    markdownTable([["copies of", "threads", "TypeScript", "C", "ratio"], ...eagerRows]),
+    "GB/s from a file in the page cache into another process; C is a bare loop around UFFDIO_COPY. " +
+      "It keeps the whole file in its page table; the one that unmaps takes each chunk out when it was " +
+      "copied, as fsl does: the memory of a loader must not grow with the guest.",
+    markdownTable([["copies of", "threads", ...ofEager], ...eagerRows]),
   ].join("\n\n");
 }

@@ -30,6 +30,7 @@ import {
   C_ZERO_PAGES,
   EVENTS_MAX,
   FAULT_LOG_MAX,
+  FAULT_WORKER,
   type LoadState,
   recordLatency,
 } from "./state.ts";
@@ -43,7 +44,6 @@ const RETRY_PAUSE_MS = 20;
 const RETRY_PAUSE_MAX_MS = 2000;
 
 /** The fault loop's place among the Workers. */
-const FAULT_WORKER = 0;
 /** Index of the helper's descriptor among those that are polled. */
 const HELPER_FD = 4;
 /** In the event buffer: a place that nothing was read into. */

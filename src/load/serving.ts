@@ -18,6 +18,7 @@ import type { PageFailure } from "./fault-loop.ts";
 import type { SnapshotGuard } from "./guard.ts";
 import { orderChunks } from "./order.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
+import { StallWatch } from "./stalls.ts";
 import { type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
 import { Crew, type CrewEnd } from "./workers.ts";
 
@@ -120,6 +121,7 @@ export class Serving {
   /** Failures that were told one by one, and those that were only counted. */
   #failuresTold = 0;
   #failuresUntold = 0;
+  readonly #stalls: StallWatch;
   readonly #lost = Promise.withResolvers<never>();
   #errorTimer: ReturnType<typeof setInterval> | undefined;
   #eager: Promise<CrewEnd> | undefined;
@@ -145,6 +147,7 @@ export class Serving {
     this.#helpers = helpers;
     this.#stopFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
     this.#lost.promise.catch(() => {});
+    this.#stalls = new StallWatch(state, options.logger);
     crew.listen({
       onFailure: (failure, demanded) => this.#fail(failure, demanded),
       onRecovered: (failure) => this.#recover(failure),
@@ -207,6 +210,7 @@ export class Serving {
    */
   async serveFaults(replay = new Int32Array(0), isReplayedNow = true): Promise<void> {
     this.#replay = replay;
+    this.#stalls.start();
     const width = eagerWidth(this.#options);
     await this.#crew.serveFaults({
       role: "fault",
@@ -324,6 +328,7 @@ export class Serving {
     if (this.#isStopped) return;
     this.#isStopped = true;
     clearInterval(this.#errorTimer);
+    this.#stalls.stop();
     this.#state.stop();
     sys.write(this.#stopFd, ONE);
     await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);

@@ -48,6 +48,8 @@ const COUNTERS_LENGTH = 0x2000;
 /** One fault Worker and up to eight eager Workers. */
 export const WORKERS_MAX = 9;
 /** Counters, and word of the gate, of the main thread: the last eager Worker is not busy yet. */
+/** The Worker that reads faults, among those who have counters. */
+export const FAULT_WORKER = 0;
 export const MAIN_THREAD = WORKERS_MAX - 1;
 const FAULT_LOG_OFFSET = 0x25000;
 export const FAULT_LOG_MAX = 0x10000;

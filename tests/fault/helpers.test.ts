@@ -77,8 +77,10 @@ class ChunkInHand {
   }
 }
 
-/** Stops the helpers while none has a chunk: what they take in hand from here on, they keep. */
+/** Stops the helpers of an eager load that has begun, while none has a chunk: what they take in hand from here on, they keep. */
 async function stopIdle(helpers: readonly number[], state: LoadState): Promise<void> {
+  const [eagerCounters, begun] = [state.counters(1), "the eager load's first chunk"];
+  await until(() => (eagerCounters[C_MOVED_CHUNKS] ? true : null), WAIT_MS, begun);
   const signal = (name: NodeJS.Signals): void => helpers.forEach((pid) => process.kill(pid, name));
   for (;;) {
     await until(() => (ChunkInHand.find(state) === null ? true : null), WAIT_MS, "idle helpers");
@@ -102,8 +104,6 @@ describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
       const all = helpersOf(run.fsl.pid);
       expect(all.length).toBe(EAGER_HELPERS + 1);
       const eager = all.slice(0, EAGER_HELPERS);
-      const [eagerCounters, begun] = [state.counters(1), "the eager load's first chunk"];
-      await until(() => (eagerCounters[C_MOVED_CHUNKS] ? true : null), WAIT_MS, begun);
       await stopIdle(eager, state);
       for (const [index, helper] of eager.entries()) {
         const inHand = await until(() => ChunkInHand.find(state), WAIT_MS, "a chunk in hand");
@@ -141,6 +141,38 @@ describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
       await run.fsl.stderr.waitFor(/all RAM in after/);
       const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
       expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
+      await run.qmp.execute("quit");
+      expect((await run.fsl.end()).code).toBe(0);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe.skipIf(reason !== null)("a helper task that somebody has stopped", () => {
+  test(
+    "with a chunk that a vCPU waits for is told, and when it goes on so does the guest",
+    async () => {
+      using snapshot = await saveGuest(guestArgv(SPEC), SAVE);
+      await using run = await FaultRun.start(snapshot, { flags: FLAGS });
+      await run.reached(PHASE_RUNNING);
+      const pid = await run.qemuPid();
+      const state = await until(() => openLoadState(pid), WAIT_MS, "a load state");
+      const eager = helpersOf(run.fsl.pid).slice(0, EAGER_HELPERS);
+      await stopIdle(eager, state);
+      const inHand = await until(() => ChunkInHand.find(state), WAIT_MS, "a chunk in hand");
+      await run.qmp.execute("cont");
+      await until(() => (inHand.isWanted ? true : null), WAIT_MS, "a vCPU that waits for it");
+      await run.fsl.stderr.waitFor(/RAMBlock pc\.ram: a vCPU waits .* has not answered for 5 s/);
+      for (const helper of eager) process.kill(helper, "SIGCONT");
+      await run.fsl.stderr.waitFor(/the read that took so long has ended/);
+      await run.fsl.stderr.waitFor(/all RAM in after/);
+      state.unmap();
+      await wholeRound(run.serial);
+      const qemu = { pid, qmp: run.qmp };
+      expect(
+        await differencesOfBareGuest(snapshot as MatrixSnapshot & GuestSnapshot, qemu),
+      ).toEqual([]);
       await run.qmp.execute("quit");
       expect((await run.fsl.end()).code).toBe(0);
       expect(await run.leftovers()).toEqual([]);

@@ -1,0 +1,89 @@
+/** What the machine gives at best, in words, from a result: for goals that are not reached. Pure. */
+import type { Mode } from "./plan.ts";
+import { type BenchResult, Cells, GUESTS } from "./results.ts";
+
+type Result = Pick<BenchResult, "cells" | "faultPath" | "start">;
+
+/** One sentence each; only of what was measured. */
+export function floorsOf({ cells, faultPath, start }: Result): string[] {
+  const all = new Cells(cells);
+  const each = (value: (scenario: string) => number | null, digits: number): string | null => {
+    const known = GUESTS.flatMap((scenario) => {
+      const found = value(scenario);
+      return found === null ? [] : [`${found.toFixed(digits)} (${scenario})`];
+    });
+    return known.length === 0 ? null : known.join(", ");
+  };
+  const idle = (mode: Mode, figure: string, digits: number): string | null =>
+    each((scenario) => all.median(scenario, "idle", mode, figure), digits);
+  const lines: (string | null)[] = [
+    sentence(
+      idle("mapped", "resumeMs", 1),
+      (found) =>
+        "**Resume**: QEMU alone, with RAM mapped from the snapshot, so that it loads nothing but its devices " +
+        `and nobody serves a page, takes ${found} ms.`,
+    ),
+    sentence(
+      each((scenario) => all.ratio(scenario, "idle", "firstOutputMs", "mapped", "floor"), 2),
+      (found) =>
+        "**First output**: with RAM mapped from the snapshot, where the kernel itself brings each page, it takes " +
+        `${found} times as long as with RAM that is there.`,
+    ),
+    sentence(
+      idle("fsl", "faults", 0),
+      (found) =>
+        "**Faults with a working set ÷ without**: what is read ahead while QEMU starts leaves few for a working " +
+        `set to spare: ${found} without one` +
+        (sentence(idle("fsl-ws", "faults", 0), (set) => `, ${set} with one`) ?? "") +
+        ".",
+    ),
+    busiest(faultPath),
+    sentence(
+      (faultPath?.eager ?? [])
+        .filter(({ pieceLength, tidyRatio }) => pieceLength >= 256 * 1024 && tidyRatio !== null)
+        .map(
+          ({ pieceLength, threads, tidyRatio }) =>
+            `${tidyRatio?.median.toFixed(2)} (${pieceLength / 1024} KiB, threads: ${threads})`,
+        )
+        .join(", "),
+      (found) =>
+        "**Eager throughput**: a bare loop in C that does not keep the whole snapshot in its page table has " +
+        `${found} of what it has when it does.`,
+    ),
+    startLine(all, start),
+  ];
+  return lines.filter((line) => line !== null);
+}
+
+function sentence(found: string | null, words: (found: string) => string): string | null {
+  return found === null || found === "" ? null : words(found);
+}
+
+/** As many threads as there are: the loop is never waked, so that its own work is all there is. */
+function busiest(faultPath: Result["faultPath"]): string | null {
+  const row = faultPath?.faults.at(-1);
+  const [ts, c] = [row?.ts.faultsPerSecond?.median, row?.c.faultsPerSecond?.median];
+  if (row === undefined || ts === undefined || c === undefined) return null;
+  const microseconds = (perSecond: number): string => (1e6 / perSecond).toFixed(1);
+  return (
+    `**Fault latency** with ${row.threads} touching threads, when no loop ever sleeps: a page takes ` +
+    `${microseconds(ts)} µs in TypeScript and ${microseconds(c)} µs in C, which keeps no account of what ` +
+    "has come, measures no latency and keeps the whole file mapped."
+  );
+}
+
+function startLine(all: Cells, start: Result["start"]): string | null {
+  const [empty, own] = [start?.empty?.median, start?.fsl?.median];
+  const [first] = GUESTS;
+  if (empty === undefined || own === undefined || first === undefined) return null;
+  const ready = all.median(first, "idle", "ordinary", "readyMs");
+  const ratio =
+    ready === null
+      ? ""
+      : `; QEMU is ready after ${ready.toFixed(1)} ms, so that starting it from there is ` +
+        `${((ready + empty) / ready).toFixed(2)} times that, whatever is done meanwhile`;
+  return (
+    `**Start**: an empty program that Bun has compiled ends after ${empty.toFixed(1)} ms, ` +
+    `\`fsl --version\` after ${own.toFixed(1)} ms${ratio}.`
+  );
+}
