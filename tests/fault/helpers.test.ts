@@ -77,7 +77,10 @@ class ChunkInHand {
   }
 }
 
-/** Stops the helpers of an eager load that has begun, while none has a chunk: what they take in hand from here on, they keep. */
+/**
+ * Stops the helpers of an eager load that has begun, while none has a chunk: what they take in hand from
+ * here on, they keep.
+ */
 async function stopIdle(helpers: readonly number[], state: LoadState): Promise<void> {
   const [eagerCounters, begun] = [state.counters(1), "the eager load's first chunk"];
   await until(() => (eagerCounters[C_MOVED_CHUNKS] ? true : null), WAIT_MS, begun);
