@@ -18,7 +18,7 @@ import * as sys from "../sys/native.ts";
 /** Of the eager Worker itself, as long as its helpers are gentle: it has little to do. */
 const GENTLE_NICE = 19;
 /** How long helpers are so gentle, ms. */
-const GENTLE_MS = 300;
+const GENTLE_MS = 100;
 /** JavaScriptCore's name for its compiling threads. */
 const COMPILER_NAME = "JITWorker";
 
