@@ -54,7 +54,7 @@ export interface EagerOptions {
   readonly pieceLength?: number;
   /** Limit of the eager load in bytes per second; 0 or absent = none. */
   readonly bytesPerSecond?: number;
-  /** Nice value of the eager load after its first 0.3 s, 0..19. Default 5. */
+  /** Nice value of the eager load after its first 0.1 s, 0..19. Default 5. */
   readonly nice?: number;
 }
 
