@@ -95,19 +95,40 @@ async function stopIdle(helpers: readonly number[], state: LoadState): Promise<v
   }
 }
 
+/** A load whose guest does not run yet, and whose helpers are stopped with nothing in hand. */
+async function stopped(run: FaultRun): Promise<{ eager: number[]; state: LoadState }> {
+  await run.reached(PHASE_RUNNING);
+  const pid = await run.qemuPid();
+  const state = await until(() => openLoadState(pid), WAIT_MS, "a load state");
+  const all = helpersOf(run.fsl.pid);
+  expect(all.length).toBe(EAGER_HELPERS + 1);
+  const eager = all.slice(0, EAGER_HELPERS);
+  await stopIdle(eager, state);
+  return { eager, state };
+}
+
+/** When all RAM is in the guest, which runs, finds it right, and so do we. */
+async function expectRight(run: FaultRun, snapshot: MatrixSnapshot): Promise<void> {
+  await run.fsl.stderr.waitFor(/all RAM in after/);
+  await wholeRound(run.serial);
+  const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
+  const bare = snapshot as MatrixSnapshot & GuestSnapshot;
+  expect(await differencesOfBareGuest(bare, qemu)).toEqual([]);
+}
+
+async function expectEnd(run: FaultRun): Promise<void> {
+  await run.qmp.execute("quit");
+  expect((await run.fsl.end()).code).toBe(0);
+  expect(await run.leftovers()).toEqual([]);
+}
+
 describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
   test(
     "killed one after the other, each with a chunk in hand: its pages come, and a vCPU that waits",
     async () => {
       using snapshot = await saveGuest(guestArgv(SPEC), SAVE);
       await using run = await FaultRun.start(snapshot, { flags: FLAGS });
-      await run.reached(PHASE_RUNNING);
-      const pid = await run.qemuPid();
-      const state = await until(() => openLoadState(pid), WAIT_MS, "a load state");
-      const all = helpersOf(run.fsl.pid);
-      expect(all.length).toBe(EAGER_HELPERS + 1);
-      const eager = all.slice(0, EAGER_HELPERS);
-      await stopIdle(eager, state);
+      const { eager, state } = await stopped(run);
       for (const [index, helper] of eager.entries()) {
         const inHand = await until(() => ChunkInHand.find(state), WAIT_MS, "a chunk in hand");
         if (index === EAGER_HELPERS - 1) {
@@ -117,18 +138,11 @@ describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
         process.kill(helper, "SIGKILL");
         expect(await inHand.isMoved()).toBe(false);
       }
-      await run.fsl.stderr.waitFor(/all RAM in after/);
       state.unmap();
-      await wholeRound(run.serial);
-      const qemu = { pid, qmp: run.qmp };
-      expect(
-        await differencesOfBareGuest(snapshot as MatrixSnapshot & GuestSnapshot, qemu),
-      ).toEqual([]);
+      await expectRight(run, snapshot);
       expect(run.report().complete).toBe(true);
       expect(run.fsl.stderr.text).not.toMatch(/Worker failed|given up/);
-      await run.qmp.execute("quit");
-      expect((await run.fsl.end()).code).toBe(0);
-      expect(await run.leftovers()).toEqual([]);
+      await expectEnd(run);
     },
     TIMEOUT_MS,
   );
@@ -144,9 +158,7 @@ describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
       await run.fsl.stderr.waitFor(/all RAM in after/);
       const qemu = { pid: await run.qemuPid(), qmp: run.qmp };
       expect(await differencesFromOracle(snapshot, qemu)).toEqual([]);
-      await run.qmp.execute("quit");
-      expect((await run.fsl.end()).code).toBe(0);
-      expect(await run.leftovers()).toEqual([]);
+      await expectEnd(run);
     },
     TIMEOUT_MS,
   );
@@ -158,27 +170,16 @@ describe.skipIf(reason !== null)("a helper task that somebody has stopped", () =
     async () => {
       using snapshot = await saveGuest(guestArgv(SPEC), SAVE);
       await using run = await FaultRun.start(snapshot, { flags: FLAGS });
-      await run.reached(PHASE_RUNNING);
-      const pid = await run.qemuPid();
-      const state = await until(() => openLoadState(pid), WAIT_MS, "a load state");
-      const eager = helpersOf(run.fsl.pid).slice(0, EAGER_HELPERS);
-      await stopIdle(eager, state);
+      const { eager, state } = await stopped(run);
       const inHand = await until(() => ChunkInHand.find(state), WAIT_MS, "a chunk in hand");
       await run.qmp.execute("cont");
       await until(() => (inHand.isWanted ? true : null), WAIT_MS, "a vCPU that waits for it");
       await run.fsl.stderr.waitFor(/RAMBlock pc\.ram: a vCPU waits .* has not answered for 5 s/);
       for (const helper of eager) process.kill(helper, "SIGCONT");
       await run.fsl.stderr.waitFor(/the read that took so long has ended/);
-      await run.fsl.stderr.waitFor(/all RAM in after/);
       state.unmap();
-      await wholeRound(run.serial);
-      const qemu = { pid, qmp: run.qmp };
-      expect(
-        await differencesOfBareGuest(snapshot as MatrixSnapshot & GuestSnapshot, qemu),
-      ).toEqual([]);
-      await run.qmp.execute("quit");
-      expect((await run.fsl.end()).code).toBe(0);
-      expect(await run.leftovers()).toEqual([]);
+      await expectRight(run, snapshot);
+      await expectEnd(run);
     },
     TIMEOUT_MS,
   );
