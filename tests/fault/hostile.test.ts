@@ -126,14 +126,15 @@ describe.skipIf(reason !== null)("a forged load state", () => {
         `process ${pid}: its load state is not to be trusted: ` +
         "expected one of user 0, found one of user 65534";
       const status = await run.run("status");
-      expect(status).toMatchObject({
-        code: 0,
-        stdout: "no load is going on\n",
-        stderr: expect.stringContaining(words),
-      });
-      expect(JSON.parse((await run.run("status", "--json")).stdout)).toEqual([]);
-      const any = await run.run("resume");
-      expect([any.code, any.stderr]).toEqual([8, expect.stringContaining("no load waits")]);
+      expect([status.code, status.stderr]).toEqual([0, expect.stringContaining(words)]);
+      const loads: { pid: number }[] = JSON.parse((await run.run("status", "--json")).stdout);
+      expect(loads.filter((load) => load.pid === pid)).toEqual([]);
+      // Of this machine, where somebody else may be at work: that one's load is nothing to be touched.
+      if (loads.length === 0) {
+        expect(status.stdout).toBe("no load is going on\n");
+        const any = await run.run("resume");
+        expect([any.code, any.stderr]).toEqual([8, expect.stringContaining("no load waits")]);
+      }
       for (const flags of [[], ["--source", module]]) {
         const { code, stderr } = await run.run("resume", "--pid", String(pid), ...flags);
         expect([code, stderr]).toEqual([7, expect.stringContaining(words)]);
