@@ -6,7 +6,7 @@
  */
 import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
-import { GiB, hex, KiB, MiB } from "../pages.ts";
+import { hex, KiB, MiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA, ENOMEM } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
@@ -84,8 +84,6 @@ export interface ServingHelpers {
 }
 
 const ERROR_LIMIT_MS = 30_000;
-/** More data than this is worth the 30 ms of CPU that another eager Worker takes to start. */
-const ALONE_MAX = GiB;
 /** Unreadable pages that nobody waits for and that are told one by one. */
 const FAILURES_TOLD_MAX = 8;
 
@@ -381,9 +379,9 @@ export class Serving {
     const records = this.#helpers.records
       .slice(0, width)
       .filter((record) => !this.#lostHelpers.has(record));
-    // One Worker keeps all helpers busy. What a guest has touched before has to be copied, though.
+    // One Worker keeps all helpers busy: another would cost 30 ms of CPU time to start, and memory.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
-    const workers = isMoved && state.dataBytes < ALONE_MAX ? 1 : width;
+    const workers = isMoved ? 1 : width;
     const order = orderChunks(state.blocks);
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
