@@ -179,11 +179,12 @@ export class Serving {
 
   /** Before the eager load: helpers that do not answer are ended, the others go on. */
   loseHelpers(lost: readonly HelperRecord[]): void {
-    if (lost.length === 0) return;
+    const records = new Set(lost);
+    if (records.size === 0) return;
     this.#options.logger?.warn(
-      `${new Set(lost).size} helper tasks of ${this.#target.description} do not answer: the load goes on without them`,
+      `${records.size} helper tasks of ${this.#target.description} do not answer: the load goes on without them`,
     );
-    for (const record of new Set(lost)) {
+    for (const record of records) {
       this.#lostHelpers.add(record);
       void endHelper(record);
     }

@@ -388,7 +388,7 @@ export class QemuTarget implements Target {
     await prepared;
     await loaded.catch((error: unknown) => this.#seeLoaded(error));
     this.#phase = "loaded";
-    for (const helper of this.#strangers.splice(0)) void endHelper(helper);
+    this.#endStrangers();
   }
 
   /**
