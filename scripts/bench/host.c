@@ -3,7 +3,8 @@
  *
  *   launch CGROUP|- PROGRAM [ARG ...]   joins the cgroup, dies with its parent, becomes PROGRAM
  *   touch BYTES                         takes memory, writes to it and gives it back, so that a
- *                                       virtual machine has it from its host before a run
+ *                                       virtual machine has it from its host before a run, and
+ *                                       just after the kernel has told the host what is free
  *   warm FILE                           reads the file's data (not its holes) into the page cache
  *   drop FILE                           takes the file out of the page cache
  *
@@ -20,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE 4096u
@@ -42,12 +44,37 @@ static int launch(char **arguments) {
   return 2;
 }
 
+/* Passes of free page reporting so far, where the kernel counts them; -1 where it does not. */
+static long reporting_passes(void) {
+  char text[32] = "";
+  int fd = open("/sys/module/page_reporting/parameters/passes", O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return -1;
+  ssize_t got = read(fd, text, sizeof text - 1);
+  close(fd);
+  return got > 0 ? atol(text) : -1;
+}
+
+/*
+ * A kernel with free page reporting (virtio-balloon) tells its host which pages are free, 2 s
+ * (PAGE_REPORTING_DELAY) after some became so, and again 2 s after that while there are more. The
+ * host takes them back, and the next touch of a page costs 50 times as much. Returns when such a
+ * pass has just ended, or none is to come: what is freed now stays for 2 s.
+ */
+static void await_reporting(void) {
+  const struct timespec moment = {0, 5000000};
+  long before = reporting_passes();
+  if (before < 0) return;
+  for (int waited = 0; waited < 500 && reporting_passes() == before; waited++)
+    nanosleep(&moment, NULL);
+}
+
 static int touch(uint64_t length) {
   int access = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   uint8_t *memory = mmap(NULL, length, access, flags, -1, 0);
   if (memory == MAP_FAILED) fail("mmap");
   madvise(memory, length, MADV_HUGEPAGE);
   for (uint64_t at = 0; at < length; at += PAGE) memory[at] = 1;
+  await_reporting();
   return 0;
 }
 
