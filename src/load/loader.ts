@@ -26,6 +26,7 @@ import {
   type ExitStatus,
   hasEnded,
   type HotplugWants,
+  type StateLoad,
   type Target,
   type TargetInfo,
 } from "../vmm/target.ts";
@@ -206,7 +207,9 @@ class Load {
   async #copy(): Promise<LoadHandle> {
     const { snapshot } = (await this.#meet()).prepared;
     this.#target.giveSeed(snapshot.fd);
-    await this.#handOver(snapshot);
+    await (
+      await this.#handOver(snapshot)
+    ).loaded;
     this.#times.residentMs = this.#now();
     if (!this.#isPaused) await this.#resume();
     await this.#target.release();
@@ -230,14 +233,12 @@ class Load {
     );
     reader.close();
     state.phase = PHASE_HANDING_OVER;
-    const handedOver = this.#handOver(prepared.snapshot);
-    handedOver.catch(() => {});
-    // Once QEMU has been told, and so has something to do meanwhile.
-    await Bun.sleep(0);
+    const { loaded } = await this.#handOver(prepared.snapshot);
+    // Now that the target has something to do meanwhile.
     await this.#letZeroExtentsGo(state, zero);
     await this.#moveStaged(serving, state, 0);
     try {
-      await Promise.all([handedOver, served]);
+      await Promise.all([loaded, served]);
       state.phase = PHASE_STATE_LOADED;
       if (this.#isPaused) await this.#target.putSettingsBack?.();
       else await this.#resume();
@@ -564,10 +565,10 @@ class Load {
   }
 
   /** Lets the target have its device state. */
-  async #handOver({ streamOffset, capabilities }: Snapshot): Promise<void> {
+  async #handOver({ streamOffset, capabilities }: Snapshot): Promise<StateLoad> {
     this.#options.cancel?.throwIfAborted();
     this.#handedOver = true;
-    await this.#target.loadState(streamOffset, capabilities);
+    return this.#target.loadState(streamOffset, capabilities);
   }
 
   async #resume(): Promise<void> {

@@ -30,6 +30,7 @@ import type {
   ExitStatus,
   GuestRegion,
   HotplugWants,
+  StateLoad,
   Target,
   TargetInfo,
   TargetRecord,
@@ -368,7 +369,7 @@ export class QemuTarget implements Target {
     );
   }
 
-  async loadState(streamOffset: number, capabilities: readonly string[] = []): Promise<void> {
+  async loadState(streamOffset: number, capabilities: readonly string[] = []): Promise<StateLoad> {
     const known = this.#known;
     assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
     assert(this.#dropSeedsLater.length > 0, "loadState without a seed");
@@ -383,7 +384,12 @@ export class QemuTarget implements Target {
       await this.#guard(this.#checkRoom());
     } else await this.#qmp.descriptorsSent();
     this.#phase = "loading";
-    const loaded = this.#guard(this.#loadFrom(known, streamOffset));
+    const loaded = this.#endLoad(prepared, this.#guard(this.#loadFrom(known, streamOffset)));
+    loaded.catch(() => {});
+    return { loaded };
+  }
+
+  async #endLoad(prepared: Promise<unknown>, loaded: Promise<void>): Promise<void> {
     loaded.catch(() => {});
     await prepared;
     await loaded.catch((error: unknown) => this.#seeLoaded(error));

@@ -169,11 +169,12 @@ export interface Target extends ServedTarget {
    */
   giveSeed(seedFd: number): void;
   /**
-   * Lets the target load device state from the seed. Works once.
+   * Lets the target load device state from the seed. Works once. Resolves when the target has been
+   * told; `loaded`, when its devices are there.
    * @param streamOffset file offset in bytes at which the stream begins
    * @param capabilities migration capabilities that the stream was saved with; absent: mapped-ram
    */
-  loadState(streamOffset: number, capabilities?: readonly string[]): Promise<void>;
+  loadState(streamOffset: number, capabilities?: readonly string[]): Promise<StateLoad>;
   /**
    * After `loadState`: what was changed for it, so that the guest can be saved and migrated while
    * its RAM comes in. `resume` does it too, `release` at the latest.
@@ -187,6 +188,12 @@ export interface Target extends ServedTarget {
   explain?(error: unknown): Promise<unknown>;
   /** Before `loadState`: puts everything back (a spawned target is ended). */
   abandon(): Promise<void>;
+}
+
+/** A target that is loading its device state. */
+export interface StateLoad {
+  /** May be looked at late: a rejection is nobody's fault until then. */
+  readonly loaded: Promise<void>;
 }
 
 /** How far a target that was found again has come with its state. */

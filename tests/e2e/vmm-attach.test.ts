@@ -92,7 +92,9 @@ async function loadAll(taken: QemuTarget): Promise<void> {
   const seed = openSync(snapshotPath, "r");
   try {
     taken.giveSeed(seed);
-    await taken.loadState(0);
+    await (
+      await taken.loadState(0)
+    ).loaded;
   } finally {
     closeSync(seed);
   }

@@ -196,7 +196,9 @@ describe("loadState", () => {
     const seed = openSync(path, "r+"); // Any descriptor will do, whatever its mode and position.
     try {
       qemu.giveSeed(seed);
-      await qemu.loadState(0);
+      await (
+        await qemu.loadState(0)
+      ).loaded;
     } finally {
       closeSync(seed);
     }
@@ -227,7 +229,9 @@ describe("loadState", () => {
     await qemu.keepDescriptor("fsl-test", 0);
     const seed = openSync(snapshotPath, "r");
     qemu.giveSeed(seed);
-    await qemu.loadState(0);
+    await (
+      await qemu.loadState(0)
+    ).loaded;
     closeSync(seed);
     await qemu.resume();
     await qemu.release();
