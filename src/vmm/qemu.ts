@@ -137,6 +137,8 @@ export class QemuTarget implements Target {
   readonly #defaultSettings: MigrationSettings | undefined;
   /** Has been sent to QEMU, and nobody has taken it. */
   #preloaded: TakenUserfaultfd | null = null;
+  /** QEMU has answered about its copy of it, one way or the other. */
+  #preloadedKept: Promise<void> = Promise.resolve();
   #phase: Phase = "new";
   /** The way that the userfaultfd was come by, for reports. */
   #way: UserfaultfdWay | null = null;
@@ -218,11 +220,15 @@ export class QemuTarget implements Target {
     this.#phase = "connected";
     // QEMU works on this while the process's maps are read here.
     this.#prepare(known.settings.apply(LOAD_CHANGES));
+    const regions = await this.#guard(this.#locate(known));
+    // QEMU has answered by now. Were that not heard before all the work that follows, the next
+    // descriptor would be sent after it, and nothing be told to load before that: 2 ms.
+    await this.#preloadedKept;
     return {
       readyAtMs,
       version: formatVersion(known.version),
       machineType: known.machineType,
-      regions: await this.#guard(this.#locate(known)),
+      regions,
       canDiscard: known.canDiscard,
       startsStopped: this.#process.startsStopped,
     };
@@ -287,7 +293,9 @@ export class QemuTarget implements Target {
     }
     this.#way = preloaded.way;
     this.#helpers.push(...preloaded.helpers);
-    this.#prepare(this.keepDescriptor(USERFAULTFD_NAME, preloaded.fd));
+    const kept = this.keepDescriptor(USERFAULTFD_NAME, preloaded.fd);
+    this.#preloadedKept = kept.catch(() => {});
+    this.#prepare(kept);
   }
 
   #receivePreloaded(): void {
