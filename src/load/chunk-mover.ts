@@ -71,9 +71,10 @@ export class ChunkMover {
   /**
    * @param fileFd descriptor of the snapshot in this process
    * @param isGuarded a chunk is only read; `moveNow` moves it, after a look at what was given back
+   * @param patienceMs see `HelperTask`
    */
-  constructor(record: HelperRecord, fileFd: number, isGuarded: boolean) {
-    this.#helper = new HelperTask(record);
+  constructor(record: HelperRecord, fileFd: number, isGuarded: boolean, patienceMs = -1) {
+    this.#helper = new HelperTask(record, patienceMs);
     this.#isGuarded = isGuarded;
     this.#fileFd = this.#helper.sendDescriptor(fileFd);
     this.#slots = Math.min(Math.floor(record.stagingLength / CHUNK_LENGTH), INLINE_CALLS_MAX);

@@ -14,6 +14,7 @@ import type { Uffd } from "../uffd/uffd.ts";
 import { alignDown } from "../pages.ts";
 import { nextMissing } from "./bits.ts";
 import type { ChunkMover } from "./chunk-mover.ts";
+import { ChunkQueue } from "./chunk-queue.ts";
 import {
   add,
   type BlockState,
@@ -29,12 +30,6 @@ import type { Priority } from "./priority.ts";
 import { FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
 
-/**
- * How many chunks the eager load follows a fault; and that of a guest that reads much: 64 MiB are
- * read in 20 ms.
- */
-const FOLLOWED = 2;
-const FOLLOWED_BULK = 32;
 /** Pauses of a Worker that cannot go on at once, ms. */
 const PARK_MS = 1;
 /** Of poll(2). */
@@ -89,6 +84,7 @@ export class EagerLoop {
   readonly #failures = new Map<string, PageFailure>();
   readonly #pieceLength: number;
   readonly #whole: WholeChunks;
+  readonly #queue: ChunkQueue;
   /**
    * What the source has not got yet, and how many bytes of it were asked for: chunks by their
    * plan-wide numbers, runs of the working set as -1 - their number. In the order of asking.
@@ -102,9 +98,6 @@ export class EagerLoop {
    */
   #missingBlock = 0;
   #missingPage = 0;
-  /** The next chunk to look at behind the guest's last fault, and where that ends. */
-  #followed = 0;
-  #followedEnd = 0;
   #startedMs = 0;
   #bytes = 0;
 
@@ -112,7 +105,12 @@ export class EagerLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
-    this.#whole = new WholeChunks({ ...options, readsEvents: false, pagesCounter: C_EAGER_PAGES });
+    this.#whole = new WholeChunks({
+      ...options,
+      readsEvents: false,
+      pagesCounter: C_EAGER_PAGES,
+    });
+    this.#queue = new ChunkQueue(options.state, options.order);
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
     const perPace = (bytesPerSecond * PACE_MS) / 1000;
@@ -134,7 +132,7 @@ export class EagerLoop {
       }
       // Where the guest is now comes first, and what lies behind it; then the working set; then
       // the order.
-      let chunk = this.#nextFollowed();
+      let chunk = this.#queue.nextFollowed(this.#isMoving);
       if (chunk === undefined && isReplaying) {
         const outcome = this.#replayNext();
         if (outcome === GONE) return "gone";
@@ -142,7 +140,7 @@ export class EagerLoop {
         if (!isReplaying) this.#releaseSource();
         continue;
       }
-      chunk ??= this.#whole.unmoved.pop() ?? this.#nextOrdered();
+      chunk ??= this.#whole.unmoved.pop() ?? this.#queue.nextOrdered(this.#isMoving);
       if (chunk === undefined) {
         if (this.#advance(FOREVER)) continue;
         break;
@@ -154,45 +152,8 @@ export class EagerLoop {
     return this.#isOver() ? "stopped" : this.#bringPutOff();
   }
 
-  /**
-   * The next chunk at and behind the guest's last fault. Of a guest that reads on and on, chunks
-   * that it has begun are left to its faults, where others can be moved: it will be through soon.
-   */
-  #nextFollowed(): number | undefined {
-    const { state } = this.#options;
-    const hot = state.takeHotChunk();
-    if (hot >= 0) {
-      this.#followed = hot;
-      this.#followedEnd = hot + (state.isBulk ? FOLLOWED_BULK : FOLLOWED);
-    }
-    const isPicky = this.#isMoving && state.isBulk;
-    while (this.#followed < this.#followedEnd) {
-      const chunk = this.#followed;
-      this.#followed += 1;
-      if (!isPicky || this.#isUntouched(chunk)) return chunk;
-    }
-    return undefined;
-  }
-
-  /** The next chunk in the order: first those that can be moved, then what is left. */
-  #nextOrdered(): number | undefined {
-    const { order, state } = this.#options;
-    for (;;) {
-      const at = state.takeChunk();
-      if (!this.#isMoving) return order[at];
-      if (at >= order.length) return order[at - order.length];
-      const chunk = order[at] ?? 0;
-      if (this.#isUntouched(chunk)) return chunk;
-    }
-  }
-
   get #isMoving(): boolean {
     return !this.#whole.isEmpty;
-  }
-
-  #isUntouched(planChunk: number): boolean {
-    const state = this.#options.state.blockOfChunk(planChunk);
-    return state !== undefined && state.chunks[planChunk - state.firstChunk] === CHUNK_FREE;
   }
 
   /** What the working set had mapped: its chunks may be copied by another Worker. */
@@ -229,7 +190,8 @@ export class EagerLoop {
     if (state === undefined) return SUPPLIED;
     const chunk = state.firstChunk + state.chunkOf(start);
     // A page that came alone would leave the rest of its chunk to be copied.
-    if (pages === 0 || (this.#isMoving && this.#isUntouched(chunk))) return this.#bringChunk(chunk);
+    if (pages === 0 || (this.#isMoving && this.#queue.isUntouched(chunk)))
+      return this.#bringChunk(chunk);
     const end = start + pages;
     let page = nextMissing(state.data, state.done, start, end, true);
     while (page < end) {

@@ -35,6 +35,7 @@ import {
   recordLatency,
 } from "./state.ts";
 import type { ChunkMover } from "./chunk-mover.ts";
+import type { EagerMoves } from "./eager-moves.ts";
 import { raise } from "./priority.ts";
 import { COMING, FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
@@ -44,8 +45,12 @@ const RETRY_PAUSE_MS = 20;
 const RETRY_PAUSE_MAX_MS = 2000;
 
 /** The fault loop's place among the Workers. */
-/** Index of the helper's descriptor among those that are polled. */
-const HELPER_FD = 4;
+/**
+ * Index among the descriptors that are polled: of the eventfd that begins the eager load, and of the
+ * first helper that brings chunks for faults. Behind those come the helpers of the eager load.
+ */
+const GO_FD = 4;
+const OWN_FDS = 5;
 /** In the event buffer: a place that nothing was read into. */
 const NO_EVENT = 0;
 
@@ -54,6 +59,8 @@ const NO_EVENT = 0;
  * kernel maps up to 0.4 MiB of a file for each.
  */
 const RELEASE_FAULTS = 8;
+
+const GO_BYTES = 8;
 
 /** How the loop ended. */
 export type LoopEnd = "stopped" | "gone";
@@ -88,8 +95,13 @@ export interface FaultLoopOptions {
    * while nobody waits, as far as they are at hand; the rest is the eager load's.
    */
   readonly replay: Int32Array;
+  /** The eager load, if it is this loop's, and the eventfd that begins it. */
+  readonly moves?: EagerMoves | undefined;
+  readonly goFd?: number;
   readonly onFailure: (failure: PageFailure) => void;
   readonly onRecovered: (failure: PageFailure) => void;
+  /** The eager load has come to its end here. */
+  readonly onMoved?: () => void;
 }
 
 /** A fault that waits: parallel arrays would save an object, but waiting is the rare case. */
@@ -108,6 +120,8 @@ export class FaultLoop {
   readonly #events: UffdEvents;
   readonly #fds: Int32Array;
   readonly #revents: Int32Array;
+  /** Index of the first helper of the eager load among them. */
+  readonly #eagerFds: number;
   readonly #waiting: Waiting[] = [];
   /**
    * Faults of the batch whose neighbours are still to come: block index and page index in pairs.
@@ -121,6 +135,8 @@ export class FaultLoop {
   #faultsAtRelease = 0;
   /** Where in `replay` the next run is. */
   #replayAt = 0;
+  /** What an eventfd gives. */
+  readonly #go = new BigUint64Array(1);
 
   constructor(options: FaultLoopOptions) {
     this.#options = options;
@@ -130,11 +146,15 @@ export class FaultLoop {
       ...options,
       workerIndex: FAULT_WORKER,
       readsEvents: true,
+      isAwaited: true,
       pagesCounter: C_FAULT_PAGES,
     });
     const { readyFd } = options.source;
-    // poll(2) passes over negative ones; the last is the helper's while it is at work.
-    this.#fds = Int32Array.from([options.uffd.fd, options.stopFd, options.pidfd, readyFd, -1]);
+    const { uffd, stopFd, pidfd, goFd = -1, moves } = options;
+    // poll(2) passes over negative ones; the last are the helpers' while they are at work.
+    this.#eagerFds = OWN_FDS + options.movers.length;
+    this.#fds = new Int32Array(this.#eagerFds + (moves?.helperCount ?? 0)).fill(-1);
+    this.#fds.set([uffd.fd, stopFd, pidfd, readyFd, goFd]);
     this.#revents = new Int32Array(this.#fds.length);
   }
 
@@ -143,18 +163,20 @@ export class FaultLoop {
    * cannot be
    */
   run(): LoopEnd {
-    const { state, uffd } = this.#options;
+    const { state, uffd, moves } = this.#options;
     // A loop that died before us may have read events that nobody served, and may have left the
-    // gate closed.
+    // gate closed, or itself said to be busy.
     const left = state.eventCount;
+    state.busy = false;
     if (left > 0) this.#markRemoved(left);
     state.openGate();
     if (left > 0 && this.#serveBatch(left) === GONE) return "gone";
     this.#events.clearTypes(EVENTS_MAX);
     for (;;) {
       const isReplaying = this.#replayAt < this.#options.replay.length;
-      const timeoutMs = isReplaying ? 0 : this.#timeoutMs();
-      this.#fds[HELPER_FD] = this.#whole.fd;
+      const timeoutMs = isReplaying || moves?.canStep === true ? 0 : this.#timeoutMs();
+      this.#whole.putFds(this.#fds, OWN_FDS);
+      moves?.putFds(this.#fds, this.#eagerFds);
       const ready = sys.poll(this.#fds, this.#revents, this.#fds.length, POLLIN, timeoutMs);
       if (state.stopped || this.#revents[1]) return "stopped";
       if (ready < 0) {
@@ -163,7 +185,7 @@ export class FaultLoop {
       }
       if (this.#revents[2]) return "gone";
       if (ready === 0 && isReplaying && this.#replayNext() === GONE) return "gone";
-      if (this.#revents[HELPER_FD]) this.#advanceWhole();
+      if (this.#isAnswered(OWN_FDS, this.#eagerFds)) this.#advanceWhole();
       const sourceHasNews = (this.#revents[3] ?? 0) !== 0;
       if (sourceHasNews) this.#options.source.acknowledge?.();
       // QEMU makes every descriptor blocking that it is given by `getfd`, which is the description
@@ -172,7 +194,28 @@ export class FaultLoop {
       if (((this.#revents[0] ?? 0) & POLLERR) !== 0) sys.fcntl(uffd.fd, F_SETFL, O_NONBLOCK);
       else if (this.#revents[0] && this.#readAndServe() === GONE) return "gone";
       if (this.#waiting.length > 0 && this.#retryWaiting(sourceHasNews) === GONE) return "gone";
+      if (moves !== undefined && this.#goOnEagerly(moves) === GONE) return "gone";
     }
+  }
+
+  #isAnswered(from: number, to: number): boolean {
+    for (let index = from; index < to; index += 1) if (this.#revents[index] !== 0) return true;
+    return false;
+  }
+
+  /** After everybody who waits: the helpers of the eager load have something to do, or are given it. */
+  #goOnEagerly(moves: EagerMoves): Outcome {
+    if (this.#revents[GO_FD]) {
+      sys.read(this.#fds[GO_FD] ?? -1, this.#go, GO_BYTES);
+      moves.begin(Number(this.#go[0]));
+    }
+    if (this.#isAnswered(this.#eagerFds, this.#fds.length)) moves.advance();
+    moves.look();
+    if (!moves.canStep) return SUPPLIED;
+    const isOver = moves.step();
+    if (isOver === GONE) return GONE;
+    if (isOver) this.#options.onMoved?.();
+    return SUPPLIED;
   }
 
   close(): void {
@@ -186,8 +229,10 @@ export class FaultLoop {
       if (waiting.reason === RETRY) return 0;
       if (waiting.reason === FAILED) next = Math.min(next, waiting.retryAtMs);
     }
-    if (next === Number.POSITIVE_INFINITY) return -1;
-    return Math.max(0, Math.ceil(next - performance.now()));
+    const eagerMs = this.#options.moves?.timeoutMs ?? -1;
+    if (next === Number.POSITIVE_INFINITY) return eagerMs;
+    const retryMs = Math.max(0, Math.ceil(next - performance.now()));
+    return eagerMs < 0 ? retryMs : Math.min(retryMs, eagerMs);
   }
 
   /**

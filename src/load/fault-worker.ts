@@ -1,10 +1,16 @@
 /** Worker entry point: the fault loop. */
+import { EagerMoves } from "./eager-moves.ts";
 import { rehearseFaults } from "./rehearsal.ts";
 import { FaultLoop } from "./fault-loop.ts";
 import type { FaultWorkerStart } from "./protocol.ts";
 import { serveWorker } from "./worker.ts";
 
 serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
+  const { fileFd } = start;
+  const moves =
+    start.moves === null
+      ? undefined
+      : new EagerMoves({ uffd, source, state, fileFd, start: start.moves });
   const loop = new FaultLoop({
     state,
     uffd,
@@ -16,13 +22,17 @@ serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, r
     movers,
     helperPids: start.helperPids,
     replay: start.replay,
+    moves,
+    ...(start.moves === null ? {} : { goFd: start.moves.goFd }),
     onFailure: (failure) => report({ type: "failure", failure }),
     onRecovered: (failure) => report({ type: "recovered", failure }),
+    onMoved: () => report({ type: "moved" }),
   });
   report({ type: "serving" });
   try {
     return loop.run();
   } finally {
     loop.close();
+    moves?.close();
   }
 }, rehearseFaults);

@@ -370,10 +370,11 @@ class Load {
     // A QEMU of our own takes it while it is asked, and what it takes is nothing to be undone.
     if (prepared.seedFd >= 0 && !this.#target.isAttached) this.#target.giveSeed(prepared.seedFd);
     this.#guard = await SnapshotGuard.take(snapshot);
-    // Not sooner: QEMU needs the CPU. One is enough where helpers do the work.
-    crew?.hireEager(this.#target.isAttached ? eagerWidth(this.#options) : 1);
     // Whoever limits the eager load does not want so much at once.
     const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
+    // Not sooner: QEMU needs the CPU. Where helpers do the work, the fault loop has time for the rest.
+    const isLeftToFaultLoop = !this.#target.isAttached && seedsNow && !isLimited;
+    if (!isLeftToFaultLoop) crew?.hireEager(eagerWidth(this.#options));
     if (seedsNow && !isLimited) this.#readAhead(prepared).catch(() => {});
     const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;

@@ -22,17 +22,22 @@ const GENTLE_MS = 100;
 /** JavaScriptCore's name for its compiling threads. */
 const COMPILER_NAME = "JITWorker";
 
-/** Runs in an eager Worker, for itself and for its helpers in the target. */
+/** Of who loads eagerly: for helpers in the target, and for the calling thread if that does nothing else. */
 export class Priority {
   readonly #helperPids: readonly number[];
   readonly #nice: number;
-  readonly #thread = sys.gettid();
+  /** 0: is left as it is. */
+  readonly #thread: number;
   #gentleUntilMs: number;
 
-  /** @param nice of the Worker and its helpers after that; 0..19 */
-  constructor(helperPids: readonly number[], nice: number) {
+  /**
+   * @param nice of the helpers after that; 0..19
+   * @param isForThread of the calling thread, too
+   */
+  constructor(helperPids: readonly number[], nice: number, isForThread = true) {
     this.#helperPids = helperPids;
     this.#nice = nice;
+    this.#thread = isForThread ? sys.gettid() : 0;
     // Whoever may not raise a priority could never take it back.
     this.#gentleUntilMs = mayRaise() ? performance.now() + GENTLE_MS : 0;
     this.#set();
@@ -44,6 +49,12 @@ export class Priority {
     if (!isBulk && performance.now() < this.#gentleUntilMs) return;
     this.#gentleUntilMs = 0;
     this.#set();
+  }
+
+  /** After so many ms `look` has something to do; -1 when it has not. */
+  get gentleLeftMs(): number {
+    if (this.#gentleUntilMs === 0) return -1;
+    return Math.max(0, Math.ceil(this.#gentleUntilMs - performance.now()));
   }
 
   /** The eager load is over. */
@@ -61,7 +72,7 @@ export class Priority {
 
   #set(): void {
     const isGentle = this.#gentleUntilMs > 0;
-    sys.setpriority(this.#thread, isGentle ? GENTLE_NICE : this.#nice);
+    if (this.#thread > 0) sys.setpriority(this.#thread, isGentle ? GENTLE_NICE : this.#nice);
     if (!isGentle) for (const pid of this.#helperPids) sys.schedSetscheduler(pid, SCHED_OTHER);
     this.putBack();
   }

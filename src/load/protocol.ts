@@ -29,6 +29,20 @@ export interface FaultWorkerStart extends WorkerStartBase {
   readonly helperPids: readonly number[];
   /** Runs that the guest will ask for, as in `EagerWorkerStart`. */
   readonly replay: Int32Array;
+  /** Null: the eager load is all the eager Workers'. */
+  readonly moves: EagerMovesStart | null;
+}
+
+/** The eager load by the fault loop, see eager-moves.ts. */
+export interface EagerMovesStart {
+  /** Helpers that bring whole chunks; nobody uses them before they are allowed to. */
+  readonly helpers: readonly HelperRecord[];
+  /** eventfd that begins it; its value has a bit for each helper that may be used. */
+  readonly goFd: number;
+  readonly pieceLength: number;
+  readonly replay: Int32Array;
+  /** Of the helpers. */
+  readonly nice: number;
 }
 
 export interface EagerWorkerStart extends WorkerStartBase {
@@ -51,6 +65,8 @@ export type WorkerStart = FaultWorkerStart | EagerWorkerStart;
 export type WorkerReport =
   | { readonly type: "loaded" }
   | { readonly type: "serving" }
+  /** What can be moved has been; all else is left to eager Workers. */
+  | { readonly type: "moved" }
   | { readonly type: "failure"; readonly failure: PageFailure }
   | { readonly type: "recovered"; readonly failure: PageFailure }
   | { readonly type: "ended"; readonly end: "stopped" | "gone" | "finished" }

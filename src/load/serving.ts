@@ -19,7 +19,7 @@ import type { SnapshotGuard } from "./guard.ts";
 import { orderChunks } from "./order.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { StallWatch } from "./stalls.ts";
-import { type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
+import { EAGER_MOVES, type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
 import { Crew, type CrewEnd } from "./workers.ts";
 
 /** Name under which the target keeps a copy of the load state. */
@@ -83,6 +83,8 @@ export interface ServingHelpers {
   readonly fileFd: number;
 }
 
+const PIECE_LENGTH = 256 * KiB;
+const NICE = 5;
 const ERROR_LIMIT_MS = 30_000;
 /** Unreadable pages that nobody waits for and that are told one by one. */
 const FAILURES_TOLD_MAX = 8;
@@ -107,6 +109,8 @@ export class Serving {
   readonly #uffd: Uffd;
   readonly #crew: Crew;
   readonly #stopFd: number;
+  /** Begins the eager load of the fault loop. */
+  readonly #goFd: number;
   readonly #helpers: ServingHelpers;
   /** Helpers of the eager load that were given up before it. */
   readonly #lostHelpers = new Set<HelperRecord>();
@@ -144,6 +148,7 @@ export class Serving {
     this.#options = options;
     this.#helpers = helpers;
     this.#stopFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
+    this.#goFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
     this.#lost.promise.catch(() => {});
     this.#stalls = new StallWatch(state, options.logger);
     crew.listen({
@@ -156,7 +161,10 @@ export class Serving {
         options.logger?.warn(`${role} Worker failed: ${error.message}; ${next}`);
         if (!replaced && role === "fault") this.#lost.reject(error);
       },
-      beforeReplacement: (start) => this.#abandonWork(start.workerIndex),
+      beforeReplacement: (start) => {
+        this.#abandonWork(start.workerIndex);
+        if (start.role === "fault" && start.moves !== null) this.#abandonWork(EAGER_MOVES);
+      },
       afterReplacement: (start) => {
         if (start.role === "fault") this.wakeAll();
       },
@@ -221,6 +229,15 @@ export class Serving {
       pidfd: this.#target.pidfd,
       clusterPages: this.#options.clusterPages ?? 16,
       replay: isReplayedNow ? replay : new Int32Array(0),
+      moves: this.#movesByFaultLoop
+        ? {
+            helpers: this.#helpers.records.slice(0, width),
+            goFd: this.#goFd,
+            pieceLength: this.#options.eager?.pieceLength ?? PIECE_LENGTH,
+            replay,
+            nice: this.#options.eager?.nice ?? NICE,
+          }
+        : null,
       helpers: this.#helpers.records.slice(width),
       helperPids: this.#helpers.records.slice(0, width).map(({ pid }) => pid),
       fileFd: this.#helpers.fileFd,
@@ -235,10 +252,46 @@ export class Serving {
     for (const { block } of this.#state.blocks) this.#uffd.wake(block.hostAddr, block.usedLength);
   }
 
-  /** Sets the eager Workers to work: first the working set, then everything. */
+  /** Sets the eager load to work: first the working set, then everything. */
   startEager(): void {
-    this.#eager = this.#crew.loadEagerly(this.#eagerStarts());
+    this.#eager = this.#loadEagerly();
     this.#eager.catch(() => {});
+  }
+
+  /** What can be moved by the fault loop, where that can be; what is left by eager Workers. */
+  async #loadEagerly(): Promise<CrewEnd> {
+    const usable = this.#movesByFaultLoop ? this.#usableHelpers() : 0;
+    if (usable !== 0) {
+      const moved = this.#crew.nextMoved();
+      sys.write(this.#goFd, BigUint64Array.of(BigInt(usable)));
+      await moved;
+      if (this.#isStopped) return "stopped";
+      if (this.missingPages() === 0) return "finished";
+      this.#state.resetChunks();
+    }
+    return this.#crew.loadEagerly(this.#eagerStarts());
+  }
+
+  /**
+   * Helpers do all the work, and nobody has set it a limit that would have to be slept for: the fault loop can do the
+   * rest.
+   */
+  get #movesByFaultLoop(): boolean {
+    const hasAll = this.#helpers.records.length >= eagerWidth(this.#options);
+    const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
+    return hasAll && !isLimited && this.#state.blocks.every(({ block }) => block.movable);
+  }
+
+  /** A bit for each helper of the eager load that was not given up. */
+  #usableHelpers(): number {
+    return this.#eagerHelpers.reduce(
+      (bits, record, index) => (this.#lostHelpers.has(record) ? bits : bits | (1 << index)),
+      0,
+    );
+  }
+
+  get #eagerHelpers(): readonly HelperRecord[] {
+    return this.#helpers.records.slice(0, eagerWidth(this.#options));
   }
 
   /** Somebody wants the load to be over: no limit any more. */
@@ -335,6 +388,7 @@ export class Serving {
     const left = this.#helpers.records.filter((record) => !this.#lostHelpers.has(record));
     await Promise.all(left.map(endHelper));
     sys.close(this.#stopFd);
+    sys.close(this.#goFd);
   }
 
   /**
@@ -377,9 +431,10 @@ export class Serving {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
     const width = eagerWidth(this.#options);
-    const records = this.#helpers.records
-      .slice(0, width)
-      .filter((record) => !this.#lostHelpers.has(record));
+    // The fault loop keeps those that it has been given.
+    const records = this.#movesByFaultLoop
+      ? []
+      : this.#eagerHelpers.filter((record) => !this.#lostHelpers.has(record));
     // One Worker keeps all helpers busy: another would cost 30 ms of CPU time to start, and memory.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
     const workers = isMoved ? 1 : width;
@@ -390,14 +445,14 @@ export class Serving {
       source: state.metadata.source as PageSourceSpec,
       uffdFd: this.#uffd.fd,
       workerIndex: index + 1,
-      pieceLength: eager.pieceLength ?? 256 * KiB,
+      pieceLength: eager.pieceLength ?? PIECE_LENGTH,
       order,
       replay: this.#replay,
       helpers: records.filter((_record, number) => number % workers === index),
       fileFd: this.#helpers.fileFd,
       bytesPerSecond: (eager.bytesPerSecond ?? 0) / workers,
       pendingMax: PENDING_MAX / workers,
-      nice: eager.nice ?? 5,
+      nice: eager.nice ?? NICE,
     }));
   }
 

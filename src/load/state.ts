@@ -51,6 +51,11 @@ export const WORKERS_MAX = 9;
 /** The Worker that reads faults, among those who have counters. */
 export const FAULT_WORKER = 0;
 export const MAIN_THREAD = WORKERS_MAX - 1;
+/**
+ * What the fault loop does of the eager load has the place of the first eager Worker, which begins when
+ * that is over: faults in a chunk of its are another matter than in one that is brought for a fault.
+ */
+export const EAGER_MOVES = 1;
 const FAULT_LOG_OFFSET = 0x25000;
 export const FAULT_LOG_MAX = 0x10000;
 const BITMAPS_OFFSET = 0x65000;

@@ -34,6 +34,8 @@ export interface WholeChunksOptions {
   readonly movers: readonly ChunkMover[];
   /** This thread reads the events itself: what it moves cannot land behind a REMOVE that is read. */
   readonly readsEvents: boolean;
+  /** A vCPU waits for each of them: a packet has one chunk. */
+  readonly isAwaited?: boolean;
   /** Counter of the pages that come: C_EAGER_PAGES, C_FAULT_PAGES. */
   readonly pagesCounter: number;
   readonly priority?: Priority | undefined;
@@ -61,9 +63,29 @@ export class WholeChunks {
     return this.#options.movers.every(({ isGone }) => isGone);
   }
 
-  /** A descriptor that polls readable when `advance` has something to do; -1 when there is none. */
-  get fd(): number {
-    return this.#options.movers.find(({ isRunning }) => isRunning)?.fd ?? -1;
+  /** A packet is under way. */
+  get isRunning(): boolean {
+    return this.#options.movers.some(({ isRunning }) => isRunning);
+  }
+
+  /** A packet has been begun and not been sent. */
+  get isOpen(): boolean {
+    return this.#open !== undefined;
+  }
+
+  /** `begin` would find a helper. */
+  get hasRoom(): boolean {
+    return this.#open !== undefined || this.#options.movers.some(({ isFree }) => isFree);
+  }
+
+  /**
+   * Descriptors that poll readable when `advance` has something to do, one for each helper; -1 where
+   * there is nothing to wait for.
+   */
+  putFds(fds: Int32Array, at: number): void {
+    for (const [index, { isRunning, fd }] of this.#options.movers.entries()) {
+      fds[at + index] = isRunning ? fd : -1;
+    }
   }
 
   /**
@@ -98,8 +120,8 @@ export class WholeChunks {
 
   /** Chunks in a packet: what a vCPU waits for may be the last of them. */
   get #batchMax(): number {
-    const { readsEvents, state } = this.#options;
-    if (readsEvents) return 1;
+    const { isAwaited, state } = this.#options;
+    if (isAwaited === true) return 1;
     return state.isBulk ? BATCH_BULK : BATCH;
   }
 

@@ -17,7 +17,7 @@ export interface CrewEvents {
   onRecovered(failure: PageFailure): void;
   /** A Worker has died; `replaced` says whether another one has taken over. */
   onWorkerLost(role: "fault" | "eager", error: Error, replaced: boolean): void;
-  /** Called with the dead Worker gone and before its replacement starts. */
+  /** Called with the dead Worker gone and before its replacement starts; with what the dead one was told. */
   beforeReplacement(start: WorkerStart): void;
   /** Called when the replacement serves: ranges are to be woken. */
   afterReplacement(start: WorkerStart): void;
@@ -38,6 +38,7 @@ class Post {
   #over = false;
   #serving = Promise.withResolvers<void>();
   #ended = Promise.withResolvers<CrewEnd>();
+  #moved = Promise.withResolvers<void>();
 
   constructor(role: Role) {
     this.role = role;
@@ -60,6 +61,14 @@ class Post {
   /** Resolves when the loop that was begun last has ended. */
   get ended(): Promise<CrewEnd> {
     return this.#ended.promise;
+  }
+
+  /** Resolves when the fault loop's part of the eager load is over, or its Worker was lost. */
+  nextMoved(): Promise<void> {
+    this.#moved = Promise.withResolvers();
+    // One that took over has no helpers.
+    if (this.#start?.role !== "fault" || this.#start.moves === null) this.#moved.resolve();
+    return this.#moved.promise;
   }
 
   /** Ends a Worker that has no work yet, or whose loop has ended. */
@@ -106,7 +115,11 @@ class Post {
       case "recovered":
         this.events?.onRecovered(message.failure);
         return;
+      case "moved":
+        this.#moved.resolve();
+        return;
       case "ended":
+        this.#moved.resolve();
         this.#start = undefined;
         this.#ended.resolve(message.end);
         return;
@@ -117,6 +130,7 @@ class Post {
 
   #replace(error: Error): void {
     this.#replacements += 1;
+    this.#moved.resolve();
     const replaced = this.#start !== undefined && this.#replacements <= REPLACEMENTS_MAX;
     this.events?.onWorkerLost(this.role, error, replaced);
     if (!replaced) {
@@ -132,8 +146,9 @@ class Post {
     }
     // Its helpers may be in the middle of an answer to the dead Worker.
     if (this.#start === undefined) return;
-    const start = { ...this.#start, helpers: [] };
-    this.events?.beforeReplacement(start);
+    this.events?.beforeReplacement(this.#start);
+    const start = withoutHelpers(this.#start);
+    this.#start = start;
     const [worker, loaded] = this.#hire();
     this.#worker = worker;
     this.#loaded = loaded;
@@ -168,6 +183,11 @@ export class Crew {
     await this.#fault.begin(start);
   }
 
+  /** As `Post.nextMoved`: to be called before the fault loop is told to begin. */
+  nextMoved(): Promise<void> {
+    return this.#fault.nextMoved();
+  }
+
   /**
    * Sets the eager Workers to work. @returns when all of them have ended: the worst of their ends
    */
@@ -193,6 +213,12 @@ export class Crew {
     this.#fault.dismiss();
     for (const post of this.#eager) post.dismiss();
   }
+}
+
+function withoutHelpers(start: WorkerStart): WorkerStart {
+  return start.role === "fault"
+    ? { ...start, helpers: [], moves: null }
+    : { ...start, helpers: [] };
 }
 
 function workerError(message: { message: string; stack: string }): Error {

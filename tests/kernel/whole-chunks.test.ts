@@ -83,9 +83,12 @@ describe("WholeChunks", () => {
       const { it, state, block, whole, begin, finish } = await start();
       expect(begin(0, 3, 5)).toEqual([true, true, true]);
       // There is room for more, so that it has not been sent.
-      expect(whole.fd).toBe(-1);
+      const polled = Int32Array.of(0, 0);
+      whole.putFds(polled, 1);
+      expect([...polled, whole.isOpen]).toEqual([0, -1, true]);
       whole.flush();
-      expect(whole.fd).toBe(it.task.record.fd);
+      whole.putFds(polled, 1);
+      expect([...polled, whole.isOpen]).toEqual([0, it.task.record.fd, false]);
       finish();
       for (const chunk of [0, 3, 5]) expect(block.chunks[chunk]).toBe(CHUNK_MOVED);
       expect(block.chunks[1]).toBe(CHUNK_FREE);
