@@ -14,6 +14,9 @@
  *                                UFFDIO_COPY gives on this machine. KEEP 1: the file stays mapped;
  *                                0: each chunk of it leaves the page table when it was copied, so that
  *                                memory does not grow with the guest. Prints: filled NS
+ *   read FILE LENGTH THREADS     no userfaultfd: reads so much of FILE into fresh huge pages of its own,
+ *                                2 MiB at a time, which is what an ordinary load (one thread) and helpers
+ *                                do. Prints: read NS
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -178,6 +181,17 @@ static uint64_t piece_length;
 static int keeps_mapped;
 static atomic_uint_fast64_t next_chunk;
 
+static uint64_t share_out(void *(*work)(void *), unsigned threads) {
+  pthread_t ids[MAX_THREADS];
+  uint64_t start = now_ns();
+  for (unsigned t = 1; t < threads && t < MAX_THREADS; t++) {
+    if (pthread_create(&ids[t], NULL, work, NULL) != 0) fail("pthread_create");
+  }
+  work(NULL);
+  for (unsigned t = 1; t < threads && t < MAX_THREADS; t++) pthread_join(ids[t], NULL);
+  return now_ns() - start;
+}
+
 static void take_region(const char *path) {
   uffd = receive_region(&region, &region_length);
   struct uffdio_api api = {.api = UFFD_API};
@@ -232,14 +246,34 @@ static int fill(const char *path, uint64_t piece, unsigned threads, int keep) {
   piece_length = piece;
   keeps_mapped = keep;
   take_region(path);
-  pthread_t ids[MAX_THREADS];
-  uint64_t start = now_ns();
-  for (unsigned t = 1; t < threads && t < MAX_THREADS; t++) {
-    if (pthread_create(&ids[t], NULL, fill_share, NULL) != 0) fail("pthread_create");
+  printf("filled %llu\n", (unsigned long long)share_out(fill_share, threads));
+  return 0;
+}
+
+/* -- read ------------------------------------------------------------------------------------- */
+
+static int read_fd;
+
+static void *read_share(void *nothing) {
+  (void)nothing;
+  for (;;) {
+    uint64_t start = atomic_fetch_add(&next_chunk, 1) * CHUNK;
+    if (start + CHUNK > region_length) return NULL;
+    void *target = (void *)(uintptr_t)(region + start);
+    if (pread(read_fd, target, CHUNK, (off_t)start) != CHUNK) fail("pread");
   }
-  fill_share(NULL);
-  for (unsigned t = 1; t < threads && t < MAX_THREADS; t++) pthread_join(ids[t], NULL);
-  printf("filled %llu\n", (unsigned long long)(now_ns() - start));
+}
+
+static int read_huge(const char *path, uint64_t length, unsigned threads) {
+  read_fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (read_fd < 0) fail(path);
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void *map = mmap(NULL, length + CHUNK, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (map == MAP_FAILED) fail("mmap");
+  region = ((uint64_t)(uintptr_t)map + CHUNK - 1) & ~(uint64_t)(CHUNK - 1);
+  region_length = length;
+  madvise((void *)(uintptr_t)region, length, MADV_HUGEPAGE);
+  printf("read %llu\n", (unsigned long long)share_out(read_share, threads));
   return 0;
 }
 
@@ -252,6 +286,8 @@ int main(int count, char **arguments) {
   if (count == 6 && strcmp(role, "fill") == 0)
     return fill(arguments[2], strtoull(arguments[3], NULL, 0), (unsigned)atoi(arguments[4]),
                 atoi(arguments[5]));
-  fprintf(stderr, "usage: bench-fault-path touch|serve|fill ...\n");
+  if (count == 5 && strcmp(role, "read") == 0)
+    return read_huge(arguments[2], strtoull(arguments[3], NULL, 0), (unsigned)atoi(arguments[4]));
+  fprintf(stderr, "usage: bench-fault-path touch|serve|fill|read ...\n");
   return 2;
 }

@@ -65,9 +65,16 @@ export interface EagerRow {
   readonly tidyRatio: Summary | null;
 }
 
+/** Reading the file into fresh huge pages, in C: throughput in GB/s. */
+export interface ReadingRow {
+  readonly threads: number;
+  readonly c: Summary | null;
+}
+
 export interface FaultPathResult {
   readonly faults: readonly FaultRow[];
   readonly eager: readonly EagerRow[];
+  readonly reading: readonly ReadingRow[];
 }
 
 const TOUCHING_THREADS = [1, 2, 4];
@@ -90,7 +97,11 @@ export async function measureFaultPath(options: FaultPathOptions): Promise<Fault
       options.log(eagerLine(eager.at(-1) as EagerRow));
     }
   }
-  return { faults, eager };
+  const reading = await readingRows(options, path);
+  for (const { threads, c } of reading) {
+    options.log(`reading into huge pages, ${threads} threads: C ${fixed(c, 2)} GB/s`);
+  }
+  return { faults, eager, reading };
 }
 
 export function faultLine({ threads, ts, c, p50Ratio, p99Ratio }: FaultRow): string {
@@ -268,6 +279,15 @@ async function fillInC(
     filler.kill("SIGKILL");
     await Promise.all([toucher.exited, filler.exited]);
   }
+}
+
+/** @returns GB/s */
+async function readInC(path: string, length: number, threads: number): Promise<number> {
+  const command = [benchProgram("fault-path"), "read", path, String(length), String(threads)];
+  const reader = Bun.spawn(command, { stdout: "pipe", stderr: "inherit" });
+  const [ns = 0] = await numbers(reader.stdout, "read");
+  await reader.exited;
+  return length / ns;
 }
 
 async function faultsInTypeScript(work: FaultPathWork): Promise<Latency> {
@@ -458,6 +478,18 @@ async function eagerRow(
     tidy: summarize(tidy),
     tidyRatio: ratios(tidy, c),
   };
+}
+
+async function readingRows(options: FaultPathOptions, path: string): Promise<ReadingRow[]> {
+  const found = EAGER_THREADS.map((threads) => ({ threads, rates: [] as number[] }));
+  const { eagerLength } = options;
+  for (let round = 0; round < options.rounds; round += 1) {
+    await touchMemory(eagerLength);
+    for (const { threads, rates } of alternate(found, round)) {
+      rates.push(await readInC(path, eagerLength, threads));
+    }
+  }
+  return found.map(({ threads, rates }) => ({ threads, c: summarize(rates) }));
 }
 
 /** Every other round the other way round. */

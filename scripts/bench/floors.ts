@@ -37,6 +37,7 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
         (sentence(idle("fsl-ws", "faults", 0), (set) => `, ${set} with one`) ?? "") +
         ".",
     ),
+    readingLine(faultPath),
     busiest(faultPath),
     sentence(
       (faultPath?.eager ?? [])
@@ -57,6 +58,18 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
 
 function sentence(found: string | null, words: (found: string) => string): string | null {
   return found === null || found === "" ? null : words(found);
+}
+
+function readingLine(faultPath: Result["faultPath"]): string | null {
+  const rates = faultPath?.reading.map(({ c }) => c?.median) ?? [];
+  const [one, two] = rates;
+  if (one === undefined || two === undefined) return null;
+  return (
+    "**All RAM in**: a bare loop in C that reads the file into fresh huge pages has " +
+    `${one.toFixed(1)} GB/s with one thread, which is how QEMU's ordinary load does it, and ${two.toFixed(1)} GB/s ` +
+    `with two, one for each CPU of this machine: ${(one / two).toFixed(2)} of the ordinary load's time is the ` +
+    "least, whatever else the guest and the loader need a CPU for."
+  );
 }
 
 /** As many threads as there are: the loop is never waked, so that its own work is all there is. */

@@ -17,7 +17,7 @@ import { nextMissing } from "./bits.ts";
 import { ChunkMover } from "./chunk-mover.ts";
 import { ChunkQueue } from "./chunk-queue.ts";
 import { orderChunks } from "./order.ts";
-import { Priority } from "./priority.ts";
+import { Priority, raise } from "./priority.ts";
 import type { EagerMovesStart } from "./protocol.ts";
 import {
   add,
@@ -88,13 +88,19 @@ export class EagerMoves {
     this.#queue = new ChunkQueue(state, orderChunks(state.blocks));
     if (this.#whole !== undefined) return;
     const records = start.helpers.filter((_record, index) => ((usable >> index) & 1) === 1);
-    const pids = records.map(({ pid }) => pid);
-    this.#priority = new Priority(pids, start.nice, false);
+    // They answer before they are left only the CPU time that nobody wants: faults wait for that.
+    for (const { pid } of records) raise(pid);
+    const movers = records.map((record) => this.#moverOf(record, fileFd));
+    this.#priority = new Priority(
+      records.map(({ pid }) => pid),
+      start.nice,
+      false,
+    );
     this.#whole = new WholeChunks({
       ...this.#options,
       counters: this.#counters,
       workerIndex: EAGER_MOVES,
-      movers: records.map((record) => this.#moverOf(record, fileFd)),
+      movers,
       readsEvents: true,
       pagesCounter: C_EAGER_PAGES,
       priority: this.#priority,

@@ -32,6 +32,7 @@ import {
   FAULT_LOG_MAX,
   FAULT_WORKER,
   type LoadState,
+  MAIN_THREAD,
   recordLatency,
 } from "./state.ts";
 import type { ChunkMover } from "./chunk-mover.ts";
@@ -367,7 +368,9 @@ export class FaultLoop {
     if (this.#options.state.isBulk && this.#whole.begin(state, state.chunkOf(page))) {
       return this.#awaitChunk(state, page);
     }
-    if (!state.splitChunk(page)) return this.#awaitChunk(state, page);
+    if (!state.splitChunk(page) && !this.#canOvertake(state, page)) {
+      return this.#awaitChunk(state, page);
+    }
     if (!testBit(state.data, page)) return this.#bringZeros(state, page);
     const outcome = this.#supply.copyRun(state, page, 1);
     if (this.#supply.pagesDone > 0) {
@@ -380,6 +383,18 @@ export class FaultLoop {
       }
     }
     return outcome;
+  }
+
+  /**
+   * The eager load has the chunk in hand, and a helper that has only the CPU time which nobody else
+   * wants may take milliseconds for it. The page alone is there in 0.1 ms. The chunk cannot be moved then, and its
+   * rest is copied: too much for a guest that reads on and on.
+   */
+  #canOvertake(state: BlockState, page: number): boolean {
+    const worker = (state.chunks[state.chunkOf(page)] ?? 0) - CHUNK_MOVING;
+    if (worker === FAULT_WORKER || worker === MAIN_THREAD) return false;
+    if (this.#options.state.isBulk) return false;
+    return this.#options.source.isAtHand?.(state.index, page, 1) === true;
   }
 
   /**

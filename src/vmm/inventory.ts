@@ -101,14 +101,15 @@ function askForList(qmp: QmpClient, path: string): Promise<QmpReply> {
 
 /**
  * Pairs QEMU's RAMBlocks with the kernel's account of that process.
+ * @param maps its memory, if that was read already
  * @throws FslError TARGET_MISMATCH when a block is not where QEMU says, or not of the kind it says
  */
 export function locateRegions(
   ramblocks: readonly RamblockLine[],
   pid: number,
   hasHelpersByQemu = false,
+  maps = ProcessMaps.read(pid),
 ): GuestRegion[] {
-  const maps = ProcessMaps.read(pid);
   const located = ramblocks
     .filter((block) => block.length > 0)
     .map((block) => ({ block, range: locate(block, maps) }));

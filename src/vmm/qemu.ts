@@ -25,6 +25,7 @@ import {
   parseUndo,
 } from "./migration-settings.ts";
 import { linksOf } from "./process-links.ts";
+import { ProcessMaps } from "./process-maps.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
 import type {
   ExitStatus,
@@ -215,12 +216,15 @@ export class QemuTarget implements Target {
     const readyAtMs = performance.now();
     this.#process.identify();
     this.#takePreloaded();
+    // While a QEMU of our own answers, and nobody changes its memory.
+    const isOwn = !this.isAttached && this.#process.runsStartedProgram;
+    const maps = isOwn ? await this.#guard(this.#readMaps()) : undefined;
     const known = await this.#guard(this.#inventory.then((asked) => this.#judge(asked)));
     this.#known = known;
     this.#phase = "connected";
     // QEMU works on this while the process's maps are read here.
     this.#prepare(known.settings.apply(LOAD_CHANGES));
-    const regions = await this.#guard(this.#locate(known));
+    const regions = await this.#guard(this.#locate(known, maps));
     // QEMU has answered by now. Were that not heard before all the work that follows, the next
     // descriptor would be sent after it, and nothing be told to load before that: 2 ms.
     await this.#preloadedKept;
@@ -234,8 +238,12 @@ export class QemuTarget implements Target {
     };
   }
 
-  async #locate(known: Inventory): Promise<GuestRegion[]> {
-    return locateRegions(known.ramblocks, this.pid, known.hasHelpers);
+  async #readMaps(): Promise<ProcessMaps> {
+    return ProcessMaps.read(this.pid);
+  }
+
+  async #locate(known: Inventory, maps?: ProcessMaps): Promise<GuestRegion[]> {
+    return locateRegions(known.ramblocks, this.pid, known.hasHelpers, maps);
   }
 
   record(): TargetRecord {

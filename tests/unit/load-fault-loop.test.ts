@@ -12,6 +12,7 @@ import {
   CHUNK_MOVING,
   histogramOf,
   type LoadState,
+  MAIN_THREAD,
 } from "../../src/load/state.ts";
 import type { PageSource } from "../../src/source/page-source.ts";
 import { EAGAIN, EEXIST, EFAULT, EIO, ENOENT, ENOMEM, ESRCH } from "../../src/sys/abi.ts";
@@ -534,6 +535,40 @@ describe("FaultLoop.run with a working set", () => {
     chunks?.set([CHUNK_MOVING + 1]);
     b.run();
     expect([b.bytes(4), b.bytes(600)]).toEqual([undefined, sourceOf(600)]);
+  });
+});
+
+describe("a fault in a chunk that the eager load has in hand", () => {
+  /** One fault in page 4, in a chunk that is coming as a whole. */
+  function inHand(worker: number, isAtHand: boolean, faultsBefore = 0): Bench {
+    const b = bench([[fault(4)]], { pages: 1024 });
+    const source = new FakeSource();
+    b.source = Object.assign(source, { isAtHand: () => isAtHand });
+    b.state.blocks[0]?.chunks.set([CHUNK_MOVING + worker]);
+    b.state.counters(0)[C_FAULTS] = faultsBefore;
+    b.run();
+    return b;
+  }
+  const wordOf = (b: Bench): number | undefined => b.state.blocks[0]?.chunks[0];
+  const sinceOf = (b: Bench): number | undefined => b.state.blocks[0]?.chunkFaultNs[0];
+
+  test("gets its page alone, sooner than the chunk, and the chunk is left in hand", () => {
+    const b = inHand(1, true);
+    expect(b.bytes(4)).toBe(sourceOf(4));
+    expect([wordOf(b), sinceOf(b)]).toEqual([CHUNK_MOVING + 1, 0]);
+    expect(testBit(b.state.blocks[0]?.done ?? new Int32Array(1), 4)).toBe(true);
+  });
+
+  test.each([
+    ["the page would have to be read from a disk first", 1, false, 0],
+    ["the guest reads on and on", 1, true, 400],
+    ["what was read ahead is being moved", MAIN_THREAD, true, 0],
+    ["it is brought for a fault", 0, true, 0],
+  ])("waits for the chunk when %s", (_why, worker, isAtHand, faultsBefore) => {
+    const b = inHand(worker, isAtHand, faultsBefore);
+    expect(b.bytes(4)).toBeUndefined();
+    expect(wordOf(b)).toBe(CHUNK_MOVING + worker);
+    expect(sinceOf(b)).toBeGreaterThan(0);
   });
 });
 
