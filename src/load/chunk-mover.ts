@@ -180,6 +180,17 @@ export class ChunkMover {
     this.#batch = [];
   }
 
+  /** Somebody else may use the helper from here on. Only when nothing is in hand; blocks until its memory is clean. */
+  release(): void {
+    if (this.#isGone || this.#dirty.size === 0) return;
+    this.#helper.begin();
+    for (const slot of this.#dirty) {
+      this.#helper.madvise(this.#slotAddr(slot), CHUNK_LENGTH, MADV_DONTNEED);
+    }
+    this.#dirty.clear();
+    this.#helper.run();
+  }
+
   #addMove(state: BlockState, chunk: number, slot: number, stopOnError: boolean): number {
     const target = state.block.hostAddr + state.chunkStart(chunk) * state.block.pageSize;
     return this.#helper.move(target, this.#slotAddr(slot), CHUNK_LENGTH, 0, stopOnError);

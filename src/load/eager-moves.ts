@@ -6,7 +6,8 @@
  *
  * Between two packets the rest of chunks that came page by page is copied, piece by piece and only
  * while nobody waits for a page, and only what the page source has at hand: the fault loop must not
- * wait for a disk for a page that nobody wants. What is left in the end is for eager Workers.
+ * wait for a disk for a page that nobody wants. What is left in the end is for eager Workers, and so is
+ * everything if there is much to copy: then they have the helpers, too.
  */
 import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
@@ -38,6 +39,9 @@ import { WholeChunks } from "./whole-chunks.ts";
  */
 export const HELPER_PATIENCE_MS = 500;
 
+/** More chunks than this are not copied beside the serving of faults: a guest that touches pages at random splits all. */
+const RESTS_MAX = 32;
+
 export interface EagerMovesOptions {
   readonly uffd: Uffd;
   readonly source: PageSource;
@@ -64,9 +68,12 @@ export class EagerMoves {
   #whole: WholeChunks | undefined;
   #queue: ChunkQueue | undefined;
   #priority: Priority | undefined;
+  #movers: readonly ChunkMover[] = [];
   #isOn = false;
   /** Nothing is left to move, unless a helper's answer brings something. */
   #isDrained = false;
+  /** Eager Workers are to do the rest. */
+  #isLeaving = false;
   /** To be copied, the last one first. */
   readonly #rests: Rest[] = [];
 
@@ -77,20 +84,15 @@ export class EagerMoves {
     this.#fds = Int32Array.of(options.uffd.fd);
   }
 
-  /**
-   * Begins, or begins anew.
-   * @param usable bit set = the helper of that number; those of the first call count
-   */
+  /** Begins; once. @param usable bit set = the helper of that number */
   begin(usable: number): void {
     const { state, start, fileFd } = this.#options;
     this.#isOn = true;
-    this.#isDrained = false;
     this.#queue = new ChunkQueue(state, orderChunks(state.blocks));
-    if (this.#whole !== undefined) return;
     const records = start.helpers.filter((_record, index) => ((usable >> index) & 1) === 1);
     // They answer before they are left only the CPU time that nobody wants: faults wait for that.
     for (const { pid } of records) raise(pid);
-    const movers = records.map((record) => this.#moverOf(record, fileFd));
+    this.#movers = records.map((record) => this.#moverOf(record, fileFd));
     this.#priority = new Priority(
       records.map(({ pid }) => pid),
       start.nice,
@@ -100,7 +102,7 @@ export class EagerMoves {
       ...this.#options,
       counters: this.#counters,
       workerIndex: EAGER_MOVES,
-      movers,
+      movers: this.#movers,
       readsEvents: true,
       pagesCounter: C_EAGER_PAGES,
       priority: this.#priority,
@@ -147,12 +149,13 @@ export class EagerMoves {
 
   /**
    * The next bit of work, some 0.1 ms: a packet for a helper, or a piece that is copied.
-   * @returns true when that was the last; only `begin` makes more
+   * @returns true when that was the last: the helpers are somebody else's from here on
    */
   step(): boolean | typeof GONE {
     const [whole, { state }] = [this.#whole, this.#options];
     if (whole === undefined) return false;
-    const isOver = state.halted || state.stopped || whole.isEmpty;
+    this.#isLeaving ||= this.#rests.length > RESTS_MAX || whole.isEmpty;
+    const isOver = this.#isLeaving || state.halted || state.stopped;
     if (isOver) this.#rests.length = 0;
     this.#isDrained ||= isOver;
     if (!this.#isDrained && whole.hasRoom) this.#fill(whole);
@@ -248,7 +251,7 @@ export class EagerMoves {
 
   #end(): void {
     this.#isOn = false;
-    this.#whole?.unmoved.splice(0);
+    for (const mover of this.#movers) mover.release();
     this.#priority?.close();
   }
 

@@ -129,6 +129,10 @@ export class Serving {
   #eager: Promise<CrewEnd> | undefined;
   #suppliedWrong = false;
   #isStopped = false;
+  /** The eager load has, once. */
+  #hasBegun = false;
+  /** Of the eager load; false when they are lost with the Worker that had them. */
+  #hasHelpers = true;
 
   constructor(
     target: ServedTarget,
@@ -261,10 +265,11 @@ export class Serving {
   /** What can be moved by the fault loop, where that can be; what is left by eager Workers. */
   async #loadEagerly(): Promise<CrewEnd> {
     const usable = this.#movesByFaultLoop ? this.#usableHelpers() : 0;
+    this.#hasBegun = true;
     if (usable !== 0) {
-      const moved = this.#crew.nextMoved();
+      const moved = this.#crew.moved();
       sys.write(this.#goFd, BigUint64Array.of(BigInt(usable)));
-      await moved;
+      if (!(await moved)) this.#hasHelpers = false;
       if (this.#isStopped) return "stopped";
       if (this.missingPages() === 0) return "finished";
       this.#state.resetChunks();
@@ -274,12 +279,17 @@ export class Serving {
 
   /**
    * Helpers do all the work, and nobody has set it a limit that would have to be slept for: the fault loop can do the
-   * rest.
+   * rest, once.
    */
   get #movesByFaultLoop(): boolean {
     const hasAll = this.#helpers.records.length >= eagerWidth(this.#options);
     const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
-    return hasAll && !isLimited && this.#state.blocks.every(({ block }) => block.movable);
+    return (
+      !this.#hasBegun &&
+      hasAll &&
+      !isLimited &&
+      this.#state.blocks.every(({ block }) => block.movable)
+    );
   }
 
   /** A bit for each helper of the eager load that was not given up. */
@@ -291,7 +301,7 @@ export class Serving {
   }
 
   get #eagerHelpers(): readonly HelperRecord[] {
-    return this.#helpers.records.slice(0, eagerWidth(this.#options));
+    return this.#hasHelpers ? this.#helpers.records.slice(0, eagerWidth(this.#options)) : [];
   }
 
   /** Somebody wants the load to be over: no limit any more. */
@@ -431,10 +441,7 @@ export class Serving {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
     const width = eagerWidth(this.#options);
-    // The fault loop keeps those that it has been given.
-    const records = this.#movesByFaultLoop
-      ? []
-      : this.#eagerHelpers.filter((record) => !this.#lostHelpers.has(record));
+    const records = this.#eagerHelpers.filter((record) => !this.#lostHelpers.has(record));
     // One Worker keeps all helpers busy: another would cost 30 ms of CPU time to start, and memory.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
     const workers = isMoved ? 1 : width;

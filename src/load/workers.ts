@@ -38,7 +38,7 @@ class Post {
   #over = false;
   #serving = Promise.withResolvers<void>();
   #ended = Promise.withResolvers<CrewEnd>();
-  #moved = Promise.withResolvers<void>();
+  #moved = Promise.withResolvers<boolean>();
 
   constructor(role: Role) {
     this.role = role;
@@ -63,11 +63,14 @@ class Post {
     return this.#ended.promise;
   }
 
-  /** Resolves when the fault loop's part of the eager load is over, or its Worker was lost. */
-  nextMoved(): Promise<void> {
+  /**
+   * Resolves when the fault loop's part of the eager load is over: true when its helpers can be used by
+   * others; false when its Worker was lost, and they with it.
+   */
+  moved(): Promise<boolean> {
     this.#moved = Promise.withResolvers();
     // One that took over has no helpers.
-    if (this.#start?.role !== "fault" || this.#start.moves === null) this.#moved.resolve();
+    if (this.#start?.role !== "fault" || this.#start.moves === null) this.#moved.resolve(false);
     return this.#moved.promise;
   }
 
@@ -116,10 +119,10 @@ class Post {
         this.events?.onRecovered(message.failure);
         return;
       case "moved":
-        this.#moved.resolve();
+        this.#moved.resolve(true);
         return;
       case "ended":
-        this.#moved.resolve();
+        this.#moved.resolve(false);
         this.#start = undefined;
         this.#ended.resolve(message.end);
         return;
@@ -130,7 +133,7 @@ class Post {
 
   #replace(error: Error): void {
     this.#replacements += 1;
-    this.#moved.resolve();
+    this.#moved.resolve(false);
     const replaced = this.#start !== undefined && this.#replacements <= REPLACEMENTS_MAX;
     this.events?.onWorkerLost(this.role, error, replaced);
     if (!replaced) {
@@ -183,9 +186,9 @@ export class Crew {
     await this.#fault.begin(start);
   }
 
-  /** As `Post.nextMoved`: to be called before the fault loop is told to begin. */
-  nextMoved(): Promise<void> {
-    return this.#fault.nextMoved();
+  /** As `Post.moved`: to be called before the fault loop is told to begin. */
+  moved(): Promise<boolean> {
+    return this.#fault.moved();
   }
 
   /**
