@@ -39,7 +39,10 @@ import { WholeChunks } from "./whole-chunks.ts";
  */
 export const HELPER_PATIENCE_MS = 500;
 
-/** More chunks than this are not copied beside the serving of faults: a guest that touches pages at random splits all. */
+/**
+ * More chunks than this are not copied beside the serving of faults: a guest that touches pages at random
+ * splits all.
+ */
 const RESTS_MAX = 32;
 
 export interface EagerMovesOptions {

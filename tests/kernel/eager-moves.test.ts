@@ -6,13 +6,13 @@ import { afterEach, describe, expect, test } from "bun:test";
 import { countMissing, setRange } from "../../src/load/bits.ts";
 import { EagerMoves } from "../../src/load/eager-moves.ts";
 import { FaultLoop } from "../../src/load/fault-loop.ts";
+import { residentRanges } from "../../src/load/resident.ts";
 import {
   C_EAGER_PAGES,
   C_FAULT_PAGES,
   C_MOVED_CHUNKS,
   CHUNK_DONE,
   CHUNK_MOVED,
-  CHUNK_MOVING,
   CHUNK_SPLIT,
   EAGER_MOVES,
   FAULT_WORKER,
@@ -218,26 +218,22 @@ describe("EagerMoves", () => {
   test(
     "leaves everything to others, its helpers too, when there is much to copy",
     async () => {
-      const chunks = 48;
+      const chunks = 40;
       const { it, block, run, touch, ends } = await start({ chunks });
-      for (let chunk = 0; chunk < 40; chunk += 1) touch(chunk * HUGE_PAGES + chunk);
-      // One that is there without the load's knowledge: it stays in the helper's memory.
-      const at = 40 * HUGE_PAGES;
+      for (let chunk = 0; chunk < chunks - 1; chunk += 1) touch(chunk * HUGE_PAGES + chunk);
+      // A page that is there without the load's knowledge: its chunk stays in the helper's memory.
+      const at = (chunks - 1) * HUGE_PAGES;
       expect(it.uffd.copy(it.addr + at * PAGE, it.file.addr + at * PAGE, PAGE, 0)).toBe(PAGE);
       run();
       expect(ends()).toBe(1);
       const words = [...block.chunks];
-      expect(words.filter((word) => word === CHUNK_MOVED).length).toBe(7);
       expect(words.filter((word) => word === CHUNK_SPLIT).length).toBeGreaterThan(32);
-      expect(words.filter((word) => word >= CHUNK_MOVING)).toEqual([]);
+      expect(words.filter((word) => word >= CHUNK_MOVED)).toEqual([]);
       for (const task of it.tasks) {
         const { stagingAddr, stagingLength } = task.record;
-        expect(hugeKib(it.target.pid, stagingAddr, stagingLength)).toBe(0);
+        expect(residentRanges(it.target.pid, stagingAddr, stagingLength)).toEqual([]);
         expect(task.sendDescriptor(it.file.fd)).toBeGreaterThanOrEqual(0);
       }
-      expect(await it.read(41 * HUGE_PAGES, 7 * HUGE_PAGES)).toBe(
-        it.crc(41 * HUGE_PAGES, 7 * HUGE_PAGES),
-      );
     },
     TIMEOUT_MS,
   );
