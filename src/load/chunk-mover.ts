@@ -65,7 +65,7 @@ export class ChunkMover {
   /** What is in hand, each in the slot of its place. */
   #batch: BatchedChunk[] = [];
   #calls = 0;
-  /** Slots that hold bytes of a chunk that was not moved. */
+  /** Slots that may hold bytes of a chunk that was not moved: at first all, for whoever had the helper before. */
   readonly #dirty = new Set<number>();
 
   /**
@@ -79,6 +79,7 @@ export class ChunkMover {
     this.#fileFd = this.#helper.sendDescriptor(fileFd);
     this.#slots = Math.min(Math.floor(record.stagingLength / CHUNK_LENGTH), INLINE_CALLS_MAX);
     this.#isGone = this.#fileFd < 0 || this.#slots === 0;
+    for (let slot = 0; slot < this.#slots; slot += 1) this.#dirty.add(slot);
   }
 
   /** Readable when there is something to `take`. */
@@ -178,17 +179,6 @@ export class ChunkMover {
   settle(hasMoved: readonly boolean[]): void {
     for (const [slot, moved] of hasMoved.entries()) if (!moved) this.#dirty.add(slot);
     this.#batch = [];
-  }
-
-  /** Somebody else may use the helper from here on. Only when nothing is in hand; blocks until its memory is clean. */
-  release(): void {
-    if (this.#isGone || this.#dirty.size === 0) return;
-    this.#helper.begin();
-    for (const slot of this.#dirty) {
-      this.#helper.madvise(this.#slotAddr(slot), CHUNK_LENGTH, MADV_DONTNEED);
-    }
-    this.#dirty.clear();
-    this.#helper.run();
   }
 
   #addMove(state: BlockState, chunk: number, slot: number, stopOnError: boolean): number {

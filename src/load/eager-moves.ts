@@ -1,8 +1,8 @@
 /**
- * The eager load of memory that can be moved, by the fault loop itself: helper tasks in the target
- * do the work (chunk-mover.ts), so that all there is to do here is to tell them what comes next, a few
- * hundred times in a load. A thread of its own for that would take 30 ms of CPU time to start, would
- * have to be told of every fault, and its code would be cold when the guest resumes.
+ * The eager load of memory that can be moved and is not given back, by the fault loop itself: helper tasks
+ * in the target do the work (chunk-mover.ts), so that all there is to do here is to tell them what comes
+ * next, a few hundred times in a load. A thread of its own for that would take 30 ms of CPU time to start,
+ * would have to be told of every fault, and its code would be cold when the guest resumes.
  *
  * Between two packets the rest of chunks that came page by page is copied, piece by piece and only
  * while nobody waits for a page, and only what the page source has at hand: the fault loop must not
@@ -34,8 +34,8 @@ import { GONE, type Outcome, SUPPLIED, Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
 
 /**
- * How long a helper may take for what takes microseconds (it is given a descriptor, it moves a chunk),
- * ms: faults wait for that.
+ * How long a helper may take for what takes microseconds, when it is given a descriptor, ms: faults wait
+ * for that.
  */
 export const HELPER_PATIENCE_MS = 500;
 
@@ -44,6 +44,8 @@ export const HELPER_PATIENCE_MS = 500;
  * splits all.
  */
 const RESTS_MAX = 32;
+/** Chunks that are looked at in one step: faults wait meanwhile. */
+const LOOKS_MAX = 64;
 
 export interface EagerMovesOptions {
   readonly uffd: Uffd;
@@ -68,10 +70,9 @@ export class EagerMoves {
   readonly #supply: Supply;
   readonly #fds: Int32Array;
   readonly #revents = new Int32Array(1);
+  readonly #queue: ChunkQueue;
   #whole: WholeChunks | undefined;
-  #queue: ChunkQueue | undefined;
   #priority: Priority | undefined;
-  #movers: readonly ChunkMover[] = [];
   #isOn = false;
   /** Nothing is left to move, unless a helper's answer brings something. */
   #isDrained = false;
@@ -85,17 +86,18 @@ export class EagerMoves {
     this.#counters = options.state.counters(EAGER_MOVES);
     this.#supply = new Supply(options.uffd, options.source, this.#counters, options.state);
     this.#fds = Int32Array.of(options.uffd.fd);
+    // Takes time that grows with the guest: not when it runs.
+    this.#queue = new ChunkQueue(options.state, orderChunks(options.state.blocks));
   }
 
   /** Begins; once. @param usable bit set = the helper of that number */
   begin(usable: number): void {
-    const { state, start, fileFd } = this.#options;
+    const { start, fileFd } = this.#options;
     this.#isOn = true;
-    this.#queue = new ChunkQueue(state, orderChunks(state.blocks));
     const records = start.helpers.filter((_record, index) => ((usable >> index) & 1) === 1);
     // They answer before they are left only the CPU time that nobody wants: faults wait for that.
     for (const { pid } of records) raise(pid);
-    this.#movers = records.map((record) => this.#moverOf(record, fileFd));
+    const movers = records.map((record) => this.#moverOf(record, fileFd));
     this.#priority = new Priority(
       records.map(({ pid }) => pid),
       start.nice,
@@ -105,7 +107,7 @@ export class EagerMoves {
       ...this.#options,
       counters: this.#counters,
       workerIndex: EAGER_MOVES,
-      movers: this.#movers,
+      movers,
       readsEvents: true,
       pagesCounter: C_EAGER_PAGES,
       priority: this.#priority,
@@ -113,8 +115,7 @@ export class EagerMoves {
   }
 
   #moverOf(record: HelperRecord, fileFd: number): ChunkMover {
-    const { canDiscard } = this.#options.state.metadata;
-    return new ChunkMover(record, fileFd, canDiscard, HELPER_PATIENCE_MS);
+    return new ChunkMover(record, fileFd, false, HELPER_PATIENCE_MS);
   }
 
   get helperCount(): number {
@@ -170,9 +171,10 @@ export class EagerMoves {
     return true;
   }
 
-  /** Makes a packet full, if there are so many chunks, and sends it. */
+  /** Makes a packet full, if there are so many chunks that can be moved, and sends it. */
   #fill(whole: WholeChunks): void {
-    for (let wasOpen = false; whole.hasRoom;) {
+    let wasOpen = false;
+    for (let looks = 0; looks < LOOKS_MAX && whole.hasRoom; looks += 1) {
       const planChunk = this.#next(whole);
       this.#isDrained = planChunk === undefined;
       if (planChunk === undefined) return;
@@ -188,10 +190,10 @@ export class EagerMoves {
   #next(whole: WholeChunks): number | undefined {
     const queue = this.#queue;
     return (
-      queue?.nextFollowed(true) ??
+      queue.nextFollowed(true) ??
       this.#nextOfSet() ??
       whole.unmoved.pop() ??
-      queue?.nextOrdered(true)
+      queue.nextOrdered(true)
     );
   }
 
@@ -214,6 +216,7 @@ export class EagerMoves {
   #putOff(state: BlockState, chunk: number): void {
     Atomics.compareExchange(state.chunks, chunk, CHUNK_FREE, CHUNK_SPLIT);
     if (state.chunks[chunk] !== CHUNK_SPLIT) return;
+    if (this.#rests.some((rest) => rest.state === state && rest.chunk === chunk)) return;
     this.#rests.push({ state, chunk, at: state.chunkStart(chunk), end: state.chunkEnd(chunk) });
   }
 
@@ -254,7 +257,6 @@ export class EagerMoves {
 
   #end(): void {
     this.#isOn = false;
-    for (const mover of this.#movers) mover.release();
     this.#priority?.close();
   }
 

@@ -164,6 +164,8 @@ export class Serving {
         const next = replaced ? "another one takes over" : givenUp;
         options.logger?.warn(`${role} Worker failed: ${error.message}; ${next}`);
         if (!replaced && role === "fault") this.#lost.reject(error);
+        // They may be in the middle of an answer to it.
+        if (role === "eager") this.#hasHelpers = false;
       },
       beforeReplacement: (start) => {
         this.#abandonWork(start.workerIndex);
@@ -278,18 +280,15 @@ export class Serving {
   }
 
   /**
-   * Helpers do all the work, and nobody has set it a limit that would have to be slept for: the fault loop can do the
-   * rest, once.
+   * Helpers do all the work, nobody has set it a limit that would have to be slept for, and no chunk is to be looked at
+   * before it is moved, which the fault loop would have to wait for: then it can do the rest, once.
    */
   get #movesByFaultLoop(): boolean {
+    const { blocks, metadata } = this.#state;
     const hasAll = this.#helpers.records.length >= eagerWidth(this.#options);
     const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
-    return (
-      !this.#hasBegun &&
-      hasAll &&
-      !isLimited &&
-      this.#state.blocks.every(({ block }) => block.movable)
-    );
+    if (this.#hasBegun || !hasAll || isLimited || metadata.canDiscard) return false;
+    return blocks.every(({ block }) => block.movable);
   }
 
   /** A bit for each helper of the eager load that was not given up. */

@@ -119,6 +119,8 @@ class Post {
         this.events?.onRecovered(message.failure);
         return;
       case "moved":
+        // What is in hand from here on is not the fault loop's: its death abandons nothing of it.
+        if (this.#start?.role === "fault") this.#start = { ...this.#start, moves: null };
         this.#moved.resolve(true);
         return;
       case "ended":

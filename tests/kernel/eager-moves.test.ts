@@ -6,7 +6,6 @@ import { afterEach, describe, expect, test } from "bun:test";
 import { countMissing, setRange } from "../../src/load/bits.ts";
 import { EagerMoves } from "../../src/load/eager-moves.ts";
 import { FaultLoop } from "../../src/load/fault-loop.ts";
-import { residentRanges } from "../../src/load/resident.ts";
 import {
   C_EAGER_PAGES,
   C_FAULT_PAGES,
@@ -49,18 +48,11 @@ interface Spec {
   readonly replay?: readonly number[];
   /** Whether a page is in the page cache, as the source has it. */
   readonly isAtHand?: boolean;
-  readonly canDiscard?: boolean;
   readonly chunks?: number;
 }
 
 /** A target with two helpers, and a fault loop that has them for the eager load. */
-async function start({
-  data,
-  replay = [],
-  isAtHand,
-  canDiscard = false,
-  chunks = CHUNKS,
-}: Spec = {}) {
+async function start({ data, replay = [], isAtHand, chunks = CHUNKS }: Spec = {}) {
   bench = await HelperBench.start("thp", chunks, 2);
   const it = bench;
   made = makeState(
@@ -73,7 +65,7 @@ async function start({
         data: data ?? [[0, chunks * HUGE_PAGES]],
       },
     ],
-    { canDiscard },
+    {},
   );
   const { state } = made;
   const [block] = state.blocks;
@@ -230,8 +222,6 @@ describe("EagerMoves", () => {
       expect(words.filter((word) => word === CHUNK_SPLIT).length).toBeGreaterThan(32);
       expect(words.filter((word) => word >= CHUNK_MOVED)).toEqual([]);
       for (const task of it.tasks) {
-        const { stagingAddr, stagingLength } = task.record;
-        expect(residentRanges(it.target.pid, stagingAddr, stagingLength)).toEqual([]);
         expect(task.sendDescriptor(it.file.fd)).toBeGreaterThanOrEqual(0);
       }
     },
@@ -245,24 +235,6 @@ describe("EagerMoves", () => {
       state.halt();
       run();
       expect([ends(), countMissing(block.data, block.done)]).toEqual([1, RAM_PAGES]);
-    },
-    TIMEOUT_MS,
-  );
-
-  test(
-    "where memory can be given back, moves what was not, and nothing that was",
-    async () => {
-      const { it, block, run, words } = await start({ canDiscard: true });
-      const page = 6 * HUGE_PAGES + 3;
-      // As the reader of events marks it.
-      setRange(block.done, page, page + 2);
-      run();
-      expect(words(...others(6))).toEqual(Array(CHUNKS - 1).fill(CHUNK_MOVED));
-      expect(words(6)).toEqual([CHUNK_DONE]);
-      expect(await it.read(0, page)).toBe(it.crc(0, page));
-      const behind = page + 2;
-      expect(await it.read(behind, RAM_PAGES - behind)).toBe(it.crc(behind, RAM_PAGES - behind));
-      expect(countMissing(block.data, block.done)).toBe(0);
     },
     TIMEOUT_MS,
   );

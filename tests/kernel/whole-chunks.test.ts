@@ -148,6 +148,39 @@ describe("WholeChunks", () => {
   );
 
   test(
+    "what somebody else has left in a helper's memory does not come",
+    async () => {
+      const half = HUGE_PAGES / 2;
+      const data = [
+        [0, 6 * HUGE_PAGES],
+        [6 * HUGE_PAGES + half, 7 * HUGE_PAGES],
+      ] as const;
+      const { it, state, block, begin, finish } = await start({ data });
+      const at = HUGE_PAGES + 9;
+      expect(it.uffd.copy(it.addr + at * PAGE, it.file.addr + at * PAGE, PAGE, 0)).toBe(PAGE);
+      begin(1);
+      finish();
+      expect(block.chunks[1]).toBe(CHUNK_SPLIT);
+      // As an eager Worker does that has the helper after another one.
+      const next = new WholeChunks({
+        uffd: it.uffd,
+        state,
+        counters: state.counters(WORKER),
+        workerIndex: WORKER,
+        movers: [new ChunkMover(it.task.record, it.file.fd, false)],
+        readsEvents: false,
+        pagesCounter: C_EAGER_PAGES,
+      });
+      expect(next.begin(block, 6)).toBe(true);
+      while (next.advance(-1));
+      expect(block.chunks[6]).toBe(CHUNK_MOVED);
+      const zeros = Bun.hash.crc32(new Uint8Array(half * PAGE));
+      expect(await it.read(6 * HUGE_PAGES, half)).toBe(zeros);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "what the file has no more of does not come, nor what is behind it in the packet",
     async () => {
       const { it, state, block, whole, begin, finish } = await start();
