@@ -215,7 +215,9 @@ export function planReplay(
     const pages = block === undefined ? undefined : wanted[block.index];
     if (block === undefined || !pages?.has(pageIndex)) continue;
     const chunk = block.chunkOf(pageIndex);
-    if ((chunkPages[block.index]?.[chunk] ?? 0) >= DENSE_PAGES) {
+    // Huge pages come whole, whoever has touched which part of them in other memory.
+    const isHuge = block.block.hostPageSize !== block.block.pageSize;
+    if (isHuge || (chunkPages[block.index]?.[chunk] ?? 0) >= DENSE_PAGES) {
       runs.push(block.index, pageIndex, 0);
       const end = block.chunkEnd(chunk);
       for (let page = block.chunkStart(chunk); page < end; page += 1) pages.delete(page);

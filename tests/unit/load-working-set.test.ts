@@ -124,6 +124,12 @@ describe("working-set.planReplay", () => {
     expect([...planReplay({ pages }, made.state)]).toEqual([0, 10, 1, 0, 8, 2, 0, 11, 1]);
   });
 
+  test("brings huge pages as a whole: a set may be of ordinary memory", () => {
+    using made = makeState([{ pages: 2048, hostPageSize: 2 ** 21, data: [[512, 1024]] }]);
+    const runs = planReplay(setOf(1, 700, 600, 2, 1600), made.state);
+    expect([...runs]).toEqual([0, 1, 0, 0, 700, 0, 0, 1600, 0]);
+  });
+
   test("brings a chunk with many pages as a whole, once", () => {
     using made = makeState([{ pages: 2048 }]);
     const dense = Array.from({ length: 64 }, (_, index) => 520 + 2 * index);
