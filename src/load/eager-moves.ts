@@ -70,7 +70,8 @@ export class EagerMoves {
   readonly #supply: Supply;
   readonly #fds: Int32Array;
   readonly #revents = new Int32Array(1);
-  readonly #queue: ChunkQueue;
+  /** Made in the first step: that takes time which grows with the guest, and nobody waits for it then. */
+  #queue: ChunkQueue | undefined;
   #whole: WholeChunks | undefined;
   #priority: Priority | undefined;
   #isOn = false;
@@ -86,8 +87,6 @@ export class EagerMoves {
     this.#counters = options.state.counters(EAGER_MOVES);
     this.#supply = new Supply(options.uffd, options.source, this.#counters, options.state);
     this.#fds = Int32Array.of(options.uffd.fd);
-    // Takes time that grows with the guest: not when it runs.
-    this.#queue = new ChunkQueue(options.state, orderChunks(options.state.blocks));
   }
 
   /** Begins; once. @param usable bit set = the helper of that number */
@@ -125,6 +124,7 @@ export class EagerMoves {
   /** Something could be done at once: `step`. */
   get canStep(): boolean {
     const whole = this.#whole;
+    if (this.#queue === undefined) return true;
     if (!this.#isOn || whole === undefined) return false;
     if (this.#rests.length > 0) return true;
     return this.#isDrained ? !whole.isRunning : whole.hasRoom || whole.isEmpty;
@@ -157,7 +157,8 @@ export class EagerMoves {
    */
   step(): boolean | typeof GONE {
     const [whole, { state }] = [this.#whole, this.#options];
-    if (whole === undefined) return false;
+    this.#queue ??= new ChunkQueue(state, orderChunks(state.blocks));
+    if (!this.#isOn || whole === undefined) return false;
     this.#isLeaving ||= this.#rests.length > RESTS_MAX || whole.isEmpty;
     const isOver = this.#isLeaving || state.halted || state.stopped;
     if (isOver) this.#rests.length = 0;
@@ -190,10 +191,10 @@ export class EagerMoves {
   #next(whole: WholeChunks): number | undefined {
     const queue = this.#queue;
     return (
-      queue.nextFollowed(true) ??
+      queue?.nextFollowed(true) ??
       this.#nextOfSet() ??
       whole.unmoved.pop() ??
-      queue.nextOrdered(true)
+      queue?.nextOrdered(true)
     );
   }
 
