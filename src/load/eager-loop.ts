@@ -105,11 +105,7 @@ export class EagerLoop {
     this.#options = options;
     this.#supply = new Supply(options.uffd, options.source, options.counters, options.state);
     this.#readyFd = Int32Array.of(options.source.readyFd);
-    this.#whole = new WholeChunks({
-      ...options,
-      readsEvents: false,
-      pagesCounter: C_EAGER_PAGES,
-    });
+    this.#whole = new WholeChunks({ ...options, readsEvents: false, pagesCounter: C_EAGER_PAGES });
     this.#queue = new ChunkQueue(options.state, options.order);
     const { pieceLength, bytesPerSecond } = options;
     // A low rate in large pieces would be bursts, each of them far ahead of the rate.
@@ -258,8 +254,8 @@ export class EagerLoop {
   #bringChunk(planChunk: number): Outcome {
     const { state: load, workerIndex, bytesPerSecond } = this.#options;
     const state = load.blockOfChunk(planChunk);
-    const chunk = planChunk - (state?.firstChunk ?? 0);
-    if (state === undefined || chunk >= state.chunks.length) return SUPPLIED;
+    if (state === undefined) return SUPPLIED;
+    const chunk = planChunk - state.firstChunk;
     const isUntouched = state.chunks[chunk] === CHUNK_FREE;
     if (isUntouched && this.#whole.begin(state, chunk)) {
       // Nothing may be in hand while the rate makes this Worker sleep.

@@ -11,7 +11,6 @@
  */
 import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
-import type { HelperRecord } from "../sys/helper-task.ts";
 import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { nextMissing } from "./bits.ts";
@@ -37,7 +36,7 @@ import { WholeChunks } from "./whole-chunks.ts";
  * How long a helper may take for what takes microseconds, when it is given a descriptor, ms: faults wait
  * for that.
  */
-export const HELPER_PATIENCE_MS = 500;
+const HELPER_PATIENCE_MS = 500;
 
 /**
  * More chunks than this are not copied beside the serving of faults: a guest that touches pages at random
@@ -96,7 +95,9 @@ export class EagerMoves {
     const records = start.helpers.filter((_record, index) => ((usable >> index) & 1) === 1);
     // They answer before they are left only the CPU time that nobody wants: faults wait for that.
     for (const { pid } of records) raise(pid);
-    const movers = records.map((record) => this.#moverOf(record, fileFd));
+    const movers = records.map(
+      (record) => new ChunkMover(record, fileFd, false, HELPER_PATIENCE_MS),
+    );
     this.#priority = new Priority(
       records.map(({ pid }) => pid),
       start.nice,
@@ -111,10 +112,6 @@ export class EagerMoves {
       pagesCounter: C_EAGER_PAGES,
       priority: this.#priority,
     });
-  }
-
-  #moverOf(record: HelperRecord, fileFd: number): ChunkMover {
-    return new ChunkMover(record, fileFd, false, HELPER_PATIENCE_MS);
   }
 
   get helperCount(): number {
@@ -179,7 +176,7 @@ export class EagerMoves {
       const planChunk = this.#next(whole);
       this.#isDrained = planChunk === undefined;
       if (planChunk === undefined) return;
-      const block = this.#blockOf(planChunk);
+      const block = this.#options.state.blockOfChunk(planChunk);
       const chunk = planChunk - (block?.firstChunk ?? 0);
       if (block !== undefined && !whole.begin(block, chunk)) this.#putOff(block, chunk);
       if (wasOpen && !whole.isOpen) return;
@@ -205,12 +202,6 @@ export class EagerMoves {
     const state = at < start.replay.length ? load.blocks[start.replay[at] ?? -1] : undefined;
     if (state === undefined) return undefined;
     return state.firstChunk + state.chunkOf(start.replay[at + 1] ?? 0);
-  }
-
-  #blockOf(planChunk: number): BlockState | undefined {
-    const state = this.#options.state.blockOfChunk(planChunk);
-    const isThere = state !== undefined && planChunk - state.firstChunk < state.chunks.length;
-    return isThere ? state : undefined;
   }
 
   /** A chunk that cannot come in one move. One that a helper has in hand is nothing to copy. */

@@ -45,7 +45,6 @@ import { WholeChunks } from "./whole-chunks.ts";
 const RETRY_PAUSE_MS = 20;
 const RETRY_PAUSE_MAX_MS = 2000;
 
-/** The fault loop's place among the Workers. */
 /**
  * Index among the descriptors that are polled: of the eventfd that begins the eager load, and of the
  * first helper that brings chunks for faults. Behind those come the helpers of the eager load.

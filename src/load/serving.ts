@@ -237,7 +237,7 @@ export class Serving {
       replay: isReplayedNow ? replay : new Int32Array(0),
       moves: this.#movesByFaultLoop
         ? {
-            helpers: this.#helpers.records.slice(0, width),
+            helpers: this.#eagerHelpers,
             goFd: this.#goFd,
             pieceLength: this.#options.eager?.pieceLength ?? PIECE_LENGTH,
             replay,
@@ -245,7 +245,7 @@ export class Serving {
           }
         : null,
       helpers: this.#helpers.records.slice(width),
-      helperPids: this.#helpers.records.slice(0, width).map(({ pid }) => pid),
+      helperPids: this.#eagerHelpers.map(({ pid }) => pid),
       fileFd: this.#helpers.fileFd,
     });
   }

@@ -546,7 +546,10 @@ export class LoadState {
 
   /** The block that a plan-wide chunk number lies in; the last one's for numbers beyond the plan. */
   blockOfChunk(planChunk: number): BlockState | undefined {
-    return this.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
+    const block = this.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
+    return block !== undefined && planChunk - block.firstChunk < block.chunks.length
+      ? block
+      : undefined;
   }
 
   /** The guest waits for memory rather than for the CPU: it has asked for so many pages by now. */

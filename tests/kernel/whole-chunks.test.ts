@@ -51,21 +51,24 @@ async function start({ slots = 8, canDiscard = false, data }: Spec = {}) {
   const { state } = made;
   const [blockState] = state.blocks;
   if (blockState === undefined) throw new Error("no block");
-  const whole = new WholeChunks({
-    uffd: it.uffd,
-    state,
-    counters: state.counters(WORKER),
-    workerIndex: WORKER,
-    movers: [new ChunkMover(it.task.record, it.file.fd, canDiscard)],
-    readsEvents: false,
-    pagesCounter: C_EAGER_PAGES,
-  });
+  /** One that has the helper from now on. */
+  const takeOver = (): WholeChunks =>
+    new WholeChunks({
+      uffd: it.uffd,
+      state,
+      counters: state.counters(WORKER),
+      workerIndex: WORKER,
+      movers: [new ChunkMover(it.task.record, it.file.fd, canDiscard)],
+      readsEvents: false,
+      pagesCounter: C_EAGER_PAGES,
+    });
+  const whole = takeOver();
   const begin = (...chunks: number[]): boolean[] =>
     chunks.map((chunk) => whole.begin(blockState, chunk));
   const finish = (): void => {
     while (whole.advance(-1));
   };
-  return { it, state, block: blockState, whole, begin, finish };
+  return { it, state, block: blockState, whole, begin, finish, takeOver };
 }
 
 /** Compares a chunk of the target with the file. */
@@ -155,22 +158,14 @@ describe("WholeChunks", () => {
         [0, 6 * HUGE_PAGES],
         [6 * HUGE_PAGES + half, 7 * HUGE_PAGES],
       ] as const;
-      const { it, state, block, begin, finish } = await start({ data });
+      const { it, block, begin, finish, takeOver } = await start({ data });
       const at = HUGE_PAGES + 9;
       expect(it.uffd.copy(it.addr + at * PAGE, it.file.addr + at * PAGE, PAGE, 0)).toBe(PAGE);
       begin(1);
       finish();
       expect(block.chunks[1]).toBe(CHUNK_SPLIT);
       // As an eager Worker does that has the helper after another one.
-      const next = new WholeChunks({
-        uffd: it.uffd,
-        state,
-        counters: state.counters(WORKER),
-        workerIndex: WORKER,
-        movers: [new ChunkMover(it.task.record, it.file.fd, false)],
-        readsEvents: false,
-        pagesCounter: C_EAGER_PAGES,
-      });
+      const next = takeOver();
       expect(next.begin(block, 6)).toBe(true);
       while (next.advance(-1));
       expect(block.chunks[6]).toBe(CHUNK_MOVED);
