@@ -544,7 +544,7 @@ export class LoadState {
     return this.blocks.reduce((sum, { data, block }) => sum + countBits(data) * block.pageSize, 0);
   }
 
-  /** The block that a plan-wide chunk number lies in; the last one's for numbers beyond the plan. */
+  /** The block that a plan-wide chunk number lies in. */
   blockOfChunk(planChunk: number): BlockState | undefined {
     const block = this.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
     return block !== undefined && planChunk - block.firstChunk < block.chunks.length
