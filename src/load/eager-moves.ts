@@ -42,7 +42,7 @@ const HELPER_PATIENCE_MS = 500;
  * More chunks than this are not copied beside the serving of faults: a guest that touches pages at random
  * splits all.
  */
-const RESTS_MAX = 32;
+const RESTS_MAX = 96;
 /** Chunks that are looked at in one step: faults wait meanwhile. */
 const LOOKS_MAX = 64;
 

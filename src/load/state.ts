@@ -81,6 +81,7 @@ const H_REPLAY_CURSOR = 16;
 const H_HALTED = 17;
 /** The eager load is to be as fast as it can, whatever its limit. */
 const H_HURRIED = 18;
+const H_BULK = 19;
 /** One word per Worker: it is inside an announced copy. */
 const H_INFLIGHT = 32;
 const H_LENGTH = 64;
@@ -129,8 +130,6 @@ export const C_PENDING = 10;
 export const C_MOVED_CHUNKS = 11;
 export const C_CHUNK_FAULTS = 12;
 const C_HISTOGRAM = 64;
-/** More faults than a guest needs to go on where it was; one that reads much soon has more. */
-const BULK_FAULTS = 256;
 /** Latency histogram: 16 buckets per power of two of ns, from 256 ns to 2^38 ns. */
 const HISTOGRAM_SHIFT = 8;
 const HISTOGRAM_BUCKETS = 30 * 16;
@@ -461,6 +460,14 @@ export class LoadState {
     Atomics.store(this.#header, H_HURRIED, 1);
   }
 
+  /** The guest waits for memory rather than for the CPU: the fault loop has found that it reads on and on. */
+  get isBulk(): boolean {
+    return Atomics.load(this.#header, H_BULK) !== 0;
+  }
+  setBulk(): void {
+    Atomics.store(this.#header, H_BULK, 1);
+  }
+
   /** Takes the next chunk number of the eager order. */
   takeChunk(): number {
     return Atomics.add(this.#header, H_EAGER_CURSOR, 1);
@@ -551,13 +558,6 @@ export class LoadState {
       ? block
       : undefined;
   }
-
-  /** The guest waits for memory rather than for the CPU: it has asked for so many pages by now. */
-  get isBulk(): boolean {
-    this.#faultCounters ??= this.counters(0);
-    return (this.#faultCounters[C_FAULTS] ?? 0) >= BULK_FAULTS;
-  }
-  #faultCounters: Float64Array | undefined;
 
   counters(workerIndex: number): Float64Array {
     assert(workerIndex >= 0 && workerIndex < WORKERS_MAX, `worker index ${workerIndex}`);

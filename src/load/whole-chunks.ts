@@ -22,9 +22,8 @@ import {
 
 /** Until the reader of events opens the gate. */
 const GATE_PAUSE_MS = 1;
-/** Chunks that a packet to a helper has, and of a guest that reads much. */
+/** Chunks that a packet to a helper has. */
 const BATCH = 4;
-const BATCH_BULK = 8;
 
 export interface WholeChunksOptions {
   readonly uffd: Uffd;
@@ -120,9 +119,7 @@ export class WholeChunks {
 
   /** Chunks in a packet: what a vCPU waits for may be the last of them. */
   get #batchMax(): number {
-    const { isAwaited, state } = this.#options;
-    if (isAwaited === true) return 1;
-    return state.isBulk ? BATCH_BULK : BATCH;
+    return this.#options.isAwaited === true ? 1 : BATCH;
   }
 
   /** A chunk that nobody has touched is this Worker's from here on: `settle` it. */
