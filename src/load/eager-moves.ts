@@ -39,8 +39,8 @@ import { WholeChunks } from "./whole-chunks.ts";
 const HELPER_PATIENCE_MS = 500;
 
 /**
- * More chunks than this are not copied beside the serving of faults: a guest that touches pages at random
- * splits all.
+ * More chunks than this are not copied beside the serving of faults: vCPUs that touch pages at random, many
+ * at once or slowly, can split all.
  */
 const RESTS_MAX = 96;
 /** Chunks that are looked at in one step: faults wait meanwhile. */

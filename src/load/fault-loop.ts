@@ -29,7 +29,6 @@ import {
   C_REMOVED_PAGES,
   C_ZERO_PAGES,
   EVENTS_MAX,
-  FAULT_LOG_MAX,
   FAULT_WORKER,
   type LoadState,
   MAIN_THREAD,
@@ -37,6 +36,7 @@ import {
 } from "./state.ts";
 import type { ChunkMover } from "./chunk-mover.ts";
 import type { EagerMoves } from "./eager-moves.ts";
+import { Pace } from "./pace.ts";
 import { raise } from "./priority.ts";
 import { COMING, FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
@@ -61,15 +61,8 @@ const NO_EVENT = 0;
 const RELEASE_FAULTS = 8;
 
 const GO_BYTES = 8;
-
-/**
- * A guest that asks for so many pages within so many ns reads on and on: one that goes on where it was
- * touches 16 in 10 ms at most, one that reads at random 24 in 2 ms. So does one that has asked for so many
- * in all, however slowly they came.
- */
-const BURST_FAULTS = 24;
-const BURST_NS = 5e6;
-const BULK_FAULTS = 256;
+/** The record of first touches ends here: what a guest reads that reads on and on is no part of it. */
+const LOGGED_MAX = 256;
 
 /** How the loop ended. */
 export type LoopEnd = "stopped" | "gone";
@@ -141,8 +134,7 @@ export class FaultLoop {
   #eventsRead = 0;
   #lastBlock: BlockState | undefined;
   #faults = 0;
-  /** When the last of them were read, ns: a ring. */
-  readonly #readAtNs = new Float64Array(BURST_FAULTS);
+  readonly #pace = new Pace();
   #faultsAtRelease = 0;
   /** Where in `replay` the next run is. */
   #replayAt = 0;
@@ -306,7 +298,9 @@ export class FaultLoop {
       if (type !== EVENT_PAGEFAULT) {
         throw new FslError("INTERNAL", `userfaultfd event ${hex(type)}: not asked for`);
       }
-      this.#countFault(readAtNs);
+      add(counters, C_FAULTS, 1);
+      this.#faults += 1;
+      if (this.#pace.count(readAtNs)) state.setBulk();
       const outcome = this.#serveFault(events.faultAddress(index));
       if (outcome === GONE) return GONE;
       if (outcome === SUPPLIED) recordLatency(counters, sys.clockNs() - readAtNs);
@@ -344,16 +338,6 @@ export class FaultLoop {
     const found = this.#options.state.blocks.find((state) => contains(state, address));
     this.#lastBlock = found;
     return found;
-  }
-
-  #countFault(readAtNs: number): void {
-    const { counters, state } = this.#options;
-    add(counters, C_FAULTS, 1);
-    const burstSinceNs = this.#readAtNs[this.#faults % BURST_FAULTS] ?? 0;
-    this.#readAtNs[this.#faults % BURST_FAULTS] = readAtNs;
-    this.#faults += 1;
-    const isBurst = burstSinceNs > 0 && readAtNs - burstSinceNs < BURST_NS;
-    if (isBurst || this.#faults >= BULK_FAULTS) state.setBulk();
   }
 
   #serveFault(address: number): Outcome {
@@ -539,11 +523,11 @@ export class FaultLoop {
     return SUPPLIED;
   }
 
-  /** For the working set. What a guest reads that reads much is no part of where it goes on. */
+  /** For the working set. */
   #log(state: BlockState, page: number): void {
     const { state: load } = this.#options;
     const length = load.faultLogLength;
-    if (length >= FAULT_LOG_MAX || load.isBulk) return;
+    if (length >= LOGGED_MAX) return;
     this.#faultLog[length] = state.firstPage + page;
     load.faultLogLength = length + 1;
   }

@@ -9,28 +9,53 @@ export interface ChunkedBlock {
   /** Plan-wide number of chunk 0. */
   readonly firstChunk: number;
   chunkOf(pageIndex: number): number;
+  chunkStart(chunk: number): number;
   chunkEnd(chunk: number): number;
 }
 
 /** So many chunks at the top of memory come early: a kernel's page tables and per-CPU areas. */
-const TOP_CHUNKS = 12;
+const TOP_CHUNKS = 4;
+/** So many come by what they are; all others by address, as a disk likes it. */
+const EARLY_CHUNKS = 128;
 
 /**
- * Plan-wide numbers of all chunks that have data, by address, which is what a guest reads them by;
- * but the first ones (a kernel's image and first allocations) take turns with those at the top, that a
- * guest needs in its first steps.
+ * Plan-wide numbers of all chunks that have data. Early come those that have holes, in turns with full
+ * ones. What a kernel hands out in pages (slabs, stacks, page tables, small programs) lies between
+ * pages that nobody has used yet, and is what a guest goes on with; what was taken by the megabyte
+ * (page cache, large mappings) fills its chunks.
  */
 export function orderChunks(blocks: readonly ChunkedBlock[]): Uint32Array {
-  const numbers: number[] = [];
+  const full: number[] = [];
+  const holed: number[] = [];
   for (const block of blocks) {
-    let page = nextBit(block.data, 0, block.pageCount, true);
-    while (page < block.pageCount) {
+    const { data, pageCount } = block;
+    for (let page = nextBit(data, 0, pageCount, true); page < pageCount;) {
       const chunk = block.chunkOf(page);
-      numbers.push(block.firstChunk + chunk);
-      page = nextBit(block.data, block.chunkEnd(chunk), block.pageCount, true);
+      const end = block.chunkEnd(chunk);
+      const isFull = page === block.chunkStart(chunk) && nextBit(data, page, end, false) === end;
+      (isFull ? full : holed).push(block.firstChunk + chunk);
+      page = nextBit(data, end, pageCount, true);
     }
   }
-  const top = numbers.splice(Math.max(numbers.length - TOP_CHUNKS, numbers.length / 2)).reverse();
-  for (const [index, number] of top.entries()) numbers.splice(2 * index + 1, 0, number);
-  return Uint32Array.from(numbers);
+  const order = Uint32Array.from(takeTurns(fromEnds(holed), fromEnds(full)));
+  order.subarray(EARLY_CHUNKS).sort();
+  return order;
+}
+
+/**
+ * By address, which is what a guest reads memory by; but the first ones (a kernel's image and first
+ * allocations) take turns with those at the top, that a guest needs in its first steps.
+ */
+function fromEnds(numbers: readonly number[]): number[] {
+  const topAt = Math.max(numbers.length - TOP_CHUNKS, Math.ceil(numbers.length / 2));
+  return takeTurns(numbers.slice(0, topAt), numbers.slice(topAt).reverse());
+}
+
+/** One of each in turn, and then what is left of the longer one. */
+function takeTurns(a: readonly number[], b: readonly number[]): number[] {
+  const turns: number[] = [];
+  for (let index = 0; index < Math.max(a.length, b.length); index += 1) {
+    for (const number of [a[index], b[index]]) if (number !== undefined) turns.push(number);
+  }
+  return turns;
 }

@@ -24,7 +24,7 @@ import type { WorkingSet } from "./working-set.ts";
  * way too, but QEMU's own start and its devices come later: it was 1 ms for each 40 chunks, whose bytes go
  * through the same caches.
  */
-export const STAGED_CHUNKS = 48;
+export const STAGED_CHUNKS = 56;
 /** How long a helper may take for what takes microseconds: the main thread waits for it, ms. */
 const PATIENCE_MS = 500;
 /** A chunk's words of the plan before its runs: block index, chunk number, number of runs. */
@@ -63,8 +63,9 @@ export function planStaging(
     // Blocks that have huge pages are aligned to them; another one's chunks are let go.
     const pages = CHUNK_LENGTH / block.pageSize;
     const chunkOf = (page: number): number => Math.floor(page / pages);
+    const chunkStart = (chunk: number): number => chunk * pages;
     const chunkEnd = (chunk: number): number => Math.min(block.pageCount, (chunk + 1) * pages);
-    chunked.push({ ...block, firstChunk, chunkOf, chunkEnd });
+    chunked.push({ ...block, firstChunk, chunkOf, chunkStart, chunkEnd });
     firstChunk += Math.ceil(block.pageCount / pages);
   }
   const numbers = new Set<number>();

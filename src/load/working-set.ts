@@ -32,7 +32,7 @@ const HEADER_LENGTH = 16;
 const JSON_LENGTH_MAX = 65_536;
 /**
  * Bounds the file, and what is brought in before anything else: to plan it takes less than a
- * millisecond, and to copy it three. One load records a quarter of it at most (`isBulk`).
+ * millisecond, and to copy it three. One load records a quarter of it at most.
  */
 export const WORKING_SET_PAGES_MAX = 1024;
 const BLOCKS_MAX = 256;

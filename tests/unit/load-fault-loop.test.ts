@@ -540,12 +540,12 @@ describe("FaultLoop.run with a working set", () => {
 
 describe("a fault in a chunk that the eager load has in hand", () => {
   /** One fault in page 4, in a chunk that is coming as a whole. */
-  function inHand(worker: number, isAtHand: boolean, faultsBefore = 0): Bench {
+  function inHand(worker: number, isAtHand: boolean, isBulk = false): Bench {
     const b = bench([[fault(4)]], { pages: 1024 });
     const source = new FakeSource();
     b.source = Object.assign(source, { isAtHand: () => isAtHand });
     b.state.blocks[0]?.chunks.set([CHUNK_MOVING + worker]);
-    b.state.counters(0)[C_FAULTS] = faultsBefore;
+    if (isBulk) b.state.setBulk();
     b.run();
     return b;
   }
@@ -560,27 +560,25 @@ describe("a fault in a chunk that the eager load has in hand", () => {
   });
 
   test.each([
-    ["the page would have to be read from a disk first", 1, false, 0],
-    ["the guest reads on and on", 1, true, 400],
-    ["what was read ahead is being moved", MAIN_THREAD, true, 0],
-    ["it is brought for a fault", 0, true, 0],
-  ])("waits for the chunk when %s", (_why, worker, isAtHand, faultsBefore) => {
-    const b = inHand(worker, isAtHand, faultsBefore);
+    ["the page would have to be read from a disk first", 1, false, false],
+    ["the guest reads on and on", 1, true, true],
+    ["what was read ahead is being moved", MAIN_THREAD, true, false],
+    ["it is brought for a fault", 0, true, false],
+  ])("waits for the chunk when %s", (_why, worker, isAtHand, isBulk) => {
+    const b = inHand(worker, isAtHand, isBulk);
     expect(b.bytes(4)).toBeUndefined();
     expect(wordOf(b)).toBe(CHUNK_MOVING + worker);
     expect(sinceOf(b)).toBeGreaterThan(0);
   });
 });
 
-describe("LoadState.isBulk", () => {
-  test("begins with many faults, and ends the record of first touches", () => {
-    const pages = Array.from({ length: 400 }, (_, index) => index);
-    const b = bench(
-      pages.map((page) => [fault(page)]),
-      { pages: 512 },
-    );
-    b.run();
-    expect([b.count(C_FAULTS), b.state.isBulk]).toEqual([400, true]);
-    expect(b.state.faultLogLength).toBe(255);
-  });
+test("many faults: the guest reads on and on, and the record of first touches ends", () => {
+  const pages = Array.from({ length: 400 }, (_, index) => index);
+  const b = bench(
+    pages.map((page) => [fault(page)]),
+    { pages: 512 },
+  );
+  b.run();
+  expect([b.count(C_FAULTS), b.state.isBulk]).toEqual([400, true]);
+  expect(b.state.faultLogLength).toBe(256);
 });

@@ -22,15 +22,42 @@ describe("orderChunks", () => {
       { pages: 10, data: [] },
       { pages: CHUNK_PAGES, data: [[511, 512]] },
     );
-    // Four of the first block, one of the second, then the third's.
+    // Four of the first block, one of the second, then the third's. All of them have holes but chunk 2.
     expect(order).toEqual([0, 5, 2, 3]);
   });
 
   test("of much memory the top takes turns with the bottom, then it goes by address", () => {
     const order = orderOf({ pages: 40 * CHUNK_PAGES });
     expect(order.slice(0, 6)).toEqual([0, 39, 1, 38, 2, 37]);
-    expect(order.slice(22, 28)).toEqual([11, 28, 12, 13, 14, 15]);
+    expect(order.slice(6, 12)).toEqual([3, 36, 4, 5, 6, 7]);
     expect(order.toSorted((a, b) => a - b)).toEqual(Array.from({ length: 40 }, (_, n) => n));
+  });
+
+  test("chunks with holes take turns with full ones, wherever they lie", () => {
+    // The hole is the first page, one in the middle, the last page.
+    const order = orderOf({
+      pages: 12 * CHUNK_PAGES,
+      data: [
+        [0, 6 * CHUNK_PAGES],
+        [6 * CHUNK_PAGES + 1, 8 * CHUNK_PAGES + 100],
+        [8 * CHUNK_PAGES + 101, 11 * CHUNK_PAGES - 1],
+        [11 * CHUNK_PAGES, 12 * CHUNK_PAGES],
+      ],
+    });
+    // With holes: 6, 8, 10; from both ends 6, 10, 8. Full: 0 to 5, 7, 9, 11.
+    expect(order).toEqual([6, 0, 10, 11, 8, 1, 9, 2, 7, 3, 5, 4]);
+  });
+
+  test("beyond the first 128 it goes by address, holes or not", () => {
+    const order = orderOf({
+      pages: 400 * CHUNK_PAGES,
+      data: Array.from({ length: 200 }, (_, two): [number, number] => [
+        2 * two * CHUNK_PAGES,
+        (2 * two + 2) * CHUNK_PAGES - 7,
+      ]),
+    });
+    expect(order.slice(124, 128)).toEqual([117, 116, 119, 118]);
+    expect(order.slice(128)).toEqual(Array.from({ length: 272 }, (_, n) => 120 + n));
   });
 
   test("cuts chunks at 2 MiB of the target's addresses", () => {

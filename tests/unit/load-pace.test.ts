@@ -1,0 +1,31 @@
+import { describe, expect, test } from "bun:test";
+import { Pace } from "../../src/load/pace.ts";
+
+const MS = 1e6;
+
+/** The number of the fault that made it so, counted from 1. */
+function foundAt(timesMs: readonly number[]): number | undefined {
+  const pace = new Pace();
+  const found = timesMs.findIndex((ms) => pace.count(1e15 + ms * MS));
+  return found < 0 ? undefined : found + 1;
+}
+const every = (count: number, ms: number): number[] =>
+  Array.from({ length: count }, (_, index) => index * ms);
+
+describe("Pace", () => {
+  test.each([
+    ["24 faults at once", every(30, 0), 24],
+    ["one each 0.2 ms", every(30, 0.2), 24],
+    ["23 at once", every(23, 0), undefined],
+    ["one each 0.3 ms, up to 255", every(255, 0.3), undefined],
+    ["the 256th, however slow", every(300, 50), 256],
+    ["a burst after a slow start", [...every(10, 10), ...every(30, 0.1).map((ms) => 200 + ms)], 34],
+    [
+      "two halves of a burst, apart",
+      [...every(12, 0), ...every(12, 0).map((ms) => 6 + ms)],
+      undefined,
+    ],
+  ])("%s", (_what, timesMs, at) => {
+    expect(foundAt(timesMs)).toBe(at);
+  });
+});
