@@ -210,7 +210,7 @@ describe("EagerMoves", () => {
   test(
     "leaves everything to others, its helpers too, when there is much to copy",
     async () => {
-      const chunks = 40;
+      const chunks = 104;
       const { it, block, run, touch, ends } = await start({ chunks });
       for (let chunk = 0; chunk < chunks - 1; chunk += 1) touch(chunk * HUGE_PAGES + chunk);
       // A page that is there without the load's knowledge: its chunk stays in the helper's memory.
@@ -219,7 +219,7 @@ describe("EagerMoves", () => {
       run();
       expect(ends()).toBe(1);
       const words = [...block.chunks];
-      expect(words.filter((word) => word === CHUNK_SPLIT).length).toBeGreaterThan(32);
+      expect(words.filter((word) => word === CHUNK_SPLIT).length).toBeGreaterThan(96);
       expect(words.filter((word) => word >= CHUNK_MOVED)).toEqual([]);
       for (const task of it.tasks) {
         expect(task.sendDescriptor(it.file.fd)).toBeGreaterThanOrEqual(0);
