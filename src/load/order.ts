@@ -15,6 +15,8 @@ export interface ChunkedBlock {
 
 /** So many chunks at the top of memory come early: a kernel's page tables and per-CPU areas. */
 const TOP_CHUNKS = 4;
+/** So many chunks with holes come for each full one. */
+const HOLED_TURNS = 2;
 /** So many come by what they are; all others by address, as a disk likes it. */
 const EARLY_CHUNKS = 128;
 
@@ -22,7 +24,7 @@ const EARLY_CHUNKS = 128;
  * Plan-wide numbers of all chunks that have data. Early come those that have holes, in turns with full
  * ones. What a kernel hands out in pages (slabs, stacks, page tables, small programs) lies between
  * pages that nobody has used yet, and is what a guest goes on with; what was taken by the megabyte
- * (page cache, large mappings) fills its chunks.
+ * (page cache, large mappings) fills its chunks, and so does the kernel's image, at the bottom.
  */
 export function orderChunks(blocks: readonly ChunkedBlock[]): Uint32Array {
   const full: number[] = [];
@@ -37,25 +39,27 @@ export function orderChunks(blocks: readonly ChunkedBlock[]): Uint32Array {
       page = nextBit(data, end, pageCount, true);
     }
   }
-  const order = Uint32Array.from(takeTurns(fromEnds(holed), fromEnds(full)));
+  const early = holed.length > 0 ? takeTurns(fromEnds(holed), full, HOLED_TURNS) : fromEnds(full);
+  const order = Uint32Array.from(early);
   order.subarray(EARLY_CHUNKS).sort();
   return order;
 }
 
 /**
- * By address, which is what a guest reads memory by; but the first ones (a kernel's image and first
+ * By address, which is what a guest reads memory by; but the first ones (a kernel's first
  * allocations) take turns with those at the top, that a guest needs in its first steps.
  */
 function fromEnds(numbers: readonly number[]): number[] {
   const topAt = Math.max(numbers.length - TOP_CHUNKS, Math.ceil(numbers.length / 2));
-  return takeTurns(numbers.slice(0, topAt), numbers.slice(topAt).reverse());
+  return takeTurns(numbers.slice(0, topAt), numbers.slice(topAt).reverse(), 1);
 }
 
-/** One of each in turn, and then what is left of the longer one. */
-function takeTurns(a: readonly number[], b: readonly number[]): number[] {
+/** So many of the first in turn with one of the second, and then what is left of one of them. */
+function takeTurns(a: readonly number[], b: readonly number[], turnsOfA: number): number[] {
   const turns: number[] = [];
-  for (let index = 0; index < Math.max(a.length, b.length); index += 1) {
-    for (const number of [a[index], b[index]]) if (number !== undefined) turns.push(number);
+  const rounds = Math.max(Math.ceil(a.length / turnsOfA), b.length);
+  for (let round = 0; round < rounds; round += 1) {
+    turns.push(...a.slice(round * turnsOfA, (round + 1) * turnsOfA), ...b.slice(round, round + 1));
   }
   return turns;
 }

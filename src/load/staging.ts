@@ -24,7 +24,7 @@ import type { WorkingSet } from "./working-set.ts";
  * way too, but QEMU's own start and its devices come later: it was 1 ms for each 40 chunks, whose bytes go
  * through the same caches.
  */
-export const STAGED_CHUNKS = 56;
+export const STAGED_CHUNKS = 48;
 /** How long a helper may take for what takes microseconds: the main thread waits for it, ms. */
 const PATIENCE_MS = 500;
 /** A chunk's words of the plan before its runs: block index, chunk number, number of runs. */

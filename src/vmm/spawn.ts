@@ -67,7 +67,7 @@ const INHERITED_FD_MAX = 255;
 const NO_FD = -1;
 const HELPER_TASKS = 3;
 /** Chunks of 2 MiB that each helper can read ahead while QEMU starts: only what is read takes memory. */
-const STAGING_SLOTS = 28;
+const STAGING_SLOTS = 24;
 
 /**
  * Starts QEMU. Returns at once; `connect` waits for it.
