@@ -27,6 +27,7 @@ const EARLY_CHUNKS = 128;
  * (page cache, large mappings) fills its chunks, and so does the kernel's image, at the bottom.
  */
 export function orderChunks(blocks: readonly ChunkedBlock[]): Uint32Array {
+  const all: number[] = [];
   const full: number[] = [];
   const holed: number[] = [];
   for (const block of blocks) {
@@ -35,29 +36,26 @@ export function orderChunks(blocks: readonly ChunkedBlock[]): Uint32Array {
       const chunk = block.chunkOf(page);
       const end = block.chunkEnd(chunk);
       const isFull = page === block.chunkStart(chunk) && nextBit(data, page, end, false) === end;
+      all.push(block.firstChunk + chunk);
       (isFull ? full : holed).push(block.firstChunk + chunk);
       page = nextBit(data, end, pageCount, true);
     }
   }
-  const early = holed.length > 0 ? takeTurns(fromEnds(holed), full, HOLED_TURNS) : fromEnds(full);
-  const order = Uint32Array.from(early);
-  order.subarray(EARLY_CHUNKS).sort();
-  return order;
+  const turns = holed.length > 0 ? takeTurns(fromEnds(holed), full, HOLED_TURNS) : fromEnds(full);
+  const early = new Set(turns.slice(0, EARLY_CHUNKS));
+  return Uint32Array.from([...early, ...all.filter((number) => !early.has(number))]);
 }
 
-/**
- * By address, which is what a guest reads memory by; but the first ones (a kernel's first
- * allocations) take turns with those at the top, that a guest needs in its first steps.
- */
+/** By address, but the first ones take turns with those at the top. */
 function fromEnds(numbers: readonly number[]): number[] {
   const topAt = Math.max(numbers.length - TOP_CHUNKS, Math.ceil(numbers.length / 2));
   return takeTurns(numbers.slice(0, topAt), numbers.slice(topAt).reverse(), 1);
 }
 
-/** So many of the first in turn with one of the second, and then what is left of one of them. */
+/** So many of the first in turn with one of the second; as many as come early, or more. */
 function takeTurns(a: readonly number[], b: readonly number[], turnsOfA: number): number[] {
   const turns: number[] = [];
-  const rounds = Math.max(Math.ceil(a.length / turnsOfA), b.length);
+  const rounds = Math.min(EARLY_CHUNKS, Math.max(Math.ceil(a.length / turnsOfA), b.length));
   for (let round = 0; round < rounds; round += 1) {
     turns.push(...a.slice(round * turnsOfA, (round + 1) * turnsOfA), ...b.slice(round, round + 1));
   }
