@@ -80,6 +80,9 @@ async function measureAll(options: Options): Promise<BenchResult> {
   }
   const faultPath = await measureFaults(options);
   const start = await measureStarts(options);
+  if (cells.length === 0 && faultPath === null && start === null) {
+    throw new Error(`--only ${options.only.join(" --only ")}: no run fits all of these`);
+  }
   const measured = withLoadCpu(cells);
   return {
     schema: 1,
