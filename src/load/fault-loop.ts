@@ -21,6 +21,7 @@ import {
   type BlockState,
   C_BATCHES,
   C_CHUNK_FAULTS,
+  CHUNK_FREE,
   CHUNK_MOVING,
   C_EAGER_PAGES,
   C_FAULT_PAGES,
@@ -367,10 +368,11 @@ export class FaultLoop {
       return outcome;
     }
     if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
-    if (this.#options.state.isBulk) {
+    const chunk = state.chunkOf(page);
+    if (this.#options.state.isBulk && state.chunks[chunk] === CHUNK_FREE) {
       // What came last woke its vCPU, which may ask for the next before the helper has answered.
       if (!this.#whole.hasRoom) this.#advanceWhole();
-      if (this.#whole.begin(state, state.chunkOf(page))) return this.#awaitChunk(state, page);
+      if (this.#whole.begin(state, chunk)) return this.#awaitChunk(state, page);
     }
     if (!state.splitChunk(page) && !this.#canOvertake(state, page)) {
       return this.#awaitChunk(state, page);

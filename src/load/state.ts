@@ -57,7 +57,7 @@ export const MAIN_THREAD = WORKERS_MAX - 1;
  */
 export const EAGER_MOVES = 1;
 const FAULT_LOG_OFFSET = 0x25000;
-export const FAULT_LOG_MAX = 0x10000;
+const FAULT_LOG_MAX = 0x10000;
 const BITMAPS_OFFSET = 0x65000;
 
 /** Words of the header. */
