@@ -16,7 +16,6 @@ import type { Uffd } from "../uffd/uffd.ts";
 import { nextMissing } from "./bits.ts";
 import { ChunkMover } from "./chunk-mover.ts";
 import { ChunkQueue } from "./chunk-queue.ts";
-import { orderChunks } from "./order.ts";
 import { Priority, raise } from "./priority.ts";
 import type { EagerMovesStart } from "./protocol.ts";
 import {
@@ -69,8 +68,7 @@ export class EagerMoves {
   readonly #supply: Supply;
   readonly #fds: Int32Array;
   readonly #revents = new Int32Array(1);
-  /** Made in the first step: that takes time which grows with the guest, and nobody waits for it then. */
-  #queue: ChunkQueue | undefined;
+  readonly #queue: ChunkQueue;
   #whole: WholeChunks | undefined;
   #priority: Priority | undefined;
   #isOn = false;
@@ -83,6 +81,7 @@ export class EagerMoves {
 
   constructor(options: EagerMovesOptions) {
     this.#options = options;
+    this.#queue = new ChunkQueue(options.state, options.start.order);
     this.#counters = options.state.counters(EAGER_MOVES);
     this.#supply = new Supply(options.uffd, options.source, this.#counters, options.state);
     this.#fds = Int32Array.of(options.uffd.fd);
@@ -121,7 +120,6 @@ export class EagerMoves {
   /** Something could be done at once: `step`. */
   get canStep(): boolean {
     const whole = this.#whole;
-    if (this.#queue === undefined) return true;
     if (!this.#isOn || whole === undefined) return false;
     if (this.#rests.length > 0) return true;
     return this.#isDrained ? !whole.isRunning : whole.hasRoom || whole.isEmpty;
@@ -154,7 +152,6 @@ export class EagerMoves {
    */
   step(): boolean | typeof GONE {
     const [whole, { state }] = [this.#whole, this.#options];
-    this.#queue ??= new ChunkQueue(state, orderChunks(state.blocks));
     if (!this.#isOn || whole === undefined) return false;
     this.#isLeaving ||= this.#rests.length > RESTS_MAX || whole.isEmpty;
     const isOver = this.#isLeaving || state.halted || state.stopped;
@@ -188,10 +185,10 @@ export class EagerMoves {
   #next(whole: WholeChunks): number | undefined {
     const queue = this.#queue;
     return (
-      queue?.nextFollowed(true) ??
+      queue.nextFollowed(true) ??
       this.#nextOfSet() ??
       whole.unmoved.pop() ??
-      queue?.nextOrdered(true)
+      queue.nextOrdered(true)
     );
   }
 

@@ -49,6 +49,13 @@ import { HotplugHold } from "./hotplug.ts";
 import { giveHugePagesBack } from "./huge-pages.ts";
 import { recordServing } from "./recorded-serving.ts";
 import { findEarlier, lockState } from "./recovery.ts";
+import {
+  type AlignedBlock,
+  alignBlocks,
+  areAligned,
+  orderChunks,
+  type SnapshotBlock,
+} from "./order.ts";
 import { planStaging, STAGED_CHUNKS, Staging } from "./staging.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
@@ -399,16 +406,11 @@ class Load {
    * While the target starts, its helpers read what the guest will need first. A guess: what is wrong
    * with it shows when it is done in earnest.
    */
-  async #readAhead({ snapshot, bitmaps, seededWithout, set }: Prepared): Promise<void> {
+  async #readAhead({ snapshot, blocks, order, set }: Prepared): Promise<void> {
     const helpers = (await this.#target.earlyHelpers?.()) ?? [];
     const width = Math.min(helpers.length, eagerWidth(this.#options));
     if (width === 0 || this.#info !== undefined || this.#prepared === undefined) return;
-    const blocks = snapshot.blocks.flatMap(({ idstr, pageSize, pageCount, pagesOffset }) => {
-      const bitmap = bitmaps.get(idstr);
-      if (bitmap === undefined || !seededWithout.has(idstr)) return [];
-      return [{ idstr, pageSize, pageCount, pagesOffset, data: wordsOf(bitmap) }];
-    });
-    const plan = planStaging(blocks, set, STAGED_CHUNKS);
+    const plan = planStaging(blocks, order, set, STAGED_CHUNKS);
     this.#staging = new Staging(plan, helpers.slice(0, width), snapshot.fd);
   }
 
@@ -487,6 +489,7 @@ class Load {
         // A source of the caller's own is asked for every page.
         records: this.#options.source === undefined ? (this.#target.takeHelpers?.() ?? []) : [],
         fileFd: snapshot.fd,
+        order: areAligned(state.blocks, prepared.blocks) ? prepared.order : undefined,
       },
       this.#options.source === undefined ? this.#guard : undefined,
     );
@@ -779,8 +782,11 @@ interface Prepared {
   readonly snapshot: Snapshot;
   readonly bitmaps: ReadonlyMap<string, PageBitmap>;
   readonly zeroRuns: ReadonlyMap<string, readonly ZeroRun[]>;
+  /** Blocks that will most likely be lazy, and the order of their chunks. */
+  readonly blocks: readonly AlignedBlock[];
+  readonly order: Uint32Array;
   /**
-   * A seed for the blocks that will most likely be lazy, and their names; -1 when there is none.
+   * A seed without these blocks, and their names; -1 when there is none.
    */
   readonly seedFd: number;
   readonly seededWithout: ReadonlySet<string>;
@@ -791,6 +797,7 @@ function prepare(snapshot: Snapshot, seedsNow: boolean, set: WorkingSet | null):
   const bitmaps = new Map<string, PageBitmap>();
   const zeroRuns = new Map<string, readonly ZeroRun[]>();
   const seededWithout = new Set<string>();
+  const lazy: SnapshotBlock[] = [];
   for (const block of snapshot.blocks) {
     if (block.notSaved) continue;
     const bitmap = snapshot.pageBitmap(block);
@@ -798,9 +805,13 @@ function prepare(snapshot: Snapshot, seedsNow: boolean, set: WorkingSet | null):
     if (bitmap.dataPages * block.pageSize <= SEED_DATA_MAX) continue;
     seededWithout.add(block.idstr);
     zeroRuns.set(block.idstr, findZeroRuns(bitmap, block.pageSize));
+    const { idstr, pageSize, pageCount, pagesOffset } = block;
+    lazy.push({ idstr, pageSize, pageCount, pagesOffset, data: wordsOf(bitmap) });
   }
+  const blocks = alignBlocks(lazy);
   const seedFd = seedsNow ? makeSeed(snapshot, seededWithout) : -1;
-  return { snapshot, bitmaps, zeroRuns, seedFd, seededWithout, set };
+  const order = orderChunks(blocks);
+  return { snapshot, bitmaps, zeroRuns, blocks, order, seedFd, seededWithout, set };
 }
 
 function stateBlock({ block, region }: BlockPlan, movable: ReadonlySet<string>): StateBlock {

@@ -1,5 +1,6 @@
 /** The order in which chunks are brought that nobody has asked for. */
 import { nextBit } from "./bits.ts";
+import { type BlockState, CHUNK_LENGTH } from "./state.ts";
 
 /** What of a block the order depends on. */
 export interface ChunkedBlock {
@@ -11,6 +12,50 @@ export interface ChunkedBlock {
   chunkOf(pageIndex: number): number;
   chunkStart(chunk: number): number;
   chunkEnd(chunk: number): number;
+}
+
+/** A block that nobody has an address for yet. */
+export interface SnapshotBlock {
+  readonly idstr: string;
+  readonly pageSize: number;
+  readonly pageCount: number;
+  readonly pagesOffset: number;
+  /** Bit set = page with bytes in the snapshot. */
+  readonly data: Int32Array;
+}
+
+export interface AlignedBlock extends SnapshotBlock, ChunkedBlock {}
+
+/** The blocks' chunks in a target that aligns them to chunks, as it does with all that can have huge pages. */
+export function alignBlocks(blocks: readonly SnapshotBlock[]): AlignedBlock[] {
+  let firstChunk = 0;
+  return blocks.map((block) => {
+    const pages = CHUNK_LENGTH / block.pageSize;
+    const aligned = {
+      ...block,
+      firstChunk,
+      chunkOf: (page: number): number => Math.floor(page / pages),
+      chunkStart: (chunk: number): number => chunk * pages,
+      chunkEnd: (chunk: number): number => Math.min(block.pageCount, (chunk + 1) * pages),
+    };
+    firstChunk += Math.ceil(block.pageCount / pages);
+    return aligned;
+  });
+}
+
+/** Whether the target's chunks have the numbers that they have in `aligned`. */
+export function areAligned(
+  blocks: readonly BlockState[],
+  aligned: readonly AlignedBlock[],
+): boolean {
+  return (
+    blocks.length === aligned.length &&
+    blocks.every(({ block, pageCount }, index) => {
+      const other = aligned[index];
+      const isSame = block.idstr === other?.idstr && pageCount === other.pageCount;
+      return isSame && block.pageSize === other.pageSize && block.hostAddr % CHUNK_LENGTH === 0;
+    })
+  );
 }
 
 /** So many chunks at the top of memory come early: a kernel's page tables and per-CPU areas. */

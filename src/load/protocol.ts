@@ -40,6 +40,8 @@ export interface EagerMovesStart {
   /** eventfd that begins it; its value has a bit for each helper that may be used. */
   readonly goFd: number;
   readonly pieceLength: number;
+  /** Plan-wide chunk numbers. */
+  readonly order: Uint32Array;
   readonly replay: Int32Array;
   /** Of the helpers. */
   readonly nice: number;

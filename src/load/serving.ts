@@ -81,6 +81,8 @@ export interface ServingOptions {
 export interface ServingHelpers {
   readonly records: readonly HelperRecord[];
   readonly fileFd: number;
+  /** What `orderChunks` says, if that is known: it takes milliseconds. */
+  readonly order?: Uint32Array | undefined;
 }
 
 const PIECE_LENGTH = 256 * KiB;
@@ -117,6 +119,7 @@ export class Serving {
   readonly #guard: SnapshotGuard | undefined;
   /** Resolved unless the eager load is on hold. */
   #released = Promise.withResolvers<void>();
+  #order: Uint32Array | undefined;
   /** The working set. */
   #replay = new Int32Array(0);
   readonly #failures = new Map<string, KnownFailure>();
@@ -151,6 +154,7 @@ export class Serving {
     this.#crew = crew;
     this.#options = options;
     this.#helpers = helpers;
+    this.#order = helpers.order;
     this.#stopFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
     this.#goFd = sys.check(sys.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
     this.#lost.promise.catch(() => {});
@@ -240,6 +244,7 @@ export class Serving {
             helpers: this.#eagerHelpers,
             goFd: this.#goFd,
             pieceLength: this.#options.eager?.pieceLength ?? PIECE_LENGTH,
+            order: this.#chunkOrder,
             replay,
             nice: this.#options.eager?.nice ?? NICE,
           }
@@ -289,6 +294,10 @@ export class Serving {
     const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
     if (this.#hasBegun || !hasAll || isLimited || metadata.canDiscard) return false;
     return blocks.every(({ block }) => block.movable);
+  }
+
+  get #chunkOrder(): Uint32Array {
+    return (this.#order ??= orderChunks(this.#state.blocks));
   }
 
   /** A bit for each helper of the eager load that was not given up. */
@@ -444,7 +453,7 @@ export class Serving {
     // One Worker keeps all helpers busy: another would cost 30 ms of CPU time to start, and memory.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
     const workers = isMoved ? 1 : width;
-    const order = orderChunks(state.blocks);
+    const order = this.#chunkOrder;
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
       handle: state.handle,

@@ -13,7 +13,7 @@ import { type HelperRecord, HelperTask, INLINE_CALLS_MAX } from "../sys/helper-t
 import * as sys from "../sys/native.ts";
 import { nextBit } from "./bits.ts";
 import { RUNS_MAX } from "./chunk-mover.ts";
-import { type ChunkedBlock, orderChunks } from "./order.ts";
+import type { AlignedBlock } from "./order.ts";
 import { raise, readIdly } from "./priority.ts";
 import { type BlockState, CHUNK_LENGTH, type LoadState } from "./state.ts";
 import type { WholeChunks } from "./whole-chunks.ts";
@@ -39,61 +39,37 @@ export interface StagingPlan {
   readonly words: Float64Array;
 }
 
-/** What of a block the plan is made of; its target address is not known yet. */
-export interface StagingBlock {
-  readonly idstr: string;
-  readonly pageSize: number;
-  readonly pageCount: number;
-  readonly pagesOffset: number;
-  readonly data: Int32Array;
-}
-
 /**
- * Chunks of the working set in its order, then the order of the eager load.
+ * Chunks of the working set in its order, then `order`. Another than an aligned block's are let go in the end.
  * @param chunksMax how many
  */
 export function planStaging(
-  blocks: readonly StagingBlock[],
+  blocks: readonly AlignedBlock[],
+  order: Uint32Array,
   set: Pick<WorkingSet, "pages"> | null,
   chunksMax: number,
 ): StagingPlan {
-  const chunked: (ChunkedBlock & StagingBlock)[] = [];
-  let firstChunk = 0;
-  for (const block of blocks) {
-    // Blocks that have huge pages are aligned to them; another one's chunks are let go.
-    const pages = CHUNK_LENGTH / block.pageSize;
-    const chunkOf = (page: number): number => Math.floor(page / pages);
-    const chunkStart = (chunk: number): number => chunk * pages;
-    const chunkEnd = (chunk: number): number => Math.min(block.pageCount, (chunk + 1) * pages);
-    chunked.push({ ...block, firstChunk, chunkOf, chunkStart, chunkEnd });
-    firstChunk += Math.ceil(block.pageCount / pages);
-  }
   const numbers = new Set<number>();
   for (const { idstr, pageIndex } of set?.pages ?? []) {
-    const block = chunked.find((one) => one.idstr === idstr && pageIndex < one.pageCount);
+    const block = blocks.find((one) => one.idstr === idstr && pageIndex < one.pageCount);
     if (block !== undefined) numbers.add(block.firstChunk + block.chunkOf(pageIndex));
   }
-  for (const number of orderChunks(chunked)) {
+  for (const number of order) {
     if (numbers.size >= chunksMax) break;
     numbers.add(number);
   }
   const words: number[] = [];
   for (const number of numbers) {
-    const index = chunked.findLastIndex((one) => one.firstChunk <= number);
-    const block = chunked[index];
+    const index = blocks.findLastIndex((one) => one.firstChunk <= number);
+    const block = blocks[index];
     if (block !== undefined) addChunk(words, block, index, number - block.firstChunk);
   }
   return { idstrs: blocks.map(({ idstr }) => idstr), words: Float64Array.from(words) };
 }
 
-function addChunk(
-  words: number[],
-  block: ChunkedBlock & StagingBlock,
-  index: number,
-  chunk: number,
-): void {
+function addChunk(words: number[], block: AlignedBlock, index: number, chunk: number): void {
   const { data, pageSize, pagesOffset } = block;
-  const start = chunk * (CHUNK_LENGTH / pageSize);
+  const start = block.chunkStart(chunk);
   const end = block.chunkEnd(chunk);
   const at = words.push(index, chunk, 0) - 1;
   let runs = 0;

@@ -47,9 +47,9 @@ const COUNTERS_OFFSET = 0x13000;
 const COUNTERS_LENGTH = 0x2000;
 /** One fault Worker and up to eight eager Workers. */
 export const WORKERS_MAX = 9;
-/** Counters, and word of the gate, of the main thread: the last eager Worker is not busy yet. */
 /** The Worker that reads faults, among those who have counters. */
 export const FAULT_WORKER = 0;
+/** Counters, and word of the gate, of the main thread: the last eager Worker is not busy yet. */
 export const MAIN_THREAD = WORKERS_MAX - 1;
 /**
  * What the fault loop does of the eager load has the place of the first eager Worker, which begins when

@@ -5,6 +5,7 @@
 import { afterEach, describe, expect, test } from "bun:test";
 import { countMissing, setRange } from "../../src/load/bits.ts";
 import { EagerMoves } from "../../src/load/eager-moves.ts";
+import { orderChunks } from "../../src/load/order.ts";
 import { FaultLoop } from "../../src/load/fault-loop.ts";
 import {
   C_EAGER_PAGES,
@@ -83,6 +84,7 @@ async function start({ data, replay = [], isAtHand, chunks = CHUNKS }: Spec = {}
       helpers: it.tasks.map(({ record }) => record),
       goFd,
       pieceLength: 64 * PAGE,
+      order: orderChunks(state.blocks),
       replay: Int32Array.from(replay),
       nice: 0,
     },

@@ -3,7 +3,8 @@
  * target that reads its memory back.
  */
 import { afterEach, describe, expect, test } from "bun:test";
-import { planStaging, Staging, type StagingBlock } from "../../src/load/staging.ts";
+import { alignBlocks, orderChunks } from "../../src/load/order.ts";
+import { planStaging, Staging } from "../../src/load/staging.ts";
 import { C_EAGER_PAGES, CHUNK_FREE, CHUNK_MOVED } from "../../src/load/state.ts";
 import { WholeChunks } from "../../src/load/whole-chunks.ts";
 import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE, stateOf } from "../helpers/helper-target.ts";
@@ -45,13 +46,12 @@ async function start(data: readonly (readonly [number, number])[] = [[0, CHUNKS 
     pagesCounter: C_EAGER_PAGES,
   });
   const { pageSize, pagesOffset, idstr } = block.block;
-  const subject: StagingBlock = {
-    ...{ idstr, pageSize, pagesOffset },
-    ...{ pageCount: block.pageCount, data: block.data },
-  };
+  const { pageCount } = block;
+  const aligned = alignBlocks([{ idstr, pageSize, pageCount, pagesOffset, data: block.data }]);
   const begin = (chunks: number): Staging => {
     const records = it.tasks.map(({ record }) => record);
-    return new Staging(planStaging([subject], null, chunks), records, it.file.fd);
+    const plan = planStaging(aligned, orderChunks(aligned), null, chunks);
+    return new Staging(plan, records, it.file.fd);
   };
   return { it, state, block, whole, begin, made };
 }

@@ -1,5 +1,5 @@
 import { describe, expect, test } from "bun:test";
-import { orderChunks } from "../../src/load/order.ts";
+import { alignBlocks, areAligned, orderChunks } from "../../src/load/order.ts";
 import { BASE, type BlockSpec, makeState } from "../helpers/load-states.ts";
 
 const CHUNK_PAGES = 512;
@@ -63,5 +63,40 @@ describe("orderChunks", () => {
 
   test("cuts chunks at 2 MiB of the target's addresses", () => {
     expect(orderOf({ pages: CHUNK_PAGES, hostAddr: BASE + 0x1000 })).toHaveLength(2);
+  });
+});
+
+describe("areAligned", () => {
+  const specs = [
+    { pages: 3 * CHUNK_PAGES, data: [[600, 700]] },
+    { pages: CHUNK_PAGES + 5, hostAddr: BASE + 0x4000_0000 },
+  ] satisfies BlockSpec[];
+  const alignedOf = (made: ReturnType<typeof makeState>) =>
+    alignBlocks(
+      made.state.blocks.map(({ block: { idstr, pageSize, pagesOffset }, pageCount, data }) => {
+        return { idstr, pageSize, pageCount, pagesOffset, data };
+      }),
+    );
+
+  test("is true of a target that aligns its blocks: chunks have the same numbers and order", () => {
+    using made = makeState(specs);
+    const aligned = alignedOf(made);
+    expect(areAligned(made.state.blocks, aligned)).toBe(true);
+    expect([...orderChunks(aligned)]).toEqual([...orderChunks(made.state.blocks)]);
+    for (const [index, block] of made.state.blocks.entries()) {
+      expect(aligned[index]?.firstChunk).toBe(block.firstChunk);
+    }
+  });
+
+  test("is false of one that does not, and of other blocks", () => {
+    using made = makeState(specs);
+    const aligned = alignedOf(made);
+    using shifted = makeState([{ ...specs[0], hostAddr: BASE + 0x1000 }, specs[1]] as BlockSpec[]);
+    using longer = makeState([{ pages: 4 * CHUNK_PAGES }, specs[1]] as BlockSpec[]);
+    for (const { state } of [shifted, longer]) {
+      expect(areAligned(state.blocks, aligned)).toBe(false);
+    }
+    expect(areAligned(made.state.blocks.slice(1), aligned)).toBe(false);
+    expect(areAligned(made.state.blocks.toReversed(), aligned)).toBe(false);
   });
 });
