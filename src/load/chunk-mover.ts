@@ -76,7 +76,7 @@ export class ChunkMover {
   constructor(record: HelperRecord, fileFd: number, isGuarded: boolean, patienceMs = -1) {
     this.#helper = new HelperTask(record, patienceMs);
     this.#isGuarded = isGuarded;
-    this.#fileFd = this.#helper.sendDescriptor(fileFd);
+    this.#fileFd = this.#helper.openFile(fileFd);
     this.#slots = Math.min(Math.floor(record.stagingLength / CHUNK_LENGTH), INLINE_CALLS_MAX);
     this.#isGone = this.#fileFd < 0 || this.#slots === 0;
     for (let slot = 0; slot < this.#slots; slot += 1) this.#dirty.add(slot);

@@ -59,7 +59,7 @@ import {
 import { planStaging, STAGED_CHUNKS, Staging } from "./staging.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { AddressRange } from "./resident.ts";
-import { makeSeed, makeSeedFrom } from "./seed-file.ts";
+import { makeSeed, makeSeedFrom, runsFromSeed } from "./seed-file.ts";
 import { eagerWidth, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
 import {
   type BlockState,
@@ -215,7 +215,7 @@ class Load {
     const { snapshot } = (await this.#meet()).prepared;
     this.#target.giveSeed(snapshot.fd);
     await (
-      await this.#handOver(snapshot)
+      await this.#handOver(snapshot, false)
     ).loaded;
     this.#times.residentMs = this.#now();
     if (!this.#isPaused) await this.#resume();
@@ -240,7 +240,8 @@ class Load {
     );
     reader.close();
     state.phase = PHASE_HANDING_OVER;
-    const { loaded } = await this.#handOver(prepared.snapshot);
+    const { snapshot } = prepared;
+    const { loaded } = await this.#handOver(snapshot, !this.#isPaused && runsFromSeed(snapshot));
     // Now that the target has something to do meanwhile.
     await this.#letZeroExtentsGo(state, zero);
     await this.#moveStaged(serving, state, 0);
@@ -301,11 +302,10 @@ class Load {
     notSeeded: readonly BlockPlan[],
     reader: PageReader,
   ): Promise<void> {
-    const { snapshot, seedFd, seededWithout, bitmaps } = prepared;
+    const { snapshot, seedFd, isSeedGiven, seededWithout, bitmaps } = prepared;
     const names = new Set(notSeeded.map(({ block }) => block.idstr));
     if (seedFd >= 0 && names.symmetricDifference(seededWithout).size === 0) {
-      // One of our own has it already.
-      if (this.#target.isAttached) this.#target.giveSeed(seedFd);
+      if (!isSeedGiven) this.#target.giveSeed(seedFd);
       return;
     }
     const newFd =
@@ -372,10 +372,9 @@ class Load {
     const set = this.#readWorkingSet(snapshot);
     // The pages of a source of the caller's own are waited for when the target is there.
     const seedsNow = this.#options.mode !== "copy" && this.#options.source === undefined;
-    const prepared = prepare(snapshot, seedsNow, set);
+    const seedFile = seedsNow ? this.#target.takeSeedFile?.() : undefined;
+    const prepared = prepare(snapshot, seedsNow, seedFile, set);
     this.#prepared = prepared;
-    // A QEMU of our own takes it while it is asked, and what it takes is nothing to be undone.
-    if (prepared.seedFd >= 0 && !this.#target.isAttached) this.#target.giveSeed(prepared.seedFd);
     this.#guard = await SnapshotGuard.take(snapshot);
     // Whoever limits the eager load does not want so much at once.
     const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
@@ -411,7 +410,7 @@ class Load {
     const width = Math.min(helpers.length, eagerWidth(this.#options));
     if (width === 0 || this.#info !== undefined || this.#prepared === undefined) return;
     const plan = planStaging(blocks, order, set, STAGED_CHUNKS);
-    this.#staging = new Staging(plan, helpers.slice(0, width), snapshot.fd);
+    this.#staging = new Staging(plan, helpers.slice(0, width), snapshot.fd, helpers.slice(width));
   }
 
   /** Somebody else's target may hold what an earlier fsl has left in it. */
@@ -568,11 +567,11 @@ class Load {
     }
   }
 
-  /** Lets the target have its device state. */
-  async #handOver({ streamOffset, capabilities }: Snapshot): Promise<StateLoad> {
+  /** Lets the target have its device state. @param resumes its guest runs then */
+  async #handOver({ streamOffset, capabilities }: Snapshot, resumes: boolean): Promise<StateLoad> {
     this.#options.cancel?.throwIfAborted();
     this.#handedOver = true;
-    return this.#target.loadState(streamOffset, capabilities);
+    return this.#target.loadState(streamOffset, capabilities, resumes);
   }
 
   async #resume(): Promise<void> {
@@ -789,11 +788,18 @@ interface Prepared {
    * A seed without these blocks, and their names; -1 when there is none.
    */
   readonly seedFd: number;
+  /** The target has it already. */
+  readonly isSeedGiven: boolean;
   readonly seededWithout: ReadonlySet<string>;
   readonly set: WorkingSet | null;
 }
 
-function prepare(snapshot: Snapshot, seedsNow: boolean, set: WorkingSet | null): Prepared {
+function prepare(
+  snapshot: Snapshot,
+  seedsNow: boolean,
+  seedFile: number | undefined,
+  set: WorkingSet | null,
+): Prepared {
   const bitmaps = new Map<string, PageBitmap>();
   const zeroRuns = new Map<string, readonly ZeroRun[]>();
   const seededWithout = new Set<string>();
@@ -809,9 +815,10 @@ function prepare(snapshot: Snapshot, seedsNow: boolean, set: WorkingSet | null):
     lazy.push({ idstr, pageSize, pageCount, pagesOffset, data: wordsOf(bitmap) });
   }
   const blocks = alignBlocks(lazy);
-  const seedFd = seedsNow ? makeSeed(snapshot, seededWithout) : -1;
+  const seedFd = seedsNow ? makeSeed(snapshot, seededWithout, seedFile) : -1;
   const order = orderChunks(blocks);
-  return { snapshot, bitmaps, zeroRuns, blocks, order, seedFd, seededWithout, set };
+  const isSeedGiven = seedFile !== undefined;
+  return { snapshot, bitmaps, zeroRuns, blocks, order, seedFd, isSeedGiven, seededWithout, set };
 }
 
 function stateBlock({ block, region }: BlockPlan, movable: ReadonlySet<string>): StateBlock {

@@ -21,6 +21,7 @@ import * as sys from "../sys/native.ts";
 import { createPageSource } from "../source/snapshot-source.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { setRange } from "./bits.ts";
+import { EagerMoves } from "./eager-moves.ts";
 import { FaultLoop } from "./fault-loop.ts";
 import { C_FAULTS, LoadState, type StateBlock } from "./state.ts";
 
@@ -32,6 +33,7 @@ const DATA_PAGES = 48;
 /** Every so-many-th page has a fault. */
 const FAULT_EVERY = 8;
 const CLUSTER_PAGES = 2;
+const NO_RUNS = new Int32Array(0);
 
 /**
  * Serves a few made-up faults. Runs in the fault Worker.
@@ -71,6 +73,9 @@ function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): numbe
     }
     // As a loop finds them that takes over from one that died.
     state.eventCount = PAGES / FAULT_EVERY;
+    const order = new Uint32Array(0);
+    const start = { helpers: [], goFd: -1, pieceLength: PAGE, order, replay: NO_RUNS, nice: 0 };
+    const moves = new EagerMoves({ uffd, source, state, fileFd, start });
     const loop = new FaultLoop({
       uffd,
       source,
@@ -82,11 +87,13 @@ function play(uffd: Uffd, fileFd: number, stopFd: number, memory: number): numbe
       movers: [],
       helperPids: [],
       replay: Int32Array.of(0, 1, 2),
+      moves,
       onFailure: () => {},
       onRecovered: () => {},
     });
     loop.run();
     loop.close();
+    moves.close();
     return state.counters(0)[C_FAULTS] ?? 0;
   } finally {
     source.close();

@@ -108,7 +108,7 @@ class Reader {
 
   constructor(record: HelperRecord, fileFd: number) {
     this.helper = new HelperTask(record, PATIENCE_MS);
-    this.#fileFd = this.helper.sendDescriptor(fileFd);
+    this.#fileFd = this.helper.openFile(fileFd);
     this.#slots = this.#fileFd < 0 ? 0 : Math.floor(record.stagingLength / CHUNK_LENGTH);
     this.helper.begin(true);
   }
@@ -168,8 +168,17 @@ class Reader {
 export class Staging {
   #readers: readonly Reader[];
 
-  /** Sets the helpers to work: they take the chunks of the plan in turns. */
-  constructor(plan: StagingPlan, helpers: readonly HelperRecord[], fileFd: number) {
+  /**
+   * Sets the helpers to work: they take the chunks of the plan in turns. @param others have nothing to do
+   * yet, but will have the file open when they do
+   */
+  constructor(
+    plan: StagingPlan,
+    helpers: readonly HelperRecord[],
+    fileFd: number,
+    others: readonly HelperRecord[] = [],
+  ) {
+    for (const record of others) new HelperTask(record, PATIENCE_MS).openFile(fileFd);
     readIdly(helpers.map(({ pid }) => pid));
     this.#readers = helpers.map((record) => new Reader(record, fileFd));
     let turn = 0;

@@ -50,6 +50,14 @@ export function readGlobalState(
   return { runState, sizeOffset: bodyOffset, nameOffset, nameLength: NAME_LENGTH };
 }
 
+/** Bytes for `sizeOffset` that make it another run state, e.g. `running`. */
+export function encodeRunState({ nameLength }: GlobalState, runState: string): Uint8Array {
+  const bytes = Buffer.alloc(4 + nameLength);
+  bytes.writeUInt32BE(runState.length + 1);
+  bytes.write(runState, 4, "latin1");
+  return bytes;
+}
+
 /**
  * Looks for the section where QEMU writes it: last, right before EOF at the end of the file. For files without a
  * description, whose sections cannot be told apart.

@@ -58,6 +58,8 @@ export interface HelperRecord {
   readonly stagingLength: number;
   /** Number of the userfaultfd in the helper. */
   readonly uffdFd: number;
+  /** Number in the helper of the file that it reads; absent until `openFile`. */
+  fileFd?: number;
 }
 
 /** The helper has ended, or broke the protocol: `run` and `sendDescriptor` will not work again. */
@@ -325,6 +327,18 @@ export class HelperTask {
     if (received < 0) return received;
     const count = this.#reply[HELPER_REPLY.FD_COUNT / 4] ?? 0;
     return count > 0 ? (this.#reply[HELPER_REPLY.FDS / 4] ?? -1) : CALL_NOT_MADE;
+  }
+
+  /**
+   * Gives the helper the file that it is to read, once: whoever has the record after this finds it there.
+   * @returns as `sendDescriptor`
+   */
+  openFile(fd: number): number {
+    const { record } = this;
+    if (record.fileFd !== undefined) return record.fileFd;
+    const number = this.sendDescriptor(fd);
+    if (number >= 0) record.fileFd = number;
+    return number;
   }
 
   /**

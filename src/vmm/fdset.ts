@@ -1,5 +1,7 @@
 /** QEMU's sets of descriptors (`add-fd`), opened as `/dev/fdset/N`. */
 import { readlinkSync } from "node:fs";
+import { MFD_CLOEXEC, SIGXFSZ } from "../sys/abi.ts";
+import * as native from "../sys/native.ts";
 import { randomInteger } from "../sys/random.ts";
 import { type QmpClient, type QmpReply, isRecord } from "./qmp.ts";
 
@@ -24,8 +26,17 @@ export function anyFdset(): number {
   return randomInteger(FDSET_RANDOM_MIN, FDSET_END);
 }
 
+const SEED_NAME = "fsl-seed";
 /** Link text of a seed, in /proc/PID/fd. */
-const SEED_LINK = "/memfd:fsl-seed (deleted)";
+const SEED_LINK = `/memfd:${SEED_NAME} (deleted)`;
+
+/** @returns descriptor of an empty seed, open for reading and writing */
+export function newSeedFile(): number {
+  // RLIMIT_FSIZE counts for memfds too; without this its signal would end us instead of giving
+  // EFBIG.
+  native.ignoreSignal(SIGXFSZ);
+  return native.check(native.memfdCreate(SEED_NAME, MFD_CLOEXEC), "memfd_create of the seed");
+}
 
 /** Takes a seed out of QEMU that a dead fsl has left in one of its sets; nothing else. */
 export async function dropLeftSeeds(qmp: QmpClient, pid: number): Promise<void> {

@@ -39,8 +39,8 @@ export interface RangeBacking {
   readonly path: string;
 }
 
-/** The kernel's own limit is vm.max_map_count, 65530 unless it was raised. */
-const AREA_COUNT_MAX = 1 << 20;
+/** Digits of an address. */
+const ADDRESS_LENGTH_MAX = 16;
 
 const AREA = new RegExp(
   "^([0-9a-f]{1,16})-([0-9a-f]{1,16}) [r-][w-][x-]([ps]) [0-9a-f]+ " +
@@ -52,9 +52,8 @@ const INTERNAL_NAME = /^\/(?:anon_hugepage|memfd:|SYSV)/;
 
 /** The memory of one process, as it was when it was read. */
 export class ProcessMaps {
-  readonly #lines: readonly string[];
-  /** Start address of each line: only lines that matter are looked at more closely. */
-  readonly #startAddrs: Float64Array;
+  /** Only lines that matter are looked at. */
+  readonly #text: string;
   readonly #fileSystemType: (device: string) => string | undefined;
 
   /**
@@ -63,10 +62,8 @@ export class ProcessMaps {
    * range is backed by a file
    */
   constructor(text: string, fileSystemType: (device: string) => string | undefined) {
-    this.#lines = text.split("\n").filter((line) => line !== "");
+    this.#text = text;
     this.#fileSystemType = fileSystemType;
-    if (this.#lines.length > AREA_COUNT_MAX) throw unreadable(this.#lines[AREA_COUNT_MAX] ?? "");
-    this.#startAddrs = Float64Array.from(this.#lines, (line) => Number.parseInt(line, 16));
   }
 
   /**
@@ -91,9 +88,10 @@ export class ProcessMaps {
     const files = new Set<string>();
     let found: { backing: Backing; shared: boolean; path: string } | null = null;
     let nextAddr = startAddr;
-    for (let index = this.#indexAt(startAddr); nextAddr < endAddr; index++) {
-      const line = this.#lines[index];
-      const area = line === undefined ? undefined : parseArea(line);
+    for (let lineAt = this.#lineAt(startAddr); nextAddr < endAddr;) {
+      const line = this.#lineFrom(lineAt);
+      lineAt += line.length + 1;
+      const area = line === "" ? undefined : parseArea(line);
       if (area === undefined || area.startAddr > nextAddr || area.endAddr <= nextAddr) {
         throw mismatch(what, startAddr, endAddr, `nothing is mapped at ${hex(nextAddr)}`);
       }
@@ -112,20 +110,33 @@ export class ProcessMaps {
 
   /** Files that are mapped MAP_SHARED, as `major:minor:inode`. */
   sharedFiles(): Set<string> {
-    const shared = this.#lines.filter((line) => / [r-][w-][x-]s /.test(line)).map(parseArea);
+    const lines = this.#text.split("\n");
+    const shared = lines.filter((line) => / [r-][w-][x-]s /.test(line)).map(parseArea);
     return new Set(shared.filter((area) => area.inode !== 0).map(fileIdentity));
   }
 
-  /** Binary search: index of the last area that begins at or before `addr`. */
-  #indexAt(addr: number): number {
+  /**
+   * Binary search: where the line of the last area is that begins at or before `addr`, or the first
+   * line.
+   */
+  #lineAt(addr: number): number {
+    const text = this.#text;
+    // Both are where lines begin; that of `low` is the one, or lies before it.
     let low = 0;
-    let high = this.#startAddrs.length;
+    let high = text.length;
     while (low < high) {
-      const middle = (low + high) >>> 1;
-      if ((this.#startAddrs[middle] ?? 0) <= addr) low = middle + 1;
-      else high = middle;
+      const middle = text.lastIndexOf("\n", (low + high) >>> 1) + 1;
+      const at = middle > low ? middle : low + this.#lineFrom(low).length + 1;
+      if (at >= high) break;
+      if (Number.parseInt(text.slice(at, at + ADDRESS_LENGTH_MAX), 16) <= addr) low = at;
+      else high = at;
     }
-    return low - 1;
+    return low;
+  }
+
+  #lineFrom(at: number): string {
+    const end = this.#text.indexOf("\n", at);
+    return this.#text.slice(at, end < 0 ? undefined : end);
   }
 
   #backingOf(area: MemoryArea): Backing {

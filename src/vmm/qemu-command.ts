@@ -79,12 +79,24 @@ export function readQemuCommand(argv: readonly string[]): {
   };
 }
 
+/** What QEMU finds open at its start, by its number there. */
+export interface InheritedDescriptors {
+  /** The listening socket of a QMP monitor. */
+  readonly qmpFd: number;
+  /** The seed, open for reading only, and the descriptor set that it is to be in. */
+  readonly seedFd: number;
+  readonly seedSet: number;
+}
+
 /**
  * The command line that is run: the user's, then `-S` (whether the guest runs when its state is
- * loaded is fsl's decision), a QMP monitor on an inherited listening socket, and `-incoming defer`.
- * @param qmpFd the listening socket's number in QEMU
+ * loaded is fsl's decision), a QMP monitor on an inherited listening socket, the seed, and
+ * `-incoming defer`.
  */
-export function qemuCommandLine(argv: readonly string[], qmpFd: number): string[] {
+export function qemuCommandLine(
+  argv: readonly string[],
+  { qmpFd, seedFd, seedSet }: InheritedDescriptors,
+): string[] {
   checkQemuCommand(argv);
   const chardev = `${FSL_ID_PREFIX}qmp`;
   return [
@@ -95,6 +107,8 @@ export function qemuCommandLine(argv: readonly string[], qmpFd: number): string[
     // The same as `-mon chardev=…,mode=control`, which QEMU 11.1 warns of.
     "-qmp",
     `chardev:${chardev}`,
+    "-add-fd",
+    `fd=${seedFd},set=${seedSet}`,
     "-incoming",
     "defer",
   ];

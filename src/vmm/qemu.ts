@@ -47,6 +47,14 @@ import {
   receivePreloaded,
 } from "./userfaultfd.ts";
 
+/** The seed of a QEMU that was given it at its start. */
+export interface GivenSeed {
+  /** Descriptor of the file, still empty, open for writing. */
+  readonly file: number;
+  /** QEMU's descriptor set with that file in it. */
+  readonly set: number;
+}
+
 /** The process behind a target. */
 export interface QemuProcess {
   /** For messages: `qemu-system-x86_64 (pid 123)`. */
@@ -57,6 +65,8 @@ export interface QemuProcess {
   readonly exited: Promise<ExitStatus>;
   /** fsl's end of the preloaded library's socket, or -1. */
   readonly preloadSocket: number;
+  /** Its file is the target's to close. */
+  readonly seed?: GivenSeed;
   /** Path of a QMP socket that a later fsl can connect to; null when there is none. */
   readonly controlPath: string | null;
   /** See `TargetRecord`. */
@@ -136,6 +146,8 @@ export class QemuTarget implements Target {
   #known: Inventory | null = null;
   /** What was changed before anything was asked; `undefined`: nothing. */
   readonly #defaultSettings: MigrationSettings | undefined;
+  /** Of a QEMU of our own, whose memory nobody changes, when it greeted. */
+  #maps: ProcessMaps | undefined;
   /** Has been sent to QEMU, and nobody has taken it. */
   #preloaded: TakenUserfaultfd | null = null;
   /** QEMU has answered about its copy of it, one way or the other. */
@@ -144,7 +156,10 @@ export class QemuTarget implements Target {
   /** The way that the userfaultfd was come by, for reports. */
   #way: UserfaultfdWay | null = null;
   /** The descriptor set that holds the seed. */
-  #seedSet = anyFdset();
+  #seedSet: number;
+  /** Nobody has taken it. */
+  #seedFile: number | undefined;
+  #isSeeded = false;
   /** Take seeds out of QEMU's descriptor sets. */
   readonly #dropSeedsLater: (() => Promise<void>)[] = [];
   #keptNames = new Set<string>();
@@ -155,6 +170,8 @@ export class QemuTarget implements Target {
   #earlier: TargetRecord | null = null;
   #settingsBack: Promise<void> = Promise.resolve();
   #isEndWatched = false;
+  /** By QEMU's events: the guest runs. */
+  #isRunning = false;
   #wasCut = false;
   #isClosed = false;
 
@@ -168,15 +185,19 @@ export class QemuTarget implements Target {
       onConnected: (again) => this.#goOnWith(again),
       notice: options.notice,
     });
-    this.#heedEnd(qmp);
+    this.#heedEvents(qmp);
     // Asked at once: the answers are there a moment after QEMU is able to give them.
     const { isSpawned, hasNoDiscards, hasDefaultSettings } = process;
     const settings = hasDefaultSettings ? MigrationSettings.ofNewQemu(qmp) : undefined;
     const known = { isWaiting: isSpawned, hasNoDiscards, ...(settings ? { settings } : {}) };
     this.#inventory = takeInventory(qmp, known);
     this.#inventory.catch(() => {});
+    qmp.greeted.then(() => this.#meet());
     this.#defaultSettings = settings;
-    if (settings !== undefined) this.#prepare(settings.apply(LOAD_CHANGES));
+    const { seed } = process;
+    this.#seedFile = seed?.file;
+    this.#seedSet = seed?.set ?? anyFdset();
+    if (seed !== undefined) this.#dropSeedLater({ "fdset-id": seed.set }, Promise.resolve());
     // While QEMU starts there is time to compile what runs when it is ready: 3 ms less then.
     setImmediate(warmUp);
   }
@@ -209,22 +230,32 @@ export class QemuTarget implements Target {
     return this.#way;
   }
 
+  /**
+   * QEMU has greeted, and builds its machine: what can be done 20 ms before it answers the first
+   * question.
+   */
+  #meet(): void {
+    this.#process.identify();
+    this.#takePreloaded();
+    if (this.isAttached || !this.#process.runsStartedProgram) return;
+    try {
+      this.#maps = ProcessMaps.read(this.pid);
+    } catch {
+      // They are read again.
+    }
+  }
+
   async connect(): Promise<TargetInfo> {
     assert(this.#phase === "new", `connect in phase ${this.#phase}`);
     // The negotiation is answered by QEMU's main loop: the machine is built.
     await this.#guard(this.#qmp.ready);
     const readyAtMs = performance.now();
-    this.#process.identify();
-    this.#takePreloaded();
-    // While a QEMU of our own answers, and nobody changes its memory.
-    const isOwn = !this.isAttached && this.#process.runsStartedProgram;
-    const maps = isOwn ? await this.#guard(this.#readMaps()) : undefined;
     const known = await this.#guard(this.#inventory.then((asked) => this.#judge(asked)));
     this.#known = known;
     this.#phase = "connected";
     // QEMU works on this while the process's maps are read here.
     this.#prepare(known.settings.apply(LOAD_CHANGES));
-    const regions = await this.#guard(this.#locate(known, maps));
+    const regions = await this.#guard(this.#locate(known));
     // QEMU has answered by now. Were that not heard before all the work that follows, the next
     // descriptor would be sent after it, and nothing be told to load before that: 2 ms.
     await this.#preloadedKept;
@@ -238,12 +269,18 @@ export class QemuTarget implements Target {
     };
   }
 
-  async #readMaps(): Promise<ProcessMaps> {
-    return ProcessMaps.read(this.pid);
-  }
-
-  async #locate(known: Inventory, maps?: ProcessMaps): Promise<GuestRegion[]> {
-    return locateRegions(known.ramblocks, this.pid, known.hasHelpers, maps);
+  /** What was mapped after the greeting is not in the first account of QEMU's memory. */
+  async #locate({ ramblocks, hasHelpers }: Inventory): Promise<GuestRegion[]> {
+    const maps = this.#maps;
+    this.#maps = undefined;
+    if (maps !== undefined) {
+      try {
+        return locateRegions(ramblocks, this.pid, hasHelpers, maps);
+      } catch (error) {
+        if (!isFslError(error)) throw error;
+      }
+    }
+    return locateRegions(ramblocks, this.pid, hasHelpers);
   }
 
   record(): TargetRecord {
@@ -367,8 +404,15 @@ export class QemuTarget implements Target {
     });
   }
 
+  takeSeedFile(): number | undefined {
+    const file = this.#seedFile;
+    this.#seedFile = undefined;
+    this.#isSeeded ||= file !== undefined;
+    return file;
+  }
+
   giveSeed(seedFd: number): void {
-    assert(this.#phase === "new" || this.#phase === "connected", `giveSeed in ${this.#phase}`);
+    assert(this.#phase === "connected", `giveSeed in ${this.#phase}`);
     // A new number each time. Those of somebody else's QEMU are known by now.
     this.#seedSet = Math.max(this.#seedSet + 1, this.#known?.freeFdset ?? 0);
     const set = { "fdset-id": this.#seedSet };
@@ -378,17 +422,26 @@ export class QemuTarget implements Target {
     const added = this.#qmp
       .request("add-fd", set, { fd: readable })
       .finally(() => closeSync(readable));
+    this.#isSeeded = true;
     this.#prepare(added);
-    // Later, not after the load: QEMU does one command at a time, and the next should be `cont`.
+    this.#dropSeedLater(set, added);
+  }
+
+  /** Not right after the load: QEMU does one command at a time, and the next should be `cont`. */
+  #dropSeedLater(set: Readonly<Record<string, number>>, added: Promise<unknown>): void {
     this.#dropSeedsLater.push(() =>
       added.then((reply) => this.#dropSeed(set, reply)).catch(() => {}),
     );
   }
 
-  async loadState(streamOffset: number, capabilities: readonly string[] = []): Promise<StateLoad> {
+  async loadState(
+    streamOffset: number,
+    capabilities: readonly string[] = [],
+    resumes = false,
+  ): Promise<StateLoad> {
     const known = this.#known;
     assert(this.#phase === "connected" && known !== null, `loadState in phase ${this.#phase}`);
-    assert(this.#dropSeedsLater.length > 0, "loadState without a seed");
+    assert(this.#isSeeded, "loadState without a seed");
     if (capabilities.includes(IGNORE_SHARED)) this.#prepare(this.#ignoreShared(known));
     const prepared = this.#guard(Promise.all(this.#prepared));
     prepared.catch(() => {});
@@ -402,7 +455,17 @@ export class QemuTarget implements Target {
     this.#phase = "loading";
     const loaded = this.#endLoad(prepared, this.#guard(this.#loadFrom(known, streamOffset)));
     loaded.catch(() => {});
+    if (resumes && !this.isAttached) this.#resumeEarly(prepared).catch(() => {});
     return { loaded };
+  }
+
+  /**
+   * While QEMU loads its devices: `cont` only says that the guest may run then. Not before QEMU is
+   * known to have all that another fsl would need.
+   */
+  async #resumeEarly(prepared: Promise<unknown>): Promise<void> {
+    await prepared;
+    if (this.#phase === "loading") await this.#qmp.execute("cont");
   }
 
   async #endLoad(prepared: Promise<unknown>, loaded: Promise<void>): Promise<void> {
@@ -446,7 +509,7 @@ export class QemuTarget implements Target {
 
   async resume(): Promise<void> {
     await this.#ask(async (qmp) => {
-      const resumed = qmp.request("cont");
+      const resumed = this.#isRunning ? undefined : qmp.request("cont");
       // Sent along, so that it is done before anybody knows that the guest runs.
       void this.putSettingsBack();
       await resumed;
@@ -532,6 +595,8 @@ export class QemuTarget implements Target {
   /** Closes fsl's descriptors: the QMP connection and the pidfd. QEMU goes on. Idempotent. */
   close(): void {
     if (!this.#isClosed) this.#dropPreloaded();
+    const seedFile = this.takeSeedFile();
+    if (seedFile !== undefined) native.close(seedFile);
     this.#isClosed = true;
     this.#endHelpers();
     this.#control.close();
@@ -706,15 +771,16 @@ export class QemuTarget implements Target {
   #goOnWith(qmp: QmpClient): void {
     this.#qmp = qmp;
     this.#wasCut = true;
-    this.#heedEnd(qmp);
+    this.#heedEvents(qmp);
     if (this.#known === null) return;
     const undo = this.#known.settings.undoRecord();
     this.#known = { ...this.#known, settings: MigrationSettings.changedBefore(qmp, undo) };
   }
 
-  #heedEnd(qmp: QmpClient): void {
+  #heedEvents(qmp: QmpClient): void {
     qmp.onEvent(({ name }) => {
       if (name === "SHUTDOWN") this.#watchEnd();
+      else if (name === "RESUME" || name === "STOP") this.#isRunning = name === "RESUME";
     });
   }
 

@@ -82,6 +82,8 @@ interface Pending {
 export class QmpClient {
   /** Version out of the greeting, once the negotiation is done. Rejects with TARGET_LOST. */
   readonly ready: Promise<QmpVersion>;
+  /** Resolves when the greeting has come: what is sent now is answered after all that was given before. */
+  readonly greeted: Promise<void>;
   /** Resolves, with the reason, when the connection is gone for whatever cause. Never rejects. */
   readonly closed: Promise<FslError>;
 
@@ -91,6 +93,7 @@ export class QmpClient {
   readonly #pending = new Map<number, Pending>();
   readonly #listeners = new Set<(event: QmpEvent) => void>();
   readonly #ready = Promise.withResolvers<QmpVersion>();
+  readonly #greeting = Promise.withResolvers<void>();
   readonly #closed = Promise.withResolvers<FslError>();
   #socket: Bun.Socket<undefined> | null = null;
   #lostReason: FslError | null = null;
@@ -108,6 +111,7 @@ export class QmpClient {
     this.#peer = options.peer;
     this.closed = this.#closed.promise;
     this.ready = this.#ready.promise;
+    this.greeted = this.#greeting.promise;
     this.ready.catch(() => {}); // Callers may look at their own commands only.
     const timeoutMs = options.greetingTimeoutMs ?? GREETING_TIMEOUT_MS;
     this.#isPatient = timeoutMs === Number.POSITIVE_INFINITY;
@@ -318,6 +322,7 @@ export class QmpClient {
     for (const [id, pending] of waiting) {
       if (this.#lostReason === null) this.#transmit(id, pending);
     }
+    this.#greeting.resolve();
   }
 
   async #negotiate(args: { enable: string[] } | undefined, version: QmpVersion): Promise<void> {

@@ -6,7 +6,7 @@
  * QEMU greets when it is ready. QEMU keeps the listening socket; a later fsl can connect again in
  * the private directory.
  */
-import { readFileSync, readdirSync, statSync, writeSync } from "node:fs";
+import { openSync, readFileSync, readdirSync, statSync, writeSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
 import { MFD_CLOEXEC, O_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
@@ -14,6 +14,7 @@ import * as native from "../sys/native.ts";
 import { checkDescriptorLimit } from "../sys/limits.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { isGlibcInterpreter, readElfInterpreter } from "./elf.ts";
+import { anyFdset, newSeedFile } from "./fdset.ts";
 import { preloadEnvironment } from "./preload-protocol.ts";
 import {
   checkQemuCommand,
@@ -21,7 +22,7 @@ import {
   readQemuCommand,
   startsStopped,
 } from "./qemu-command.ts";
-import { type QemuProcess, QemuTarget } from "./qemu.ts";
+import { type GivenSeed, type QemuProcess, QemuTarget } from "./qemu.ts";
 import { listenerOf } from "./control.ts";
 import { QmpClient } from "./qmp.ts";
 import {
@@ -91,9 +92,13 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
     forTarget.add(connection);
     const way = options.userfaultfdWay ?? "preload";
     const preload = way === "preload" ? preparePreload(program, forChild, forTarget) : null;
+    const seedFile = newSeedFile();
+    forTarget.add(seedFile);
+    const seed = { fd: openSync(`/proc/self/fd/${seedFile}`, "r"), set: anyFdset() };
+    forChild.add(seed.fd);
     const known = readQemuCommand(options.argv);
     const stagingSlots = known.hasPlainMemory ? STAGING_SLOTS : 1;
-    child = startChild(options, program, env, listener, preload, stagingSlots);
+    child = startChild(options, program, env, { listener, seed, preload }, stagingSlots);
     // The child cannot have been waited for yet: the event loop has not run since it was started.
     const pidfd = checked(native.pidfdOpen(child.pid, 0), "open a pidfd");
     forTarget.add(pidfd);
@@ -105,6 +110,7 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
       directory,
       socketPath,
       preloadSocket,
+      seed: { file: seedFile, set: seed.set },
       endsWithFsl: options.detached !== true,
       startsStopped: startsStopped(options.argv),
       ...known,
@@ -145,6 +151,7 @@ interface SpawnedParts {
   readonly socketPath: string;
   /** fsl's end of the preloaded library's socket, or -1. */
   readonly preloadSocket: number;
+  readonly seed: GivenSeed;
   readonly endsWithFsl: boolean;
   readonly startsStopped: boolean;
   readonly hasNoDiscards: boolean;
@@ -155,6 +162,7 @@ interface SpawnedParts {
 class SpawnedQemu implements QemuProcess {
   readonly exited: Promise<ExitStatus>;
   readonly preloadSocket: number;
+  readonly seed: GivenSeed;
   readonly endsWithFsl: boolean;
   readonly startsStopped: boolean;
   readonly hasNoDiscards: boolean;
@@ -176,6 +184,7 @@ class SpawnedQemu implements QemuProcess {
     this.#directory = directory;
     this.#socketPath = parts.socketPath;
     this.preloadSocket = parts.preloadSocket;
+    this.seed = parts.seed;
     this.endsWithFsl = parts.endsWithFsl;
     this.startsStopped = parts.startsStopped;
     this.hasNoDiscards = parts.hasNoDiscards;
@@ -260,18 +269,28 @@ class Handles {
   }
 }
 
+/** What the child is given of fsl's. */
+interface ChildParts {
+  /** Of the QMP monitor. */
+  readonly listener: number;
+  /** The seed, open for reading, and its descriptor set. */
+  readonly seed: { readonly fd: number; readonly set: number };
+  readonly preload: Preload | null;
+}
+
 function startChild(
   options: SpawnOptions,
   program: string,
   env: Readonly<Record<string, string | undefined>>,
-  listener: number,
-  preload: Preload | null,
+  { listener, seed, preload }: ChildParts,
   stagingSlots: number,
 ): Bun.Subprocess {
-  const own = preload === null ? [listener] : [listener, preload.childSocket, preload.library];
+  const own = [listener, seed.fd];
+  if (preload !== null) own.push(preload.childSocket, preload.library);
   const layout = layOutDescriptors(inheritedDescriptors(), own);
-  const [qmpFd = NO_FD, childSocket = NO_FD, library = NO_FD] = layout.ownNumbers;
-  const [, ...args] = qemuCommandLine(options.argv, qmpFd);
+  const [qmpFd = NO_FD, seedFd = NO_FD, childSocket = NO_FD, library = NO_FD] = layout.ownNumbers;
+  const inherited = { qmpFd, seedFd, seedSet: seed.set };
+  const [, ...args] = qemuCommandLine(options.argv, inherited);
   const helperTasks = options.helperTasks ?? HELPER_TASKS;
   const environment =
     preload === null

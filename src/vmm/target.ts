@@ -164,8 +164,13 @@ export interface Target extends ServedTarget {
   /** Leaves a copy of a descriptor in the target under a name, so that it outlives fsl. */
   keepDescriptor(name: string, fd: number): Promise<void>;
   /**
-   * Before `loadState`: the seed (see snapshot/seed.ts) that the device state is to come from; the
-   * last one counts. The caller may close it at once. Before `connect` too, unless `isAttached`.
+   * An empty file that the target has already, to write the seed to before `loadState`. The caller owns
+   * the descriptor. Absent, or undefined: there is none, and `giveSeed` it is.
+   */
+  takeSeedFile?(): number | undefined;
+  /**
+   * After `connect`: the seed (see snapshot/seed.ts) that the device state is to come from; the
+   * last one counts. The caller may close it at once.
    */
   giveSeed(seedFd: number): void;
   /**
@@ -173,8 +178,13 @@ export interface Target extends ServedTarget {
    * told; `loaded`, when its devices are there.
    * @param streamOffset file offset in bytes at which the stream begins
    * @param capabilities migration capabilities that the stream was saved with; absent: mapped-ram
+   * @param resumes the guest may run as soon as its devices are there; `resume` makes sure of it
    */
-  loadState(streamOffset: number, capabilities?: readonly string[]): Promise<StateLoad>;
+  loadState(
+    streamOffset: number,
+    capabilities?: readonly string[],
+    resumes?: boolean,
+  ): Promise<StateLoad>;
   /**
    * After `loadState`: what was changed for it, so that the guest can be saved and migrated while
    * its RAM comes in. `resume` does it too, `release` at the latest.

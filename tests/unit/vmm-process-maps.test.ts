@@ -88,6 +88,32 @@ describe("ProcessMaps.find", () => {
   });
 });
 
+describe("ProcessMaps.find among many areas", () => {
+  // Lines of different lengths, areas of one to three pages, a hole behind every fourth.
+  const areas: { start: number; end: number }[] = [];
+  for (let at = 0x1000, index = 0; index < 300; index += 1) {
+    const end = at + (1 + (index % 3)) * 0x1000;
+    areas.push({ start: at, end });
+    at = end + (index % 4 === 3 ? 0x1000 : 0);
+  }
+  const lines = areas.map(({ start, end }, index) => {
+    const name = index % 5 === 0 ? `  [anon:${"x".repeat(index)}]` : "";
+    return `${start.toString(16)}-${end.toString(16)} rw-p 00000000 00:00 0${name}`;
+  });
+
+  test.each([1, 2, 3, 299, 300])("finds each of %i areas, and no hole", async (count) => {
+    const some = new ProcessMaps(lines.slice(0, count).join("\n"), () => undefined);
+    for (const [index, { start, end }] of areas.entries()) {
+      const find = () => some.find(start, end - start, "x");
+      if (index < count) expect(find().backing).toBe("anonymous");
+      else expect(find).toThrow();
+      if (index % 4 === 3)
+        expect(() => some.find(end, 0x1000, "hole")).toThrow(/nothing is mapped/);
+    }
+    expect(() => some.find(0, 0x1000, "below")).toThrow(/nothing is mapped/);
+  });
+});
+
 describe("ProcessMaps.read", () => {
   test("knows this process's own mappings of each kind", () => {
     const length = 1024 * 1024;

@@ -37,7 +37,9 @@ describe("checkQemuCommand", () => {
 
 describe("qemuCommandLine", () => {
   test("adds its own behind the user's, -incoming last", () => {
-    expect(qemuCommandLine(["qemu", "-m", "1G", "disk.img"], 7)).toEqual([
+    expect(
+      qemuCommandLine(["qemu", "-m", "1G", "disk.img"], { qmpFd: 7, seedFd: 9, seedSet: 4711 }),
+    ).toEqual([
       "qemu",
       "-m",
       "1G",
@@ -47,6 +49,8 @@ describe("qemuCommandLine", () => {
       "socket,id=fsl-qmp,fd=7,server=on,wait=off",
       "-qmp",
       "chardev:fsl-qmp",
+      "-add-fd",
+      "fd=9,set=4711",
       "-incoming",
       "defer",
     ]);
