@@ -126,6 +126,8 @@ const LOAD_CHECK_MS = 2_000;
 const LOAD_LOOK_MS = 20;
 /** How often the preloaded library's message is looked for while QEMU starts. */
 const EARLY_PERIOD_MS = 2;
+/** How often QEMU's maps are read while it builds its machine: the last account of them is nearly always right. */
+const MAPS_PERIOD_MS = 8;
 /** After SHUTDOWN: how long QEMU is watched, how often, and how long it may take for an answer. */
 const END_WATCH_MS = 10_000;
 const END_LOOK_MS = 200;
@@ -146,7 +148,7 @@ export class QemuTarget implements Target {
   #known: Inventory | null = null;
   /** What was changed before anything was asked; `undefined`: nothing. */
   readonly #defaultSettings: MigrationSettings | undefined;
-  /** Of a QEMU of our own, whose memory nobody changes, when it greeted. */
+  /** Of a QEMU of our own, whose memory nobody changes, shortly before it was ready. */
   #maps: ProcessMaps | undefined;
   /** Has been sent to QEMU, and nobody has taken it. */
   #preloaded: TakenUserfaultfd | null = null;
@@ -238,6 +240,13 @@ export class QemuTarget implements Target {
     this.#process.identify();
     this.#takePreloaded();
     if (this.isAttached || !this.#process.runsStartedProgram) return;
+    this.#readMaps();
+    const timer = setInterval(() => this.#readMaps(), MAPS_PERIOD_MS);
+    const stop = (): void => clearInterval(timer);
+    this.#qmp.ready.then(stop, stop);
+  }
+
+  #readMaps(): void {
     try {
       this.#maps = ProcessMaps.read(this.pid);
     } catch {
@@ -269,7 +278,7 @@ export class QemuTarget implements Target {
     };
   }
 
-  /** What was mapped after the greeting is not in the first account of QEMU's memory. */
+  /** What was mapped in the last moment is not in the first account of QEMU's memory. */
   async #locate({ ramblocks, hasHelpers }: Inventory): Promise<GuestRegion[]> {
     const maps = this.#maps;
     this.#maps = undefined;
