@@ -19,11 +19,13 @@ import { openSnapshot, type Snapshot } from "../snapshot/snapshot.ts";
 import { makeSource } from "../source/make-source.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { UFFD_FEATURES } from "../sys/abi.ts";
+import type { HelperRecord } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import {
   type ExitStatus,
+  type GuestRegion,
   hasEnded,
   type HotplugWants,
   type StateLoad,
@@ -70,6 +72,7 @@ import {
   PHASE_RUNNING,
   PHASE_STATE_LOADED,
   type StateBlock,
+  type StateMetadata,
 } from "./state.ts";
 import { Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
@@ -177,6 +180,10 @@ class Load {
   #uffd: Uffd | undefined;
   #state: LoadState | undefined;
   #serving: Serving | undefined;
+  /** Begun on a guess that nobody has looked at yet. */
+  #early: EarlyServing | undefined;
+  /** Of the target, since somebody had a use for them. */
+  readonly #helpers: HelperRecord[] = [];
   /** The load state, and the open file that holds its lock. */
   readonly #stateFds: number[] = [];
   #dataBytes = 0;
@@ -226,18 +233,12 @@ class Load {
 
   async #lazy(): Promise<LoadHandle> {
     this.#crew = new Crew();
-    const { prepared, plan } = await this.#meet(this.#crew);
+    const { prepared, plan } = await this.#meet();
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
     const reader = this.#openReader(prepared);
     await this.#giveSeed(prepared, [...lazy, ...fill], reader);
-    const { state, serving, served, zero } = await this.#arm(
-      this.#crew,
-      prepared,
-      reader,
-      lazy,
-      fill,
-    );
+    const { state, serving, served, zero } = await this.#arm(prepared, reader, lazy, fill);
     reader.close();
     state.phase = PHASE_HANDING_OVER;
     const { snapshot } = prepared;
@@ -359,7 +360,7 @@ class Load {
   }
 
   /** Opens the snapshot while the target starts, then holds the two against one another. */
-  async #meet(crew?: Crew): Promise<{ prepared: Prepared; plan: LoadPlan }> {
+  async #meet(): Promise<{ prepared: Prepared; plan: LoadPlan }> {
     const { snapshotOffset } = this.#options;
     this.#lookForEarlier();
     // Told at once: a target that dies at its start must not leave an unhandled rejection behind.
@@ -380,8 +381,8 @@ class Load {
     const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
     // Not sooner: QEMU needs the CPU. Where helpers do the work, the fault loop has time for the rest.
     const isLeftToFaultLoop = !this.#target.isAttached && seedsNow && !isLimited;
-    if (!isLeftToFaultLoop) crew?.hireEager(eagerWidth(this.#options));
-    if (seedsNow && !isLimited) this.#readAhead(prepared).catch(() => {});
+    if (!isLeftToFaultLoop) this.#crew?.hireEager(eagerWidth(this.#options));
+    if (seedsNow && !isLimited) this.#beginEarly(prepared).catch(() => {});
     const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;
     this.#staging?.stop();
@@ -401,9 +402,47 @@ class Load {
     return { prepared, plan };
   }
 
+  /** While the target starts: a guess. What is wrong with it shows when it is done in earnest. */
+  async #beginEarly(prepared: Prepared): Promise<void> {
+    await this.#readAhead(prepared);
+    if (this.#staging !== undefined) await this.#serveEarly(prepared);
+  }
+
   /**
-   * While the target starts, its helpers read what the guest will need first. A guess: what is wrong
-   * with it shows when it is done in earnest.
+   * While the target builds its machine: the fault loop starts, for RAM that is where it seems to be.
+   * That takes 2 ms, and later the first fault would come before it is there.
+   */
+  async #serveEarly(prepared: Prepared): Promise<void> {
+    const { blocks, zeroRuns } = prepared;
+    const guess = await this.#target.guess?.(blocks.map(lengthOf));
+    if (guess == null || this.#info !== undefined || this.#prepared === undefined) return;
+    const plans = blocks.flatMap((block, index) => {
+      const region = guess.regions[index];
+      return region === undefined ? [] : [{ block, region }];
+    });
+    const uffd = new Uffd(guess.uffdFd);
+    uffd.api(0);
+    const { state, fd } = this.#makeState(
+      prepared,
+      {
+        blocks: plans.map(({ block, region }) =>
+          stateBlock({ ...block, usedLength: lengthOf(block) }, region, true),
+        ),
+        registered: plans.flatMap((plan) => planRegistration(zeroRuns, plan).registered),
+        paused: this.#options.paused === true || guess.startsStopped,
+        canDiscard: false,
+        watched: { balloons: blocks.length > 0, helpers: false },
+      },
+      blocks.map(({ data }) => data),
+    );
+    const serving = this.#makeServing(prepared, state, uffd);
+    this.#serving = serving;
+    const served = this.#serve(prepared, serving, state);
+    this.#early = { state, fd, serving, served };
+  }
+
+  /**
+   * While the target starts, its helpers read what the guest will need first.
    */
   async #readAhead({ snapshot, blocks, order, set }: Prepared): Promise<void> {
     const helpers = (await this.#target.earlyHelpers?.()) ?? [];
@@ -431,7 +470,6 @@ class Load {
    * handed over.
    */
   async #arm(
-    crew: Crew,
     prepared: Prepared,
     reader: PageReader,
     lazy: BlockPlan[],
@@ -442,34 +480,31 @@ class Load {
     served: Promise<void>;
     zero: readonly (readonly AddressRange[])[];
   }> {
-    const { snapshot } = prepared;
     const canDiscard = this.#info?.canDiscard ?? false;
-    if (this.#target.hasHelpers !== true) this.#staging = undefined;
+    const early = this.#early;
+    if (early === undefined && this.#target.hasHelpers !== true) this.#staging = undefined;
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
-    uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
+    if (early === undefined) uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
     const movable = registerBlocks(uffd, lazy);
     const registrations = lazy.map((plan) => planRegistration(prepared.zeroRuns, plan));
-    const registered = registrations.flatMap((registration) => registration.registered);
-    const { state, fd } = LoadState.create({
-      target: this.#target.record(),
+    const layout = {
+      blocks: lazy.map(({ block, region }) => stateBlock(block, region, movable.has(block.idstr))),
+      registered: registrations.flatMap((registration) => registration.registered),
       paused: this.#isPaused,
-      snapshotPath: snapshot.path,
-      snapshotIdentity: { ...snapshot.identity, streamOffset: snapshot.streamOffset },
-      blocks: lazy.map((block) => stateBlock(block, movable)),
-      registered: registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
       canDiscard,
       watched: this.#watched(lazy),
-      serving: recordServing(this.#options),
-      source: this.#sourceOf(snapshot),
-    });
+    };
+    const begun = await this.#adoptEarly(prepared, layout);
+    const { state, fd } =
+      begun ??
+      this.#makeState(
+        prepared,
+        layout,
+        lazy.map(({ bitmap }) => wordsOf(bitmap)),
+      );
     this.#state = state;
-    this.#stateFds.push(fd, lockState(fd));
-    for (const [index, { bitmap, block }] of lazy.entries()) {
-      const { buffer, byteOffset, length } = bitmap.words;
-      state.blocks[index]?.data.set(new Int32Array(buffer, byteOffset, length));
-      this.#dataBytes += bitmap.dataPages * block.pageSize;
-    }
+    for (const { bitmap, block } of lazy) this.#dataBytes += bitmap.dataPages * block.pageSize;
     const { pid } = this.#target;
     const corrected = await correctResident(pid, reader, lazy, state);
     if (corrected > 0) {
@@ -477,27 +512,11 @@ class Load {
         `${corrected} bytes were in QEMU's memory already and were corrected`,
       );
     }
-    // The Worker gets ready and the target takes its copies while we go on here.
-    const serving = new Serving(
-      this.#target,
-      state,
-      uffd,
-      crew,
-      this.#options,
-      {
-        // A source of the caller's own is asked for every page.
-        records: this.#options.source === undefined ? (this.#target.takeHelpers?.() ?? []) : [],
-        fileFd: snapshot.fd,
-        order: areAligned(state.blocks, prepared.blocks) ? prepared.order : undefined,
-      },
-      this.#options.source === undefined ? this.#guard : undefined,
-    );
+    // The Worker gets ready, if it is not, and the target takes its copies while we go on here.
+    const serving = begun?.serving ?? this.#makeServing(prepared, state, uffd);
     this.#serving = serving;
-    const { set } = prepared;
-    const replay = set === null ? new Int32Array(0) : planReplay(set, state);
-    const served = serving.serveFaults(replay, this.#staging === undefined);
+    const served = begun?.served ?? this.#serve(prepared, serving, state);
     const kept = this.#keepState(fd);
-    served.catch(() => {});
     kept.catch(() => {});
     await fillBlocks(pid, reader, fill);
     // The default source cannot fail to start. Events wait in the kernel until the Worker reads
@@ -505,6 +524,76 @@ class Load {
     if (this.#options.source !== undefined) await Promise.all([served, kept]);
     this.#times.armedMs = this.#now();
     return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
+  }
+
+  /**
+   * What was begun while the target was starting, if that was right. If not, it is undone: no fault can
+   * have come.
+   */
+  async #adoptEarly(prepared: Prepared, layout: StateLayout): Promise<EarlyServing | undefined> {
+    const early = this.#early;
+    this.#early = undefined;
+    if (early === undefined) return undefined;
+    const metadata = this.#describe(prepared, layout);
+    if (Bun.deepEquals(layoutOf(early.state.metadata), layoutOf(metadata), true)) {
+      early.state.describe(metadata);
+      return early;
+    }
+    await early.serving.stop(false);
+    for (const fd of this.#stateFds.splice(0)) sys.close(fd);
+    this.#crew = new Crew();
+    return undefined;
+  }
+
+  #describe({ snapshot }: Prepared, layout: StateLayout): StateMetadata {
+    return {
+      ...layout,
+      registered: layout.registered.flatMap(({ startAddr, endAddr }) => [startAddr, endAddr]),
+      target: this.#target.record(),
+      snapshotPath: snapshot.path,
+      snapshotIdentity: { ...snapshot.identity, streamOffset: snapshot.streamOffset },
+      serving: recordServing(this.#options),
+      source: this.#sourceOf(snapshot),
+    };
+  }
+
+  /** @param data for each block: bit set = page with bytes in the snapshot */
+  #makeState(
+    prepared: Prepared,
+    layout: StateLayout,
+    data: readonly Int32Array[],
+  ): { state: LoadState; fd: number } {
+    const { state, fd } = LoadState.create(this.#describe(prepared, layout));
+    this.#stateFds.push(fd, lockState(fd));
+    for (const block of state.blocks) block.data.set(data[block.index] ?? []);
+    return { state, fd };
+  }
+
+  #makeServing({ snapshot, blocks, order }: Prepared, state: LoadState, uffd: Uffd): Serving {
+    const isOwnSource = this.#options.source !== undefined;
+    // A guess that was wrong has taken them.
+    if (!isOwnSource) this.#helpers.push(...(this.#target.takeHelpers?.() ?? []));
+    return new Serving(
+      this.#target,
+      state,
+      uffd,
+      (this.#crew ??= new Crew()),
+      this.#options,
+      {
+        // A source of the caller's own is asked for every page.
+        records: isOwnSource ? [] : this.#helpers,
+        fileFd: snapshot.fd,
+        order: areAligned(state.blocks, blocks) ? order : undefined,
+      },
+      isOwnSource ? undefined : this.#guard,
+    );
+  }
+
+  #serve({ set }: Prepared, serving: Serving, state: LoadState): Promise<void> {
+    const replay = set === null ? new Int32Array(0) : planReplay(set, state);
+    const served = serving.serveFaults(replay, this.#staging === undefined);
+    served.catch(() => {});
+    return served;
   }
 
   /**
@@ -821,7 +910,32 @@ function prepare(
   return { snapshot, bitmaps, zeroRuns, blocks, order, seedFd, isSeedGiven, seededWithout, set };
 }
 
-function stateBlock({ block, region }: BlockPlan, movable: ReadonlySet<string>): StateBlock {
+/** What a guess can be wrong about. */
+interface StateLayout extends Pick<StateMetadata, "blocks" | "paused" | "canDiscard" | "watched"> {
+  readonly registered: readonly AddressRange[];
+}
+
+function layoutOf({ target: _, ...layout }: StateMetadata): Omit<StateMetadata, "target"> {
+  return layout;
+}
+
+/** What was begun while the target was starting. */
+interface EarlyServing {
+  readonly state: LoadState;
+  readonly fd: number;
+  readonly serving: Serving;
+  readonly served: Promise<void>;
+}
+
+function lengthOf({ pageCount, pageSize }: AlignedBlock): number {
+  return pageCount * pageSize;
+}
+
+function stateBlock(
+  block: Pick<StateBlock, "idstr" | "usedLength" | "pageSize" | "pagesOffset">,
+  region: Pick<GuestRegion, "hostAddr" | "pageSize">,
+  movable: boolean,
+): StateBlock {
   return {
     idstr: block.idstr,
     hostAddr: region.hostAddr,
@@ -829,6 +943,6 @@ function stateBlock({ block, region }: BlockPlan, movable: ReadonlySet<string>):
     pageSize: block.pageSize,
     hostPageSize: region.pageSize,
     pagesOffset: block.pagesOffset,
-    movable: movable.has(block.idstr),
+    movable,
   };
 }

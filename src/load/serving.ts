@@ -393,8 +393,9 @@ export class Serving {
 
   /**
    * Ends the Workers. The target must be complete, gone, or about to be served by somebody else.
+   * @param endsHelpers false: they are somebody else's from here on
    */
-  async stop(): Promise<void> {
+  async stop(endsHelpers = true): Promise<void> {
     if (this.#isStopped) return;
     this.#isStopped = true;
     clearInterval(this.#errorTimer);
@@ -404,7 +405,7 @@ export class Serving {
     await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);
     this.#crew.dismiss();
     const left = this.#helpers.records.filter((record) => !this.#lostHelpers.has(record));
-    await Promise.all(left.map(endHelper));
+    if (endsHelpers) await Promise.all(left.map(endHelper));
     sys.close(this.#stopFd);
     sys.close(this.#goFd);
   }

@@ -284,16 +284,17 @@ function stateLength(blocks: readonly StateBlock[]): number {
 }
 
 export class LoadState {
-  readonly handle: StateHandle;
   readonly blocks: readonly BlockState[];
-  readonly metadata: StateMetadata;
+  readonly #place: Omit<StateHandle, "metadata">;
+  #metadata: StateMetadata;
   readonly #buffer: ArrayBuffer;
   readonly #header: Int32Array;
 
   private constructor(handle: StateHandle) {
-    this.handle = handle;
-    this.metadata = handle.metadata;
-    this.#buffer = sys.view(handle.address, handle.length);
+    const { address, length, metadata } = handle;
+    this.#place = { address, length };
+    this.#metadata = metadata;
+    this.#buffer = sys.view(address, length);
     this.#header = new Int32Array(this.#buffer, 0, H_LENGTH);
     const blocks: BlockState[] = [];
     let offset = BITMAPS_OFFSET;
@@ -312,8 +313,6 @@ export class LoadState {
   /** Makes a fresh state and the memfd that holds it. The caller owns the descriptor. */
   static create(metadata: StateMetadata): { state: LoadState; fd: number } {
     const length = stateLength(metadata.blocks);
-    const text = new TextEncoder().encode(JSON.stringify(metadata));
-    assert(text.length <= METADATA_LENGTH_MAX, `load metadata has ${text.length} bytes`);
     const fd = sys.check(
       sys.memfdCreate("fsl-state", MFD_CLOEXEC | MFD_ALLOW_SEALING),
       "memfd_create of the load state",
@@ -323,8 +322,7 @@ export class LoadState {
     sys.check(sys.ftruncate(fd, length), "ftruncate of the load state");
     sys.check(sys.fcntl(fd, F_ADD_SEALS, STATE_SEALS), "F_ADD_SEALS of the load state");
     const state = new LoadState({ address: mapState(fd, length), length, metadata });
-    new Uint8Array(state.#buffer, METADATA_OFFSET, text.length).set(text);
-    state.#header[H_METADATA_LENGTH] = text.length;
+    state.describe(metadata);
     state.#header[H_VERSION] = VERSION;
     state.#header[H_PHASE] = PHASE_ARMED;
     state.#header[H_MAGIC] = MAGIC;
@@ -384,6 +382,26 @@ export class LoadState {
     return state;
   }
 
+  /**
+   * Another description of the same: of who the target is, where nothing that the memory's layout or a
+   * Worker depends on is another.
+   */
+  describe(metadata: StateMetadata): void {
+    this.#metadata = metadata;
+    const text = new TextEncoder().encode(JSON.stringify(metadata));
+    assert(text.length <= METADATA_LENGTH_MAX, `load metadata has ${text.length} bytes`);
+    new Uint8Array(this.#buffer, METADATA_OFFSET, text.length).set(text);
+    this.#header[H_METADATA_LENGTH] = text.length;
+  }
+
+  get metadata(): StateMetadata {
+    return this.#metadata;
+  }
+
+  get handle(): StateHandle {
+    return { ...this.#place, metadata: this.#metadata };
+  }
+
   /** The same memory, seen from a Worker. */
   static attach(handle: StateHandle): LoadState {
     return new LoadState(handle);
@@ -394,7 +412,7 @@ export class LoadState {
    * ended.
    */
   unmap(): void {
-    sys.munmap(this.handle.address, this.handle.length);
+    sys.munmap(this.#place.address, this.#place.length);
   }
 
   get phase(): number {
@@ -406,7 +424,7 @@ export class LoadState {
 
   /** Address of the event buffer, and a view of it. */
   get eventsAddress(): number {
-    return this.handle.address + EVENTS_OFFSET;
+    return this.#place.address + EVENTS_OFFSET;
   }
   eventsView(): DataView<ArrayBuffer> {
     return new DataView(this.#buffer, EVENTS_OFFSET, EVENTS_MAX * EVENT_LENGTH);

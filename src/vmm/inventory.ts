@@ -38,7 +38,7 @@ export interface Inventory {
 /** mapped-ram, and `file:` with an fdset: QEMU 9.0. */
 const VERSION_MAJOR_MIN = 9;
 /** Smallest page of this host, bytes; QEMU reports it for ordinary memory. */
-const HOST_PAGE_LENGTH = readHostPageLength();
+export const HOST_PAGE_LENGTH = readHostPageLength();
 /** QMP types of devices that hand guest memory back to the host. */
 const DISCARDING_DEVICE = /^child<(?:virtio-(?:balloon|mem)|.*-balloon)\b/;
 

@@ -46,6 +46,7 @@ const AREA = new RegExp(
   "^([0-9a-f]{1,16})-([0-9a-f]{1,16}) [r-][w-][x-]([ps]) [0-9a-f]+ " +
     "([0-9a-f]+):([0-9a-f]+) (\\d+) *(.*)$",
 );
+const PRIVATE_AREA = /^([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0 *$/gm;
 const ANONYMOUS_NAME = /^\[(?:anon:.*|heap|stack.*)\]$/;
 /** Names that files on the kernel's own mounts have. */
 const INTERNAL_NAME = /^\/(?:anon_hugepage|memfd:|SYSV)/;
@@ -106,6 +107,16 @@ export class ProcessMaps {
     }
     if (found === null) throw mismatch(what, startAddr, endAddr, "it is empty");
     return { ...found, files: [...files] };
+  }
+
+  /** Where private anonymous areas of exactly this length begin, that can be written to. */
+  privateAreas(length: number): number[] {
+    const found: number[] = [];
+    for (const [, start = "", end = ""] of this.#text.matchAll(PRIVATE_AREA)) {
+      const startAddr = Number.parseInt(start, 16);
+      if (Number.parseInt(end, 16) - startAddr === length) found.push(startAddr);
+    }
+    return found;
   }
 
   /** Files that are mapped MAP_SHARED, as `major:minor:inode`. */

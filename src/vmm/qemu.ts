@@ -16,7 +16,13 @@ import * as native from "../sys/native.ts";
 import { Control, PROBE_NAME, proveProcess } from "./control.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
 import { watchHotplugOf } from "./hotplug-watch.ts";
-import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
+import {
+  HOST_PAGE_LENGTH,
+  type Inventory,
+  locateRegions,
+  takeInventory,
+  warmUp,
+} from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
   type MigrationChanges,
@@ -33,6 +39,7 @@ import type {
   HotplugWants,
   StateLoad,
   Target,
+  TargetGuess,
   TargetInfo,
   TargetRecord,
 } from "./target.ts";
@@ -127,7 +134,7 @@ const LOAD_LOOK_MS = 20;
 /** How often the preloaded library's message is looked for while QEMU starts. */
 const EARLY_PERIOD_MS = 2;
 /** How often QEMU's maps are read while it builds its machine: the last account of them is nearly always right. */
-const MAPS_PERIOD_MS = 8;
+const MAPS_PERIOD_MS = 6;
 /** After SHUTDOWN: how long QEMU is watched, how often, and how long it may take for an answer. */
 const END_WATCH_MS = 10_000;
 const END_LOOK_MS = 200;
@@ -148,6 +155,7 @@ export class QemuTarget implements Target {
   #known: Inventory | null = null;
   /** What was changed before anything was asked; `undefined`: nothing. */
   readonly #defaultSettings: MigrationSettings | undefined;
+  #isReady = false;
   /** Of a QEMU of our own, whose memory nobody changes, shortly before it was ready. */
   #maps: ProcessMaps | undefined;
   /** Has been sent to QEMU, and nobody has taken it. */
@@ -242,7 +250,10 @@ export class QemuTarget implements Target {
     if (this.isAttached || !this.#process.runsStartedProgram) return;
     this.#readMaps();
     const timer = setInterval(() => this.#readMaps(), MAPS_PERIOD_MS);
-    const stop = (): void => clearInterval(timer);
+    const stop = (): void => {
+      this.#isReady = true;
+      clearInterval(timer);
+    };
     this.#qmp.ready.then(stop, stop);
   }
 
@@ -292,8 +303,28 @@ export class QemuTarget implements Target {
     return locateRegions(ramblocks, this.pid, hasHelpers);
   }
 
+  async guess(lengths: readonly number[]): Promise<TargetGuess | null> {
+    const { hasPlainMemory, hasNoDiscards, startsStopped } = this.#process;
+    if (!hasPlainMemory || !hasNoDiscards) return null;
+    let looked: ProcessMaps | undefined;
+    while (this.#phase === "new" && !this.#isReady && !this.#isClosed) {
+      const [maps, preloaded] = [this.#maps, this.#preloaded];
+      if (maps !== undefined && maps !== looked && preloaded !== null) {
+        looked = maps;
+        const areas = lengths.map((length) => maps.privateAreas(length));
+        // Two of one length could be one another.
+        if (areas.some((found) => found.length > 1)) return null;
+        const regions = areas.flat().map((hostAddr) => ({ hostAddr, pageSize: HOST_PAGE_LENGTH }));
+        if (regions.length === lengths.length) {
+          return { regions, uffdFd: preloaded.fd, startsStopped };
+        }
+      }
+      await Bun.sleep(EARLY_PERIOD_MS);
+    }
+    return null;
+  }
+
   record(): TargetRecord {
-    assert(this.#known !== null, "record before connect");
     const { controlPath, isControlOwn, isSpawned, endsWithFsl } = this.#process;
     return {
       pid: this.pid,
@@ -301,7 +332,7 @@ export class QemuTarget implements Target {
       isControlOwn,
       isControlPrivate: isSpawned,
       endsWithFsl,
-      undo: this.#known.settings.undoRecord(),
+      undo: this.#known?.settings.undoRecord() ?? {},
     };
   }
 

@@ -127,6 +127,15 @@ export interface ServedTarget {
   kill(): void;
 }
 
+/** What a target seems to be that is still starting. */
+export interface TargetGuess {
+  /** Where the blocks that were asked for seem to be, in that order. */
+  readonly regions: readonly Pick<GuestRegion, "hostAddr" | "pageSize">[];
+  /** What `takeUserfaultfd` will give. */
+  readonly uffdFd: number;
+  readonly startsStopped: boolean;
+}
+
 export interface Target extends ServedTarget {
   /** Somebody else started it: it is left as it was when the load is given up. */
   readonly isAttached: boolean;
@@ -156,7 +165,13 @@ export interface Target extends ServedTarget {
   earlyHelpers?(): Promise<readonly HelperRecord[]>;
   readonly hasHelpers?: boolean;
   /**
-   * After `takeUserfaultfd`: tasks in the target's address space that make system calls there for
+   * While the target builds its machine: what it seems to be, if blocks of these lengths (bytes) are all
+   * that matters of it: private memory that is not given back. Null when nothing can be said. Whoever acts
+   * on it compares it with what `connect` says. Absent: nothing ever can.
+   */
+  guess?(lengths: readonly number[]): Promise<TargetGuess | null>;
+  /**
+   * After `takeUserfaultfd` or a guess: tasks in the target's address space that make system calls there for
    * this process, for UFFDIO_MOVE. Empty when there are none. The caller ends what it takes
    * (`endHelper`); the target ends the rest when it is released, abandoned or closed.
    */
