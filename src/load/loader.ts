@@ -535,7 +535,9 @@ class Load {
     this.#early = undefined;
     if (early === undefined) return undefined;
     const metadata = this.#describe(prepared, layout);
-    if (Bun.deepEquals(layoutOf(early.state.metadata), layoutOf(metadata), true)) {
+    // Who the target is has been learned since.
+    const guessed = { ...early.state.metadata, target: metadata.target };
+    if (Bun.deepEquals(guessed, metadata, true)) {
       early.state.describe(metadata);
       return early;
     }
@@ -913,10 +915,6 @@ function prepare(
 /** What a guess can be wrong about. */
 interface StateLayout extends Pick<StateMetadata, "blocks" | "paused" | "canDiscard" | "watched"> {
   readonly registered: readonly AddressRange[];
-}
-
-function layoutOf({ target: _, ...layout }: StateMetadata): Omit<StateMetadata, "target"> {
-  return layout;
 }
 
 /** What was begun while the target was starting. */

@@ -1,7 +1,7 @@
 /**
- * A rehearsal of the fault loop and of the first steps of its eager load, on a load state of our own, while the target is still starting: code
- * that runs for the first time takes a millisecond, and the first faults come from the target's
- * loading of its devices and from the guest's first steps.
+ * A rehearsal of the fault loop and of the first steps of its eager load, on a load state of our own,
+ * while the target is still starting: code that runs for the first time takes a millisecond, and the first
+ * faults come from the target's loading of its devices and from the guest's first steps.
  */
 import { writeSync } from "node:fs";
 import {

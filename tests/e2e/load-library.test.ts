@@ -67,8 +67,12 @@ function dataPage({ path }: GuestSnapshot, name: string, from: number): number {
   return run.startIndex;
 }
 
-async function expectLoads(program: readonly string[], cwd: string): Promise<void> {
-  await using run = await FslRun.start(snapshot, { program, cwd, flags: ["--paused"] });
+async function expectLoads(
+  program: readonly string[],
+  cwd: string,
+  flags: readonly string[] = [],
+): Promise<FslRun> {
+  await using run = await FslRun.start(snapshot, { program, cwd, flags: ["--paused", ...flags] });
   const report = await run.complete();
   expect(report).toMatchObject({ complete: true, mode: "lazy" });
   expect(await differencesFromOracle(snapshot, { pid: await run.qemuPid(), qmp: run.qmp })).toEqual(
@@ -78,7 +82,24 @@ async function expectLoads(program: readonly string[], cwd: string): Promise<voi
   expect(await run.end()).toBe(0);
   expect(run.stdout.text).toMatch(/^blocks pc\.ram /);
   expect(run.leftovers()).toEqual([]);
+  return run;
 }
+
+describe.skipIf(skip)("what is begun before QEMU is ready", () => {
+  test.each([
+    ["for the right memory is gone on with", 0],
+    ["for other memory is begun again", 0x20_0000],
+    ["for memory that cannot be one block's is begun again", 0x1000],
+  ])(
+    "%s",
+    async (_what, shift) => {
+      const flags = ["--shift-guess", String(shift)];
+      const run = await expectLoads([process.execPath, "script.ts"], project, flags);
+      expect(run.stdout.text).toContain("guessed 1");
+    },
+    TIMEOUT_MS,
+  );
+});
 
 describe.skipIf(skip)("the package", () => {
   test(

@@ -21,7 +21,7 @@ import {
   CALL_NOT_MADE,
   endHelper,
   HELPER_GONE,
-  type HelperTask,
+  HelperTask,
   reapHelper,
 } from "../../src/sys/helper-task.ts";
 import * as sys from "../../src/sys/native.ts";
@@ -372,6 +372,35 @@ describe("HelperTask.sendDescriptor", () => {
       expect(it.task.result(closed)).toBe(0);
       expect(descriptorsOf(it.task.record.pid)[fd]).toBeUndefined();
       expect(it.task.sendDescriptor(it.file.fd)).toBe(fd);
+    },
+    TIMEOUT_MS,
+  );
+});
+
+describe("HelperTask.openFile", () => {
+  test(
+    "gives the file once; who has the record finds it there",
+    async () => {
+      const it = await start();
+      const { record } = it.task;
+      const fd = it.task.openFile(it.file.fd);
+      expect(descriptorsOf(record.pid)[fd]).toStartWith("/memfd:fsl-test");
+      const before = Object.keys(descriptorsOf(record.pid));
+      expect(new HelperTask({ ...record }).openFile(it.file.fd)).toBe(fd);
+      expect(Object.keys(descriptorsOf(record.pid))).toEqual(before);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "of a helper that is gone says so each time",
+    async () => {
+      const it = await start();
+      it.target.child.kill("SIGKILL");
+      await it.target.child.exited;
+      await until(() => (isOver(it.task.record.pid) ? true : null), 1000, "the helper's end");
+      expect(it.task.openFile(it.file.fd)).toBe(HELPER_GONE);
+      expect(it.task.openFile(it.file.fd)).toBe(HELPER_GONE);
     },
     TIMEOUT_MS,
   );

@@ -252,6 +252,17 @@ describe("LoadState", () => {
     expect(state.lastFailure?.fileOffset).toBe(0x10_0000 + 2 ** 32 + 3 * PAGE);
   });
 
+  test("can be described anew, for whoever finds it", () => {
+    using made = makeState([{ pages: 64 }]);
+    const { state, fd } = made;
+    const metadata = { ...state.metadata, target: { ...state.metadata.target, pid: 4711 } };
+    state.describe(metadata);
+    expect(state.handle.metadata).toBe(metadata);
+    const found = LoadState.adopt(fd, fstatSync(fd).size, false);
+    expect(found.metadata).toEqual(metadata);
+    found.unmap();
+  });
+
   test("is the same memory for a Worker that attaches", () => {
     const attached = LoadState.attach(made.state.handle);
     attached.stop();

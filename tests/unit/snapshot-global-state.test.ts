@@ -1,5 +1,6 @@
 import { describe, expect, test } from "bun:test";
 
+import { encodeRunState } from "../../src/snapshot/global-state.ts";
 import { parseSnapshot } from "../../src/snapshot/snapshot.ts";
 import {
   buildSnapshot,
@@ -29,6 +30,23 @@ describe("run state", () => {
     const error = refusalOf(() => parse(built));
     expect(error.code).toBe("SNAPSHOT_FORMAT");
     expect(error.details["fileOffset"]).toBe(fieldOffset(built, "runState.size"));
+  });
+});
+
+describe("encodeRunState", () => {
+  test("makes it another one, and nothing else", () => {
+    const built = buildSnapshot({ runState: "finish-migrate" });
+    const before = parse(built).globalState;
+    if (before === null) throw new Error("no run state");
+    const bytes = encodeRunState(before, "running");
+    const changed = { ...built, bytes: Uint8Array.from(built.bytes) };
+    changed.bytes.set(bytes, before.sizeOffset);
+    expect(parse(changed).globalState).toEqual({ ...before, runState: "running" });
+    const differing = [...changed.bytes.keys()].filter(
+      (at) => changed.bytes[at] !== built.bytes[at],
+    );
+    expect(differing.at(0)).toBe(before.sizeOffset + 3);
+    expect(differing.at(-1)).toBeLessThan(before.nameOffset + before.nameLength);
   });
 });
 

@@ -88,6 +88,24 @@ describe("ProcessMaps.find", () => {
   });
 });
 
+describe("ProcessMaps.privateAreas", () => {
+  test("are those of exactly that length, anonymous, private and writable", () => {
+    const text = [
+      "1000-3000 rw-p 00000000 00:00 0",
+      "4000-6000 r--p 00000000 00:00 0",
+      "7000-9000 rw-s 00000000 00:00 0",
+      "a000-c000 rw-p 00000000 08:01 77  /some/file",
+      "d000-f000 rw-p 00000000 00:00 0  [heap]",
+      "10000-13000 rw-p 00000000 00:00 0 ",
+      "14000-16000 rw-p 00000000 00:00 0 ",
+    ].join("\n");
+    const maps = new ProcessMaps(text, () => undefined);
+    expect(maps.privateAreas(0x2000)).toEqual([0x1000, 0x14000]);
+    expect(maps.privateAreas(0x3000)).toEqual([0x10000]);
+    expect(maps.privateAreas(0x1000)).toEqual([]);
+  });
+});
+
 describe("ProcessMaps.find among many areas", () => {
   // Lines of different lengths, areas of one to three pages, a hole behind every fourth.
   const areas: { start: number; end: number }[] = [];
