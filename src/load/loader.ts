@@ -441,9 +441,7 @@ class Load {
     this.#early = { state, fd, serving, served };
   }
 
-  /**
-   * While the target starts, its helpers read what the guest will need first.
-   */
+  /** Its helpers read what the guest will need first. */
   async #readAhead({ snapshot, blocks, order, set }: Prepared): Promise<void> {
     const helpers = (await this.#target.earlyHelpers?.()) ?? [];
     const width = Math.min(helpers.length, eagerWidth(this.#options));
@@ -541,6 +539,9 @@ class Load {
       early.state.describe(metadata);
       return early;
     }
+    this.#options.logger?.info(
+      "QEMU's RAM is not what it seemed to be: the fault loop starts again",
+    );
     await early.serving.stop(false);
     for (const fd of this.#stateFds.splice(0)) sys.close(fd);
     this.#crew = new Crew();

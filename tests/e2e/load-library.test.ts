@@ -87,15 +87,16 @@ async function expectLoads(
 
 describe.skipIf(skip)("what is begun before QEMU is ready", () => {
   test.each([
-    ["for the right memory is gone on with", 0],
-    ["for other memory is begun again", 0x20_0000],
-    ["for memory that cannot be one block's is begun again", 0x1000],
+    ["for the right memory is gone on with", 0, 0],
+    ["for other memory is begun again", 0x20_0000, 1],
+    ["for memory that cannot be one block's is begun again", 0x1000, 1],
   ])(
     "%s",
-    async (_what, shift) => {
+    async (_what, shift, times) => {
       const flags = ["--shift-guess", String(shift)];
       const run = await expectLoads([process.execPath, "script.ts"], project, flags);
       expect(run.stdout.text).toContain("guessed 1");
+      expect(run.stdout.text.match(/the fault loop starts again/g) ?? []).toHaveLength(times);
     },
     TIMEOUT_MS,
   );

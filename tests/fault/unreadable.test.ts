@@ -66,7 +66,9 @@ async function failingWhenArmed(
   argv: readonly string[] = snapshot.argv,
 ): Promise<FaultRun | null> {
   disk.mend();
-  const run = await FaultRun.start(snapshot, { path: disk.path, flags: ["--paused"], argv });
+  // Whoever has set a limit has nothing read ahead, and nothing begun before QEMU is ready.
+  const flags = ["--paused", "--eager-rate", "1G"];
+  const run = await FaultRun.start(snapshot, { path: disk.path, flags, argv });
   const { pid } = run.fsl;
   const endMs = performance.now() + 20_000;
   let state = openLoadState(pid);
