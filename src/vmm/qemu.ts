@@ -150,6 +150,8 @@ export class QemuTarget implements Target {
   #qmp: QmpClient;
   readonly #options: QemuTargetOptions;
   readonly #inventory: Promise<Inventory>;
+  /** What is done when QEMU greets, which is before it is ready. */
+  readonly #met: Promise<void>;
   /** Commands that have been sent and must have succeeded before the state is handed over. */
   readonly #prepared: Promise<unknown>[] = [];
   #known: Inventory | null = null;
@@ -202,7 +204,8 @@ export class QemuTarget implements Target {
     const known = { isWaiting: isSpawned, hasNoDiscards, ...(settings ? { settings } : {}) };
     this.#inventory = takeInventory(qmp, known);
     this.#inventory.catch(() => {});
-    qmp.greeted.then(() => this.#meet());
+    this.#met = qmp.greeted.then(() => this.#meet());
+    this.#met.catch(() => {});
     this.#defaultSettings = settings;
     const { seed } = process;
     this.#seedFile = seed?.file;
@@ -270,6 +273,7 @@ export class QemuTarget implements Target {
     // The negotiation is answered by QEMU's main loop: the machine is built.
     await this.#guard(this.#qmp.ready);
     const readyAtMs = performance.now();
+    await this.#guard(this.#met);
     const known = await this.#guard(this.#inventory.then((asked) => this.#judge(asked)));
     this.#known = known;
     this.#phase = "connected";
