@@ -517,9 +517,10 @@ class Load {
     const kept = this.#keepState(fd);
     kept.catch(() => {});
     await fillBlocks(pid, reader, fill);
-    // The default source cannot fail to start. Events wait in the kernel until the Worker reads
-    // them, and `loadState` itself waits for QEMU's answer about the kept descriptor.
-    if (this.#options.source !== undefined) await Promise.all([served, kept]);
+    // The default source cannot fail later, and `loadState` itself waits for QEMU's answer about the
+    // kept descriptor.
+    await served;
+    if (this.#options.source !== undefined) await kept;
     this.#times.armedMs = this.#now();
     return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
   }
