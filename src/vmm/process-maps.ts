@@ -39,6 +39,8 @@ export interface RangeBacking {
   readonly path: string;
 }
 
+/** The kernel's own limit is vm.max_map_count, 65530 unless it was raised. */
+const AREA_COUNT_MAX = 1 << 20;
 /** Digits of an address. */
 const ADDRESS_LENGTH_MAX = 16;
 
@@ -65,6 +67,10 @@ export class ProcessMaps {
   constructor(text: string, fileSystemType: (device: string) => string | undefined) {
     this.#text = text;
     this.#fileSystemType = fileSystemType;
+    // A shorter text cannot have so many lines.
+    if (text.length <= AREA_COUNT_MAX) return;
+    const excess = text.split("\n", AREA_COUNT_MAX + 1)[AREA_COUNT_MAX] ?? "";
+    if (excess !== "") throw unreadable(excess);
   }
 
   /**

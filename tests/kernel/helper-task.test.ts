@@ -396,9 +396,7 @@ describe("HelperTask.openFile", () => {
     "of a helper that is gone says so each time",
     async () => {
       const it = await start();
-      it.target.child.kill("SIGKILL");
-      await it.target.child.exited;
-      await until(() => (isOver(it.task.record.pid) ? true : null), 1000, "the helper's end");
+      await endTarget(it);
       expect(it.task.openFile(it.file.fd)).toBe(HELPER_GONE);
       expect(it.task.openFile(it.file.fd)).toBe(HELPER_GONE);
     },
@@ -569,9 +567,7 @@ describe("the end of a helper", () => {
       const it = await start();
       for (let index = 0; index < 4; index += 1) expect(it.bring(index).moved).toBe(HUGE);
       const { pid } = it.task.record;
-      it.target.child.kill("SIGKILL");
-      await it.target.child.exited;
-      await until(() => (isOver(pid) ? true : null), 1000, "the helper's end");
+      await endTarget(it);
       expect(readFileSync(`/proc/${pid}/statm`, "latin1").trim()).toBe("0 0 0 0 0 0 0");
       it.task.begin();
       expect(it.task.run()).toBe(HELPER_GONE);
@@ -648,6 +644,13 @@ describe("the end of a helper", () => {
     TIMEOUT_MS,
   );
 });
+
+/** And its helper with it. */
+async function endTarget({ target, task }: HelperBench): Promise<void> {
+  target.child.kill("SIGKILL");
+  await target.child.exited;
+  await until(() => (isOver(task.record.pid) ? true : null), 1000, "the helper's end");
+}
 
 function call(task: HelperTask): number {
   task.begin();

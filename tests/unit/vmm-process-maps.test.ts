@@ -88,6 +88,18 @@ describe("ProcessMaps.find", () => {
   });
 });
 
+describe("the number of areas", () => {
+  const line = "1000-3000 rw-p 00000000 00:00 0\n";
+
+  test("is at most 2^20", async () => {
+    expect(new ProcessMaps(line.repeat(2 ** 20), () => undefined)).toBeDefined();
+    const error = await refusalOf(
+      () => new ProcessMaps(line.repeat(2 ** 20) + "4000-5000 one too many", () => undefined),
+    );
+    expectRefusal(error, "TARGET_LOST", /one too many/);
+  });
+});
+
 describe("ProcessMaps.privateAreas", () => {
   test("are those of exactly that length, anonymous, private and writable", () => {
     const text = [
