@@ -313,6 +313,7 @@ export class LoadState {
   /** Makes a fresh state and the memfd that holds it. The caller owns the descriptor. */
   static create(metadata: StateMetadata): { state: LoadState; fd: number } {
     const length = stateLength(metadata.blocks);
+    const text = encodeMetadata(metadata);
     const fd = sys.check(
       sys.memfdCreate("fsl-state", MFD_CLOEXEC | MFD_ALLOW_SEALING),
       "memfd_create of the load state",
@@ -322,7 +323,7 @@ export class LoadState {
     sys.check(sys.ftruncate(fd, length), "ftruncate of the load state");
     sys.check(sys.fcntl(fd, F_ADD_SEALS, STATE_SEALS), "F_ADD_SEALS of the load state");
     const state = new LoadState({ address: mapState(fd, length), length, metadata });
-    state.describe(metadata);
+    state.#write(text);
     state.#header[H_VERSION] = VERSION;
     state.#header[H_PHASE] = PHASE_ARMED;
     state.#header[H_MAGIC] = MAGIC;
@@ -387,9 +388,12 @@ export class LoadState {
    * Worker depends on is another.
    */
   describe(metadata: StateMetadata): void {
+    const text = encodeMetadata(metadata);
     this.#metadata = metadata;
-    const text = new TextEncoder().encode(JSON.stringify(metadata));
-    assert(text.length <= METADATA_LENGTH_MAX, `load metadata has ${text.length} bytes`);
+    this.#write(text);
+  }
+
+  #write(text: Uint8Array): void {
     new Uint8Array(this.#buffer, METADATA_OFFSET, text.length).set(text);
     this.#header[H_METADATA_LENGTH] = text.length;
   }
@@ -593,6 +597,12 @@ export class LoadState {
   set faultLogLength(value: number) {
     Atomics.store(this.#header, H_FAULT_LOG_LENGTH, value);
   }
+}
+
+function encodeMetadata(metadata: StateMetadata): Uint8Array {
+  const text = new TextEncoder().encode(JSON.stringify(metadata));
+  assert(text.length <= METADATA_LENGTH_MAX, `load metadata has ${text.length} bytes`);
+  return text;
 }
 
 /** @throws FslError TARGET_LOST for a text that no fsl of this version has written */
