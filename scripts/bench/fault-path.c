@@ -6,10 +6,13 @@
  *                                random order, and the latencies are printed:
  *                                touched COUNT P50 P99 MAX MEAN WALL, in ns. With 0 threads nothing
  *                                is touched: prints "touched 0 ..." and waits for a second byte.
- *   serve FILE                   takes the region from descriptor 3, registers it, answers with a
- *                                byte, and serves its faults from a mapping of FILE: poll, read a
- *                                batch, one UFFDIO_COPY for each. What src/load/fault-loop.ts does,
- *                                and nothing else.
+ *   serve FILE KEEP              takes the region from descriptor 3, registers it, answers with a
+ *                                byte, and serves its faults: poll, read a batch, one UFFDIO_COPY for
+ *                                each. KEEP 1: from a mapping of FILE, which stays in the page table,
+ *                                and nothing else is done. KEEP 0: the same loop as
+ *                                src/load/fault-loop.ts, whose memory does not grow with the guest and
+ *                                which says what it did: each page is read into a buffer, marked as
+ *                                done and its latency counted.
  *   fill FILE PIECE THREADS KEEP the same, but copies the whole region in pieces: the most that
  *                                UFFDIO_COPY gives on this machine. KEEP 1: the file stays mapped;
  *                                0: each chunk of it leaves the page table when it was copied, so that
@@ -33,6 +36,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -212,9 +216,31 @@ static void copy(uint64_t offset, uint64_t length) {
   fail("UFFDIO_COPY");
 }
 
-static int serve(const char *path) {
+static int file_fd;
+static uint8_t *done_pages;
+static uint32_t latency_counts[64];
+
+/* From a buffer that one page at a time is read into, without waiting for a disk where that can be. */
+static void serve_accounted(uint64_t offset, uint64_t read_at) {
+  static uint8_t buffer[PAGE] __attribute__((aligned(PAGE)));
+  uint64_t page = offset / PAGE;
+  if (done_pages[page / 8] & 1u << page % 8) return;
+  struct iovec part = {buffer, PAGE};
+  if (preadv2(file_fd, &part, 1, (off_t)offset, RWF_NOWAIT) != PAGE &&
+      pread(file_fd, buffer, PAGE, (off_t)offset) != PAGE)
+    fail("read of the file");
+  struct uffdio_copy request = {.dst = region + offset, .src = (uintptr_t)buffer, .len = PAGE};
+  if (ioctl(uffd, UFFDIO_COPY, &request) != 0 && errno != EEXIST) fail("UFFDIO_COPY");
+  done_pages[page / 8] |= (uint8_t)(1u << page % 8);
+  latency_counts[63 - __builtin_clzll((now_ns() - read_at) | 1)]++;
+}
+
+static int serve(const char *path, int keep) {
   static struct uffd_msg events[BATCH];
   take_region(path);
+  done_pages = calloc(region_length / PAGE / 8 + 1, 1);
+  file_fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (!done_pages || file_fd < 0) fail("serve");
   send_byte();
   struct pollfd waits[2] = {{.fd = uffd, .events = POLLIN}, {.fd = SOCKET, .events = POLLIN}};
   for (;;) {
@@ -223,8 +249,11 @@ static int serve(const char *path) {
     if (!waits[0].revents) continue;
     ssize_t got = read(uffd, events, sizeof events);
     if (got < 0 && errno != EAGAIN) fail("read of the userfaultfd");
+    uint64_t read_at = now_ns();
     for (ssize_t i = 0; i < got / (ssize_t)sizeof *events; i++) {
-      copy((events[i].arg.pagefault.address - region) & ~(uint64_t)(PAGE - 1), PAGE);
+      uint64_t offset = (events[i].arg.pagefault.address - region) & ~(uint64_t)(PAGE - 1);
+      if (keep) copy(offset, PAGE);
+      else serve_accounted(offset, read_at);
     }
   }
 }
@@ -282,7 +311,7 @@ int main(int count, char **arguments) {
   if (count == 5 && strcmp(role, "touch") == 0)
     return touch(strtoull(arguments[2], NULL, 0), (unsigned)atoi(arguments[3]),
                  strtoull(arguments[4], NULL, 0));
-  if (count == 3 && strcmp(role, "serve") == 0) return serve(arguments[2]);
+  if (count == 4 && strcmp(role, "serve") == 0) return serve(arguments[2], atoi(arguments[3]));
   if (count == 6 && strcmp(role, "fill") == 0)
     return fill(arguments[2], strtoull(arguments[3], NULL, 0), (unsigned)atoi(arguments[4]),
                 atoi(arguments[5]));

@@ -35,7 +35,10 @@ export interface FaultPathOptions {
   readonly log: (line: string) => void;
 }
 
-/** Latency of a touch in µs as the touching thread saw it, and faults per second of all threads. */
+/**
+ * Latency of a touch in µs as the touching thread saw it, and faults per second of all threads. C is
+ * the same loop, which reads each page into a buffer and keeps account.
+ */
 export interface FaultRow {
   readonly threads: number;
   readonly ts: LatencySummary;
@@ -43,6 +46,10 @@ export interface FaultRow {
   /** TypeScript ÷ C, pair by pair. */
   readonly p50Ratio: Summary | null;
   readonly p99Ratio: Summary | null;
+  /** C that keeps the whole file in its page table and no account of anything; TypeScript ÷ that. */
+  readonly bare: LatencySummary;
+  readonly bareP50Ratio: Summary | null;
+  readonly bareP99Ratio: Summary | null;
 }
 
 export interface LatencySummary {
@@ -104,12 +111,14 @@ export async function measureFaultPath(options: FaultPathOptions): Promise<Fault
   return { faults, eager, reading };
 }
 
-export function faultLine({ threads, ts, c, p50Ratio, p99Ratio }: FaultRow): string {
+export function faultLine(row: FaultRow): string {
+  const { threads, ts, c, p50Ratio, p99Ratio, bare, bareP50Ratio, bareP99Ratio } = row;
   const side = ({ p50Us, p99Us, faultsPerSecond }: LatencySummary): string =>
     `p50 ${fixed(p50Us)} p99 ${fixed(p99Us)} µs, ${fixed(faultsPerSecond, 0)}/s`;
   return (
     `faults, ${threads} threads: TypeScript ${side(ts)}; C ${side(c)}; ` +
-    `ratio p50 ${fixed(p50Ratio, 2)} p99 ${fixed(p99Ratio, 2)}`
+    `ratio p50 ${fixed(p50Ratio, 2)} p99 ${fixed(p99Ratio, 2)}; bare C ${side(bare)}; ` +
+    `ratio p50 ${fixed(bareP50Ratio, 2)} p99 ${fixed(bareP99Ratio, 2)}`
   );
 }
 
@@ -241,15 +250,22 @@ interface FaultPathWork {
   readonly seed: number;
 }
 
-async function faultsInC({ path, pages, threads, seed }: FaultPathWork): Promise<Latency> {
+async function faultsInC(work: FaultPathWork, isBare: boolean): Promise<Latency> {
+  const { path, pages, threads, seed } = work;
   const [left, right] = socketPair();
   const toucher = spawn(["touch", String(pages), String(threads), String(seed)], left);
-  const server = spawn(["serve", path], right);
+  const server = spawn(["serve", path, isBare ? "1" : "0"], right);
   try {
-    const [count = 0, p50 = 0, p99 = 0, max = 0, , wallNs = 0] = await numbers(
-      toucher.stdout,
-      "touched",
-    );
+    // Who touches waits for ever where nobody serves.
+    const unserved = server.exited.then((code) => {
+      throw new Error(`fault-path serve ended with ${code}`);
+    });
+    unserved.catch(() => {});
+    const touched = numbers(toucher.stdout, "touched");
+    const [count = 0, p50 = 0, p99 = 0, max = 0, , wallNs = 0] = await Promise.race([
+      touched,
+      unserved,
+    ]);
     const faultsPerSecond = (count / wallNs) * 1e9;
     return { p50Us: p50 / 1000, p99Us: p99 / 1000, maxUs: max / 1000, faultsPerSecond };
   } finally {
@@ -419,28 +435,29 @@ async function faultRow(
   path: string,
   threads: number,
 ): Promise<FaultRow> {
-  const [ts, c]: [Latency[], Latency[]] = [[], []];
+  const [ts, c, bare]: [Latency[], Latency[], Latency[]] = [[], [], []];
   for (let round = 0; round < options.rounds; round += 1) {
     await touchMemory(options.faultPages * PAGE);
     const work = { path, pages: options.faultPages, threads, seed: round + 1 };
-    const inC = async (): Promise<unknown> => c.push(await faultsInC(work));
+    const inC = async (): Promise<unknown> => c.push(await faultsInC(work, false));
+    const barely = async (): Promise<unknown> => bare.push(await faultsInC(work, true));
     const inTs = async (): Promise<unknown> => ts.push(await faultsInTypeScript(work));
-    for (const run of alternate([inC, inTs], round)) await run();
+    for (const run of alternate([inC, inTs, barely], round)) await run();
   }
   return {
     threads,
     ts: summarizeLatency(ts),
     c: summarizeLatency(c),
-    p50Ratio: ratios(
-      ts.map(({ p50Us }) => p50Us),
-      c.map(({ p50Us }) => p50Us),
-    ),
-    p99Ratio: ratios(
-      ts.map(({ p99Us }) => p99Us),
-      c.map(({ p99Us }) => p99Us),
-    ),
+    bare: summarizeLatency(bare),
+    p50Ratio: ratios(p50s(ts), p50s(c)),
+    p99Ratio: ratios(p99s(ts), p99s(c)),
+    bareP50Ratio: ratios(p50s(ts), p50s(bare)),
+    bareP99Ratio: ratios(p99s(ts), p99s(bare)),
   };
 }
+
+const p50s = (latencies: readonly Latency[]): number[] => latencies.map(({ p50Us }) => p50Us);
+const p99s = (latencies: readonly Latency[]): number[] => latencies.map(({ p99Us }) => p99Us);
 
 function summarizeLatency(latencies: readonly Latency[]): LatencySummary {
   return {

@@ -61,6 +61,12 @@ const NO_EVENT = 0;
  */
 const RELEASE_FAULTS = 8;
 
+/**
+ * After so many answers of the source that nobody had to wait for, the next ones are not announced to it:
+ * that is a system call for each.
+ */
+const WARM_ANSWERS = 32;
+
 const GO_BYTES = 8;
 /** The record of first touches ends here: what a guest reads that reads on and on is no part of it. */
 const LOGGED_MAX = 256;
@@ -291,7 +297,8 @@ export class FaultLoop {
     const events = this.#events;
     state.busy = true;
     this.#servedCount = 0;
-    if (count > 1 && source.willNeed) this.#announce(count, source);
+    const isWarm = this.#supply.atHandInARow >= WARM_ANSWERS;
+    if (count > 1 && !isWarm && source.willNeed) this.#announce(count, source);
     add(counters, C_BATCHES, 1);
     for (let index = 0; index < count; index += 1) {
       const type = events.type(index);

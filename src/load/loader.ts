@@ -21,7 +21,6 @@ import type { PageSourceSpec } from "../source/page-source.ts";
 import { UFFD_FEATURES } from "../sys/abi.ts";
 import type { HelperRecord } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
-import { releaseProgramText } from "../sys/program-text.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import {
   type ExitStatus,
@@ -256,7 +255,6 @@ class Load {
       await this.#serveOn(error);
     }
     if (this.#staging === undefined) serving.startEager();
-    releaseProgramText();
     return this.#handle(
       this.#finish(serving, state, prepared.set).catch((error) => this.#giveUp(serving, error)),
     );

@@ -10,6 +10,7 @@ import { hex, KiB, MiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA, ENOMEM } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
+import { releaseProgramText } from "../sys/program-text.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { hasEnded, type ServedTarget } from "../vmm/target.ts";
@@ -281,6 +282,7 @@ export class Serving {
       if (this.missingPages() === 0) return "finished";
       this.#state.resetChunks();
     }
+    releaseProgramText();
     return this.#crew.loadEagerly(this.#eagerStarts());
   }
 

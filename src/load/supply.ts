@@ -51,7 +51,13 @@ export class Supply {
   readonly #source: PageSource;
   readonly #counters: Float64Array;
   readonly #load: Pick<LoadState, "halted" | "metadata">;
-  readonly #answer: PageBytes = { state: "ready", address: 0, pages: 0, errno: 0 };
+  readonly #answer: PageBytes = {
+    state: "ready",
+    address: 0,
+    pages: 0,
+    errno: 0,
+    isAtHand: false,
+  };
   readonly #selfPid = process.pid;
   /** Where a host page larger than the bitmap's page is put together; made at first use. */
   #assemblyAddress = 0;
@@ -65,6 +71,8 @@ export class Supply {
    */
   errno = 0;
   failedPage = 0;
+  /** Answers of the source in a row for which nobody had to wait. */
+  atHandInARow = 0;
 
   /** @param load says whose memory it is, and when the source is not to be asked any more */
   constructor(
@@ -105,6 +113,7 @@ export class Supply {
       if (!isZero) {
         if (this.#load.halted) return this.#failed(at, ESTALE);
         this.#source.resolve(state.index, at, asked, answer);
+        this.atHandInARow = answer.isAtHand === true ? this.atHandInARow + 1 : 0;
         if (answer.state === "pending") return this.#pending(at);
         if (answer.state === "failed") return this.#failed(at, answer.errno);
         asked = answer.pages;

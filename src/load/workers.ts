@@ -4,6 +4,7 @@
  * state, and waking the ranges makes every waiting thread fault again. Runs on the main thread.
  */
 import { FslError } from "../errors.ts";
+import { releaseProgramText } from "../sys/program-text.ts";
 import { startWorker } from "../sys/worker.ts";
 import type { EagerWorkerStart, FaultWorkerStart, WorkerReport, WorkerStart } from "./protocol.ts";
 import type { PageFailure } from "./fault-loop.ts";
@@ -95,8 +96,10 @@ class Post {
     worker.onmessage = (event: MessageEvent<WorkerReport>) => {
       if (lost) return;
       const message = event.data;
-      if (message.type === "loaded") loaded.resolve();
-      else if (message.type === "error") lose(workerError(message));
+      if (message.type === "loaded") {
+        releaseProgramText();
+        loaded.resolve();
+      } else if (message.type === "error") lose(workerError(message));
       else this.#take(message);
     };
     worker.onerror = (event) => lose(new Error(`${this.role} Worker: ${event.message}`));

@@ -33,6 +33,8 @@ export interface PageBytes {
   pages: number;
   /** Positive errno of a failed read, else 0. */
   errno: number;
+  /** Whoever reads the bytes waits for nothing. Absent or false: nobody knows. */
+  isAtHand?: boolean;
 }
 
 export interface PageSource {

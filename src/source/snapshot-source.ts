@@ -105,6 +105,7 @@ export class SnapshotPageSource implements PageSource {
     const length = pagesMax * mapping.pageSize;
     const isRead = this.#canRead && length <= READ_MAX && this.#read(mapping, pageIndex, length);
     if (!isRead) mapping.isTouched = true;
+    answer.isAtHand = isRead;
     answer.address = isRead
       ? this.#buffer
       : mapping.firstPageAddress + pageIndex * mapping.pageSize;

@@ -1,7 +1,8 @@
 /**
  * The code of this program in memory. Bun's is 80 MB, of which a start touches 34, most of it never
  * again; it stays in the page cache, but counts as this process's memory for as long as it is
- * mapped.
+ * mapped. To be let go after each start of something: of the program and its first Worker, and of another
+ * Worker in the middle of a load.
  */
 import { readFileSync, readlinkSync } from "node:fs";
 import { MADV_DONTNEED } from "./abi.ts";
