@@ -2,6 +2,7 @@
  * What `fsl load` and `fsl resume` have in common: how pages are served, what signals do, which
  * exit code comes out.
  */
+import { constants } from "node:os";
 import type { ArgsDef } from "citty";
 import {
   EXIT_CODES,
@@ -54,7 +55,8 @@ export const servingArgs = {
     type: "string",
     valueHint: "ms",
     default: GRACE_MS_DEFAULT as string,
-    description: "after SIGTERM, SIGINT or SIGHUP: how long QEMU may take before it is killed",
+    description:
+      "after SIGTERM, SIGINT, SIGHUP or SIGQUIT: how long QEMU may take before it is killed",
   },
   quiet: { type: "boolean", alias: "q", description: "no progress, no remarks; errors only" },
 } satisfies ArgsDef;
@@ -122,7 +124,10 @@ export function forwardSignals(grace: number): SignalForwarding {
       target?.kill();
     }, grace);
   };
+  // What QEMU makes of these is QEMU's affair: they need not end it.
+  const passOn = (signal: NodeJS.Signals): void => target?.signal(signal);
   for (const signal of SIGNALS) process.on(signal, forward);
+  for (const signal of OTHER_SIGNALS) process.on(signal, passOn);
   return {
     get received() {
       return received;
@@ -134,6 +139,7 @@ export function forwardSignals(grace: number): SignalForwarding {
     stop() {
       clearTimeout(timer);
       for (const signal of SIGNALS) process.off(signal, forward);
+      for (const signal of OTHER_SIGNALS) process.off(signal, passOn);
     },
   };
 }
@@ -195,7 +201,10 @@ export function heedSignals(): SignalHeed {
     const isMeant = signal !== "SIGHUP" && performance.now() - hurriedAtMs >= SECOND_SIGNAL_MS;
     if (isMeant) insisted.resolve(signal);
   };
+  const ignore = (signal: NodeJS.Signals): void =>
+    log.info(`${signal}: ignored; the guest needs fsl until all its RAM is in`);
   for (const signal of SIGNALS) process.on(signal, heed);
+  for (const signal of OTHER_SIGNALS) process.on(signal, ignore);
   return {
     get received() {
       return received;
@@ -209,6 +218,7 @@ export function heedSignals(): SignalHeed {
     },
     stop() {
       for (const signal of SIGNALS) process.off(signal, heed);
+      for (const signal of OTHER_SIGNALS) process.off(signal, ignore);
     },
   };
 }
@@ -225,31 +235,24 @@ export function leave(signal: NodeJS.Signals, pid: number, supplyFailed: boolean
 }
 
 /** Who presses keys, stops services or closes terminals sends these. */
-export const SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+export const SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"] as const;
+
+/** The others that would end a process and can be caught. A guest must not wait for ever because of them. */
+export const OTHER_SIGNALS = [
+  "SIGUSR1",
+  "SIGUSR2",
+  "SIGALRM",
+  "SIGVTALRM",
+  "SIGPROF",
+  "SIGIO",
+  "SIGXCPU",
+] as const;
 
 /** QEMU's own exit code; 9 when pages stayed unreadable and that is why. */
 export function exitCodeOf({ exitCode, signal }: ExitStatus, supplyFailed: boolean): number {
   if (supplyFailed) return EXIT_CODES.SUPPLY_FAILED;
   if (exitCode !== null) return exitCode;
-  return signal === null ? 0 : 128 + (SIGNAL_NUMBERS[signal] ?? 0);
+  if (signal === null) return 0;
+  // Bun has no names for real-time signals, and tells their numbers.
+  return 128 + (constants.signals[signal as NodeJS.Signals] ?? Number(signal));
 }
-
-/** signal(7); the numbers that a process can die of on x86_64 and aarch64. */
-const SIGNAL_NUMBERS: Readonly<Record<string, number>> = {
-  SIGHUP: 1,
-  SIGINT: 2,
-  SIGQUIT: 3,
-  SIGILL: 4,
-  SIGTRAP: 5,
-  SIGABRT: 6,
-  SIGBUS: 7,
-  SIGFPE: 8,
-  SIGKILL: 9,
-  SIGUSR1: 10,
-  SIGSEGV: 11,
-  SIGUSR2: 12,
-  SIGPIPE: 13,
-  SIGALRM: 14,
-  SIGTERM: 15,
-  SIGSYS: 31,
-};

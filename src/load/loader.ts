@@ -368,6 +368,10 @@ class Load {
       resolve(this.#options.snapshot),
       snapshotOffset === undefined ? {} : { offset: snapshotOffset },
     );
+    if (snapshot.blocks.reduce((sum, { usedLength }) => sum + usedLength, 0) > UNSEEN_MAX) {
+      const info = await unlessCancelled(connected, this.#options.cancel);
+      planLoad(snapshot, info, { bitmaps: new Map(), lazyDespiteDiscards: false });
+    }
     const set = this.#readWorkingSet(snapshot);
     // The pages of a source of the caller's own are waited for when the target is there.
     const seedsNow = this.#options.mode !== "copy" && this.#options.source === undefined;
@@ -855,6 +859,13 @@ async function unlessCancelled<T>(work: Promise<T>, cancel: AbortSignal | undefi
     cancel.removeEventListener("abort", reject);
   }
 }
+
+/**
+ * RAM whose bitmaps are read before the target is seen, bytes: a sparse file of some KiB can say that it has
+ * a hundred times as much memory as there is disk, and only a target that has it, too, is worth the 32 MiB
+ * for each TiB.
+ */
+const UNSEEN_MAX = 2 ** 40;
 
 /**
  * How long after resume a fault still is a first touch that the next load should bring in

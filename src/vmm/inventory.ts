@@ -18,6 +18,7 @@ import {
   mappedByOthers,
   readHostPageLength,
 } from "./process-maps.ts";
+import { hasOptionFile } from "./qemu-command.ts";
 import { type QmpClient, type QmpReply, type QmpVersion, formatVersion, isRecord } from "./qmp.ts";
 import { type RamblockLine, parseRamblocks } from "./ramblock.ts";
 import type { GuestRegion } from "./target.ts";
@@ -169,7 +170,7 @@ function hasHelperProcesses(pid: number): boolean {
   try {
     const commandLine = readFileSync(`/proc/${pid}/cmdline`, "latin1");
     // A file of options may name some too.
-    return HELPED.test(commandLine) || commandLine.includes("-readconfig\0");
+    return HELPED.test(commandLine) || hasOptionFile(commandLine.split("\0"));
   } catch {
     return true;
   }

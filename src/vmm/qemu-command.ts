@@ -71,7 +71,7 @@ export function readQemuCommand(argv: readonly string[]): {
 } {
   const options = argv.slice(1);
   // These bring more options, or change those that are there.
-  const isAll = !options.some((option) => ["readconfig", "set"].includes(optionName(option) ?? ""));
+  const isAll = !hasOptionFile(options) && !options.some((option) => optionName(option) === "set");
   return {
     hasNoDiscards: isAll && !options.some((option) => /balloon|virtio-mem/.test(option)),
     hasDefaultSettings: isAll && !options.some((option) => option.includes("migration")),
@@ -83,10 +83,21 @@ export function readQemuCommand(argv: readonly string[]): {
 export interface InheritedDescriptors {
   /** The listening socket of a QMP monitor. */
   readonly qmpFd: number;
-  /** The seed, open for reading only, and the descriptor set that it is to be in. */
+  /** Holds `MONITOR_CONFIG`. */
+  readonly configFd: number;
+  /** The seed, open for reading only, and the descriptor set that both are to be in. */
   readonly seedFd: number;
   readonly seedSet: number;
 }
+
+const QMP_CHARDEV = `${FSL_ID_PREFIX}qmp`;
+
+/**
+ * fsl's monitor, in the form of `-readconfig`. With `-qmp` or `-mon` QEMU would give the guest no monitor
+ * of its own, and the console of `-nographic` would lose its keys (Ctrl-A x, and Ctrl-C for the guest).
+ * @source QEMU system/vl.c default_monitor
+ */
+export const MONITOR_CONFIG = `[mon "${QMP_CHARDEV}"]\n  chardev = "${QMP_CHARDEV}"\n  mode = "control"\n`;
 
 /**
  * The command line that is run: the user's, then `-S` (whether the guest runs when its state is
@@ -95,23 +106,34 @@ export interface InheritedDescriptors {
  */
 export function qemuCommandLine(
   argv: readonly string[],
-  { qmpFd, seedFd, seedSet }: InheritedDescriptors,
+  { qmpFd, configFd, seedFd, seedSet }: InheritedDescriptors,
 ): string[] {
   checkQemuCommand(argv);
-  const chardev = `${FSL_ID_PREFIX}qmp`;
   return [
     ...argv,
     "-S",
     "-chardev",
-    `socket,id=${chardev},fd=${qmpFd},server=on,wait=off`,
-    // The same as `-mon chardev=…,mode=control`, which QEMU 11.1 warns of.
-    "-qmp",
-    `chardev:${chardev}`,
+    `socket,id=${QMP_CHARDEV},fd=${qmpFd},server=on,wait=off`,
+    "-readconfig",
+    `/proc/self/fd/${configFd}`,
     "-add-fd",
     `fd=${seedFd},set=${seedSet}`,
+    // Has been read by then, and goes with the set. A reader of the set finds the seed: this one is not
+    // open for reading only.
+    "-add-fd",
+    `fd=${configFd},set=${seedSet}`,
     "-incoming",
     "defer",
   ];
+}
+
+/** Whether a file brings more options than a command line shows; fsl's own does not. */
+export function hasOptionFile(argv: readonly string[]): boolean {
+  const own = `socket,id=${QMP_CHARDEV},`;
+  return argv.some(
+    (argument, index) =>
+      optionName(argument) === "readconfig" && argv[index - 1]?.startsWith(own) !== true,
+  );
 }
 
 /** `-incoming` and `--incoming` → `incoming`; null for what is no option. */

@@ -18,6 +18,7 @@ import { anyFdset, newSeedFile } from "./fdset.ts";
 import { preloadEnvironment } from "./preload-protocol.ts";
 import {
   checkQemuCommand,
+  MONITOR_CONFIG,
   qemuCommandLine,
   readQemuCommand,
   startsStopped,
@@ -96,9 +97,11 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
     forTarget.add(seedFile);
     const seed = { fd: openSync(`/proc/self/fd/${seedFile}`, "r"), set: anyFdset() };
     forChild.add(seed.fd);
+    const config = textFile("fsl-config", MONITOR_CONFIG);
+    forChild.add(config);
     const known = readQemuCommand(options.argv);
     const stagingSlots = known.hasPlainMemory ? STAGING_SLOTS : 1;
-    child = startChild(options, program, env, { listener, seed, preload }, stagingSlots);
+    child = startChild(options, program, env, { listener, config, seed, preload }, stagingSlots);
     // The child cannot have been waited for yet: the event loop has not run since it was started.
     const pidfd = checked(native.pidfdOpen(child.pid, 0), "open a pidfd");
     forTarget.add(pidfd);
@@ -273,6 +276,8 @@ class Handles {
 interface ChildParts {
   /** Of the QMP monitor. */
   readonly listener: number;
+  /** Says that there is one. */
+  readonly config: number;
   /** The seed, open for reading, and its descriptor set. */
   readonly seed: { readonly fd: number; readonly set: number };
   readonly preload: Preload | null;
@@ -282,14 +287,15 @@ function startChild(
   options: SpawnOptions,
   program: string,
   env: Readonly<Record<string, string | undefined>>,
-  { listener, seed, preload }: ChildParts,
+  { listener, config, seed, preload }: ChildParts,
   stagingSlots: number,
 ): Bun.Subprocess {
-  const own = [listener, seed.fd];
+  const own = [listener, config, seed.fd];
   if (preload !== null) own.push(preload.childSocket, preload.library);
   const layout = layOutDescriptors(inheritedDescriptors(), own);
-  const [qmpFd = NO_FD, seedFd = NO_FD, childSocket = NO_FD, library = NO_FD] = layout.ownNumbers;
-  const inherited = { qmpFd, seedFd, seedSet: seed.set };
+  const [qmpFd = NO_FD, configFd = NO_FD, seedFd = NO_FD, ...ofPreload] = layout.ownNumbers;
+  const [childSocket = NO_FD, library = NO_FD] = ofPreload;
+  const inherited = { qmpFd, configFd, seedFd, seedSet: seed.set };
   const [, ...args] = qemuCommandLine(options.argv, inherited);
   const helperTasks = options.helperTasks ?? HELPER_TASKS;
   const environment =
@@ -367,6 +373,13 @@ function isCloseOnExec(fd: number): boolean {
   } catch {
     return true;
   }
+}
+
+/** A descriptor that reads this text. */
+function textFile(name: string, text: string): number {
+  const fd = checked(native.memfdCreate(name, MFD_CLOEXEC), "make a memfd");
+  writeSync(fd, text);
+  return fd;
 }
 
 function findProgram(name: string, env: Readonly<Record<string, string | undefined>>): string {

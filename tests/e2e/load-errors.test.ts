@@ -2,14 +2,26 @@
  * What `fsl load` refuses or cannot do: exit codes and messages, and that nothing is left behind.
  */
 import { beforeAll, describe, expect, test } from "bun:test";
-import { chmodSync, copyFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  closeSync,
+  copyFileSync,
+  openSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { type GuestSnapshot, guestArgv, QEMU, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
-import { FslRun, type FslOptions, whyNoExecutable } from "../helpers/load-runs.ts";
+import { FSL, FslRun, type FslOptions, whyNoExecutable } from "../helpers/load-runs.ts";
 import { specialSnapshot } from "../helpers/load-snapshots.ts";
+import { buildSnapshot, fieldOffset } from "../helpers/snapshot-builder.ts";
 
 const TIMEOUT_MS = 60_000;
+/** In the low bits of the word that says how much RAM there is. */
+const RAM_SAVE_FLAG_MEM_SIZE = 4;
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
 
 let snapshot: GuestSnapshot;
@@ -29,6 +41,29 @@ async function refused(options: FslOptions): Promise<Refusal> {
   expect(run.leftovers()).toEqual([]);
   expect(run.stdout.text).toBe("");
   return { code, stderr: run.stderr.text };
+}
+
+/** A block of so many bytes, all of them zero pages: a sparse file. */
+function writeHugeSnapshot(path: string, length: number): void {
+  const [bitmapOffset, pagesOffset] = [2 ** 20, 2 ** 30];
+  const built = buildSnapshot({
+    machineType: "pc-q35-10.0",
+    blocks: [{ idstr: "pc.ram", pages: "." }],
+    corrupt: {
+      "ram.total": length + RAM_SAVE_FLAG_MEM_SIZE,
+      "pc.ram.usedLength": length,
+      "pc.ram.bitmapOffset": bitmapOffset,
+      "pc.ram.pagesOffset": pagesOffset,
+    },
+  });
+  const fd = openSync(path, "w");
+  const [start, rest] = [
+    built.bytes.subarray(0, fieldOffset(built, "pc.ram.bitmap")),
+    built.bytes.subarray(fieldOffset(built, "ram.eos")),
+  ];
+  writeSync(fd, start, 0, start.length, 0);
+  writeSync(fd, rest, 0, rest.length, pagesOffset + length);
+  closeSync(fd);
 }
 
 /** The snapshot's own command line with one argument changed. */
@@ -118,6 +153,27 @@ describe.skipIf(skip)("fsl load refuses", () => {
       expect(refusal.code).toBe(code);
       // Not with a stack: none of these is a bug.
       expect(refusal.stderr).not.toMatch(/^\s+at |this is a bug/m);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a file of some KiB that says it has 8 TiB of RAM, without taking memory for it",
+    async () => {
+      const path = `${temporary}-huge`;
+      try {
+        writeHugeSnapshot(path, 8 * 2 ** 40);
+        const command = ["load", path, "--working-set", "none", "--", ...snapshot.argv];
+        const child = Bun.spawnSync([FSL, ...command, "-serial", "null"], { stdin: "ignore" });
+        expect(child.stderr.toString()).toMatch(
+          /RAMBlock pc\.ram: snapshot has 8388608 MiB, QEMU has 64 MiB/,
+        );
+        expect(child.exitCode).toBe(7);
+        // Its bitmap alone would be 256 MiB.
+        expect(child.resourceUsage.maxRSS).toBeLessThan(128 * 2 ** 20);
+      } finally {
+        rmSync(path, { force: true });
+      }
     },
     TIMEOUT_MS,
   );

@@ -4,13 +4,15 @@
  */
 import { describe, expect, test } from "bun:test";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { constants, tmpdir } from "node:os";
 import { join } from "node:path";
 import {
   dumpMemory,
+  guestArgv,
   memoryDifferences,
   type QmpClient,
   ramBlocks,
+  saveSnapshot,
   snapshotOf,
   startQemu,
   whyNoGuests,
@@ -40,6 +42,22 @@ describe.skipIf(skip)("fsl load's exit code", () => {
       await run.serial.waitFor(/^tick /);
       run.serial.send("poweroff\n");
       expect(await run.end()).toBe(0);
+      expect(run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each([
+    [24, "SIGXCPU"],
+    [34, "the first real-time signal"],
+    [64, "the last"],
+  ])(
+    "is 128 + %i when QEMU dies of %s",
+    async (number) => {
+      await using run = await FslRun.start(await bare());
+      await run.serial.waitFor(/^tick \d+ ok/);
+      Bun.spawnSync(["kill", `-${number}`, String(await run.qemuPid())]);
+      expect(await run.end()).toBe(128 + number);
       expect(run.leftovers()).toEqual([]);
     },
     TIMEOUT_MS,
@@ -80,6 +98,27 @@ describe.skipIf(skip)("fsl load and signals", () => {
       await run.qmp.waitEvent("SHUTDOWN");
       expect(await run.end()).toBe(0);
       expect(run.stderr.text).not.toMatch(/killed/);
+      expect(run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test.each(["SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGXCPU"] as const)(
+    "%s is passed on, and fsl serves as long as QEMU lives",
+    async (signal) => {
+      await using run = await FslRun.start(await bare(), { flags: ["--eager-rate", "4K"] });
+      await run.serial.waitFor(/^tick \d+ ok/);
+      const pid = await run.qemuPid();
+      // A QEMU that dies of it says so by fsl's exit code; another one goes on.
+      run.signal(signal);
+      await Bun.sleep(200);
+      if (isRunning(pid)) {
+        expect((await run.serial.waitForNext(/^tick /)).text).toMatch(/ ok$/);
+        run.signal("SIGQUIT");
+        expect(await run.end()).toBe(128 + constants.signals.SIGQUIT);
+      } else {
+        expect(await run.end()).toBe(128 + constants.signals[signal]);
+      }
       expect(run.leftovers()).toEqual([]);
     },
     TIMEOUT_MS,
@@ -228,6 +267,42 @@ describe.skipIf(skip)("fsl load on a terminal", () => {
       expect(code).toBe("0");
       expect(after).toBe(before);
       expect(run.screen.text).toMatch(/QEMU: Terminated/);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "of -nographic is the guest's and its monitor's, as without fsl",
+    async () => {
+      const noDefaults = ["-nodefaults", "-display", "none"];
+      const own = guestArgv({ machine: "q35" }).filter((word) => !noDefaults.includes(word));
+      const argv = [...own, "-nographic", "-nic", "none", "-vga", "none", "-parallel", "none"];
+      const path = join(tmpdir(), `fsl-load-test-nographic-${process.pid}.snap`);
+      try {
+        await using qemu = await startQemu(argv);
+        await qemu.serial.waitFor(/READY /, 30_000);
+        await saveSnapshot(qemu, path);
+        await qemu.kill();
+        await using run = onTerminal(script(path, "--quiet", argv));
+        await run.screen.waitFor(/tick \d+/);
+        // Ctrl-C is the guest's.
+        run.type("\u0003");
+        let seen = run.screen.text.length;
+        await run.screen.waitFor(new RegExp(`^[^]{${seen}}[^]*tick \\d+`));
+        run.type("\u0001c");
+        await run.screen.waitFor(/\(qemu\) /);
+        run.type("info status\r");
+        await run.screen.waitFor(/VM status: running/);
+        run.type("\u0001c");
+        seen = run.screen.text.length;
+        await run.screen.waitFor(new RegExp(`^[^]{${seen}}[^]*tick \\d+`));
+        run.type("\u0001x");
+        const [before, code, after] = await modes(run);
+        expect(code).toBe("0");
+        expect(after).toBe(before);
+      } finally {
+        rmSync(path, { force: true });
+      }
     },
     TIMEOUT_MS,
   );

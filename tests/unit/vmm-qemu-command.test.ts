@@ -1,6 +1,7 @@
 import { describe, expect, test } from "bun:test";
 import {
   checkQemuCommand,
+  hasOptionFile,
   qemuCommandLine,
   readQemuCommand,
   startsStopped,
@@ -38,7 +39,12 @@ describe("checkQemuCommand", () => {
 describe("qemuCommandLine", () => {
   test("adds its own behind the user's, -incoming last", () => {
     expect(
-      qemuCommandLine(["qemu", "-m", "1G", "disk.img"], { qmpFd: 7, seedFd: 9, seedSet: 4711 }),
+      qemuCommandLine(["qemu", "-m", "1G", "disk.img"], {
+        qmpFd: 7,
+        configFd: 8,
+        seedFd: 9,
+        seedSet: 4711,
+      }),
     ).toEqual([
       "qemu",
       "-m",
@@ -47,10 +53,12 @@ describe("qemuCommandLine", () => {
       "-S",
       "-chardev",
       "socket,id=fsl-qmp,fd=7,server=on,wait=off",
-      "-qmp",
-      "chardev:fsl-qmp",
+      "-readconfig",
+      "/proc/self/fd/8",
       "-add-fd",
       "fd=9,set=4711",
+      "-add-fd",
+      "fd=8,set=4711",
       "-incoming",
       "defer",
     ]);
@@ -76,6 +84,18 @@ describe("readQemuCommand", () => {
     [["qemu", "--set", "device.x.y=z"], nothing],
   ])("%p → %p", (argv, expected) => {
     expect(readQemuCommand(argv)).toEqual(expected);
+  });
+});
+
+describe("hasOptionFile", () => {
+  const own = qemuCommandLine(["qemu"], { qmpFd: 7, configFd: 8, seedFd: 9, seedSet: 4711 });
+  test.each([
+    [["qemu", "-readconfig", "/proc/self/fd/8"], true],
+    [["qemu", "--readconfig", "guest.cfg"], true],
+    [own, false],
+    [[...own, "-readconfig", "guest.cfg"], true],
+  ])("%p → %p", (argv, expected) => {
+    expect(hasOptionFile(argv)).toBe(expected);
   });
 });
 
