@@ -1,4 +1,5 @@
 /** Connecting to the QMP socket of a QEMU that somebody else started. */
+import { statSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
 import { QmpClient } from "./qmp.ts";
@@ -30,9 +31,19 @@ export function connectSocket(path: string): number {
   const errno = native.errnoName(fd);
   throw new FslError(
     "TARGET_LOST",
-    `QMP socket ${path}: cannot connect (${errno})${HINTS[errno] ?? ""}`,
+    `QMP socket ${path}: cannot connect (${errno})${hint(errno, path)}`,
     { path, errno },
   );
+}
+
+function hint(errno: string, path: string): string {
+  // The kernel says the same of a socket on which nobody listens.
+  if (errno === "ECONNREFUSED" && !isSocket(path)) return "; it is not a socket";
+  return HINTS[errno] ?? "";
+}
+
+function isSocket(path: string): boolean {
+  return statSync(path, { throwIfNoEntry: false })?.isSocket() !== false;
 }
 
 const HINTS: Readonly<Record<string, string>> = {

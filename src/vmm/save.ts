@@ -5,17 +5,20 @@
  * disk and renamed: at its path there is the old file or the whole new one, never a part. QEMU gets
  * an open descriptor (so it may run as another user or see other mounts), and the path only if it
  * cannot. Whatever fails: the migration is cancelled, the file removed, QEMU's settings put back,
- * and a guest that ran before runs again.
+ * and a guest that ran before runs again. The error says how the guest is then.
  */
 import {
   closeSync,
   constants,
   fstatSync,
   fsyncSync,
+  lstatSync,
   openSync,
   realpathSync,
   renameSync,
   rmSync,
+  type Stats,
+  statSync,
 } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import { FslError, isFslError } from "../errors.ts";
@@ -33,7 +36,7 @@ import { type QmpClient, isRecord } from "./qmp.ts";
 export interface SaveOptions {
   /** QMP socket of the QEMU; nobody else may be connected to it. */
   readonly qmpPath: string;
-  /** File to write; replaced when the new one is complete. */
+  /** File to write; a regular one that is there is replaced when the new one is complete. */
   readonly path: string;
   /** The guest runs on while its RAM is saved, and is stopped for the rest only. */
   readonly live: boolean;
@@ -74,8 +77,10 @@ const IDLE_MIGRATIONS = ["none", "completed", "failed", "cancelled"];
 
 /**
  * Saves the guest. Returns when the snapshot is complete at its path and QEMU is as `afterwards` says.
- * @throws FslError SAVE_FAILED when it cannot be saved (`details.aborted` when `signal` said so);
- * TARGET_LOST when QEMU cannot be reached or ends; TARGET_MISMATCH when its version cannot do it
+ * @throws FslError USAGE when there is something else than a regular file at the path; SAVE_FAILED
+ * when the guest cannot be saved (`details.aborted` when `signal` said so); TARGET_LOST when QEMU
+ * cannot be reached or ends; TARGET_MISMATCH when its version cannot do it. `details.isComplete`:
+ * the snapshot is there, and QEMU is not as `afterwards` says.
  */
 export async function saveSnapshot(options: SaveOptions): Promise<void> {
   const output = SaveFile.create(options.path);
@@ -89,8 +94,7 @@ export async function saveSnapshot(options: SaveOptions): Promise<void> {
       throwIfAborted(options.signal);
       output.commit();
     } catch (error) {
-      await save.undo();
-      throw error;
+      throw withGuestState(error, await save.undo());
     }
     await save.finish();
   } finally {
@@ -113,6 +117,7 @@ class SaveFile {
   }
 
   static create(path: string): SaveFile {
+    checkReplaceable(path);
     const finalPath = followLink(resolve(path));
     const name = `.${basename(finalPath).slice(0, 200)}.fsl-${randomHex(12)}`;
     const temporaryPath = join(dirname(finalPath), name);
@@ -121,6 +126,7 @@ class SaveFile {
       const fd = openSync(temporaryPath, O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW, 0o600);
       return new SaveFile(temporaryPath, fd, finalPath);
     } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === "ENOENT") throw noDirectory(finalPath);
       throw fileError("create a file beside it", finalPath, error);
     }
   }
@@ -156,7 +162,7 @@ class Save {
   #settings: MigrationSettings | null = null;
   #fdset = 0;
   #isFdsetUsed = false;
-  #wasRunning = false;
+  #stateBefore = "";
   #isStarted = false;
 
   constructor(qmp: QmpClient, options: SaveOptions) {
@@ -176,7 +182,7 @@ class Save {
     checkSavable(state, statusOf(migration));
     this.#settings = settings;
     this.#fdset = freeFdset(fdsets);
-    this.#wasRunning = state === "running";
+    this.#stateBefore = state;
     throwIfAborted(this.#options.signal);
   }
 
@@ -201,12 +207,34 @@ class Save {
     );
   }
 
-  /** After success. */
+  /** After success. A step that fails does not keep the next one from being taken. */
   async finish(): Promise<void> {
-    await this.#putBack();
-    const { afterwards } = this.#options;
-    if (afterwards === "cont") await this.#request("cont");
-    if (afterwards !== "quit") return;
+    const { afterwards, path } = this.#options;
+    type Step = [consequence: string, take: () => Promise<void>];
+    const putBack: Step = ["QEMU's migration settings are not put back", () => this.#putBack()];
+    const steps: Record<SaveOptions["afterwards"], Step[]> = {
+      stay: [putBack],
+      cont: [putBack, ["the guest does not run on", () => this.#request("cont")]],
+      quit: [["QEMU was not ended", () => this.#quit()]], // Its settings end with it.
+    };
+    const failures: FslError[] = [];
+    for (const [consequence, take] of steps[afterwards]) {
+      try {
+        await take();
+      } catch (error) {
+        if (!isFslError(error)) throw error;
+        const reason = error.message.replace(/^save: /, "");
+        const message = `save: ${path} is complete, but ${consequence}: ${reason}`;
+        const details = { ...error.details, path, isComplete: true };
+        failures.push(new FslError(error.code, message, details, error));
+      }
+    }
+    // The last one is what was asked for; without a connection both fail for the same reason.
+    const failure = failures.at(-1);
+    if (failure !== undefined) throw failure;
+  }
+
+  async #quit(): Promise<void> {
     await this.#request("quit").catch((error: unknown) => {
       if (!this.#qmp.isClosed) throw error; // It may be gone before it has answered.
     });
@@ -221,13 +249,20 @@ class Save {
   /**
    * After failure: as before. What goes wrong here is not reported; the error that led here is, and
    * a lost connection leaves nothing to do.
+   * @returns the run state of the guest before the save and now; null when QEMU does not say
    */
-  async undo(): Promise<void> {
+  async undo(): Promise<GuestStates | null> {
+    const before = this.#stateBefore;
+    let now = "";
     const steps = [
       () => this.#cancel(),
       () => this.#putBack(),
       async () => {
-        if (this.#wasRunning && (await this.#runState()) !== "running") await this.#request("cont");
+        if (before === "running" && (await this.#runState()) !== before)
+          await this.#request("cont");
+      },
+      async () => {
+        now = await this.#runState();
       },
     ];
     for (const step of steps) {
@@ -237,6 +272,7 @@ class Save {
         if (!isFslError(error)) throw error;
       }
     }
+    return now === "" ? null : { before, now };
   }
 
   /** @returns the URI that QEMU is to write to */
@@ -268,7 +304,9 @@ class Save {
         const progress = await this.#qmp.request("query-migrate");
         const status = statusOf(progress);
         if (status === "completed") end();
-        if (status === "failed" || status === "cancelled") reject(saveFailed(progress, status));
+        if (status === "failed" || status === "cancelled") {
+          reject(saveFailed(this.#options.path, progress, status));
+        }
         this.#report(progress);
         if (this.#options.live && !isStopping && roundsOf(progress) > LIVE_ROUNDS_MAX) {
           isStopping = true;
@@ -404,18 +442,39 @@ function roundsOf(progress: unknown): number {
   return isRecord(ram) ? Number(ram["dirty-sync-count"] ?? 0) : 0;
 }
 
-function saveFailed(progress: unknown, status: string): FslError {
+function saveFailed(path: string, progress: unknown, status: string): FslError {
   const given = isRecord(progress) ? progress["error-desc"] : undefined;
   const description = typeof given === "string" ? given : `the migration was ${status}`;
-  return new FslError("SAVE_FAILED", `save: QEMU could not write the snapshot: ${description}`, {
+  return new FslError("SAVE_FAILED", `save ${path}: QEMU could not write it: ${description}`, {
+    path,
     description,
   });
 }
 
+/** Run states of a guest whose save has failed. */
+interface GuestStates {
+  readonly before: string;
+  readonly now: string;
+}
+
+/**
+ * Adds how the guest is after a save that failed. One that was stopped before is `postmigrate` once
+ * all is written, and QEMU knows no way back from there but to let it run.
+ */
+function withGuestState(error: unknown, states: GuestStates | null): unknown {
+  if (!isFslError(error) || states === null) return error;
+  const { before, now } = states;
+  const hint = now === "postmigrate" || now === "paused" ? "; `cont` lets it run" : "";
+  const guest =
+    now === before
+      ? `the guest is ${now}, as before`
+      : `the guest was ${before} and is ${now} now${hint}`;
+  const details = { ...error.details, runState: now };
+  return new FslError(error.code, `${error.message}; ${guest}`, details, error.cause);
+}
+
 function aborted(): FslError {
-  return new FslError("SAVE_FAILED", "save: interrupted; the guest is as it was", {
-    aborted: true,
-  });
+  return new FslError("SAVE_FAILED", "save: interrupted", { aborted: true });
 }
 
 function throwIfAborted(signal: AbortSignal | undefined): void {
@@ -430,6 +489,49 @@ function fileError(what: string, path: string, error: unknown): FslError {
     { path, errno },
     error,
   );
+}
+
+function noDirectory(path: string): FslError {
+  const directory = dirname(path);
+  return new FslError("SAVE_FAILED", `save ${path}: the directory ${directory} does not exist`, {
+    path,
+    errno: "ENOENT",
+  });
+}
+
+/**
+ * The new file is to take the place of an old one, never of a device, or of a link whose file could
+ * not be found: that would be replaced itself.
+ * @throws FslError USAGE
+ */
+function checkReplaceable(path: string): void {
+  const status = statusOfFile(path);
+  if (status === null || status.isFile()) return;
+  const found = kindOf(status);
+  throw new FslError("USAGE", `save ${path}: it is ${found}; name a file, or nothing that exists`, {
+    path,
+    found,
+  });
+}
+
+/** Of what is at the path, links followed; of a link itself when it leads nowhere. Null: nothing. */
+function statusOfFile(path: string): Stats | null {
+  for (const look of [statSync, lstatSync]) {
+    try {
+      return look(path);
+    } catch {
+      // What cannot be looked at is not written to either, and creating the new file says why.
+    }
+  }
+  return null;
+}
+
+function kindOf(status: Stats): string {
+  if (status.isDirectory()) return "a directory";
+  if (status.isSymbolicLink()) return "a symbolic link to what cannot be reached";
+  if (status.isFIFO()) return "a FIFO";
+  if (status.isSocket()) return "a socket";
+  return "a device";
 }
 
 /** A symbolic link stays; the file that it points to is replaced. */
