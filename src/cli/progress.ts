@@ -1,7 +1,7 @@
 /**
- * One line on stderr while RAM comes in: redrawn on a terminal, a plain line a second elsewhere.
+ * One line on stderr while RAM comes in, or is saved: redrawn on a terminal, a plain line a second
+ * elsewhere.
  */
-import type { LoadProgress } from "../index.ts";
 import { formatBytes, formatMs } from "./format.ts";
 
 const PERIOD_MS = 100;
@@ -9,14 +9,24 @@ const PERIOD_MS = 100;
 const PLAIN_EVERY = 10;
 const ERASE = "\r\u001b[K";
 
+/** What is shown; `LoadProgress` is one. */
+export interface Progress {
+  readonly dataBytes: number;
+  readonly loadedBytes: number;
+  /** Left out where there are none: while a guest is saved. */
+  readonly faults?: number;
+  readonly failedPages?: number;
+}
+
 export interface ProgressLine {
   /** Draws no more; leaves the terminal's line clean. */
   end(): void;
 }
 
-export function startProgress(read: () => LoadProgress): ProgressLine {
+/** @param read null: nothing is known yet, QEMU has not answered */
+export function startProgress(read: () => Progress | null): ProgressLine {
   const startedAtMs = performance.now();
-  const first = read().loadedBytes;
+  const first = read()?.loadedBytes ?? 0;
   let draws = 0;
   let isTerminal = false;
   const draw = (): void => {
@@ -24,14 +34,7 @@ export function startProgress(read: () => LoadProgress): ProgressLine {
     // Looked at late: the standard streams take 12 ms to set up, just when the guest begins to run.
     isTerminal = process.stderr.isTTY === true;
     if (!isTerminal && draws % PLAIN_EVERY !== 0) return;
-    const { dataBytes, loadedBytes, faults, failedPages } = read();
-    const seconds = (performance.now() - startedAtMs) / 1000;
-    const rate = seconds > 0 ? (loadedBytes - first) / seconds : 0;
-    const percent = dataBytes === 0 ? 100 : Math.floor((loadedBytes / dataBytes) * 100);
-    const failed = failedPages > 0 ? `, ${failedPages} pages cannot be read` : "";
-    const text =
-      `fsl: ${percent}% of ${formatBytes(dataBytes)}, ${formatBytes(rate)}/s, ` +
-      `${faults} faults, ${formatMs(seconds * 1000)}${failed}`;
+    const text = describe(read(), first, performance.now() - startedAtMs);
     process.stderr.write(isTerminal ? `${ERASE}${text}` : `${text}\n`);
   };
   const timer = setInterval(draw, PERIOD_MS);
@@ -41,4 +44,19 @@ export function startProgress(read: () => LoadProgress): ProgressLine {
       if (isTerminal) process.stderr.write(ERASE);
     },
   };
+}
+
+function describe(progress: Progress | null, first: number, ms: number): string {
+  if (progress === null) return `fsl: waiting for QEMU, ${formatMs(ms)}`;
+  const { dataBytes, loadedBytes, faults, failedPages = 0 } = progress;
+  const rate = ms > 0 ? ((loadedBytes - first) / ms) * 1000 : 0;
+  const percent = dataBytes === 0 ? 100 : Math.floor((loadedBytes / dataBytes) * 100);
+  const parts = [
+    `fsl: ${percent}% of ${formatBytes(dataBytes)}`,
+    `${formatBytes(rate)}/s`,
+    ...(faults === undefined ? [] : [`${faults} faults`]),
+    formatMs(ms),
+    ...(failedPages === 0 ? [] : [`${failedPages} pages cannot be read`]),
+  ];
+  return parts.join(", ");
 }

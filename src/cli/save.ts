@@ -4,7 +4,15 @@ import { allocatedBytes, openSnapshot, saveSnapshot } from "../index.ts";
 import { wholeNumber } from "./arguments.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
-import { startProgress } from "./progress.ts";
+import { type Progress, startProgress } from "./progress.ts";
+import { SIGNALS } from "./serve.ts";
+
+/** What the guest does after a save, by `--then`. */
+const AFTERWARDS = {
+  quit: "QEMU has ended",
+  cont: "the guest runs on",
+  stay: "the guest is stopped, `cont` in QEMU's monitor lets it run on",
+} as const;
 
 export const saveCommand = defineCommand({
   meta: { name: "save", description: "Saves a running QEMU as a mapped-ram snapshot" },
@@ -44,16 +52,9 @@ export const saveCommand = defineCommand({
     setQuiet(quiet);
     const abort = new AbortController();
     const stop = (): void => abort.abort();
-    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, stop);
-    let state = { transferredBytes: 0, totalBytes: 0 };
-    const progress = quiet
-      ? undefined
-      : startProgress(() => ({
-          dataBytes: state.totalBytes,
-          loadedBytes: state.transferredBytes,
-          faults: 0,
-          failedPages: 0,
-        }));
+    for (const signal of SIGNALS) process.on(signal, stop);
+    let state: Progress | null = null;
+    const progress = quiet ? undefined : startProgress(() => state);
     const startedAtMs = performance.now();
     try {
       await saveSnapshot({
@@ -62,8 +63,8 @@ export const saveCommand = defineCommand({
         live: flags.live === true,
         afterwards: flags.then,
         signal: abort.signal,
-        onProgress: (now) => {
-          state = now;
+        onProgress: ({ totalBytes, transferredBytes }) => {
+          state = { dataBytes: totalBytes, loadedBytes: transferredBytes };
         },
         verify: (path) => openSnapshot(path).close(),
         ...(flags.multifd === undefined
@@ -83,7 +84,8 @@ export const saveCommand = defineCommand({
       console.log(JSON.stringify({ path, fileLength, bytesOnDisk, savedMs, complete }));
       return;
     }
-    log.info(`saved ${flags.snapshot}: ${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`);
+    const figures = `${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`;
+    log.info(`saved ${flags.snapshot}: ${figures}; ${AFTERWARDS[flags.then]}`);
     if (complete === null) {
       log.warn(
         "QEMU wrote no description (suppress-vmdesc=on): the device state was not looked at",
