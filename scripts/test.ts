@@ -2,15 +2,15 @@
  * Runs the test tiers in order: `bun scripts/test.ts [TIER …] [--soak] [--name PATTERN]`. Ends with
  * the plain line `N passed, N failed, N skipped`.
  *
- * A tier that cannot run here is skipped, and its reason is printed; FSL_REQUIRE=kernel,e2e,fault
- * turns such a skip into a failure. A tier that runs no test at all has failed. So has one that
+ * A tier that cannot run here is skipped, and its reason is printed, and so is a test that needs
+ * KVM; FSL_REQUIRE=kernel,e2e,fault,kvm turns such a skip into a failure. A tier that runs no test at all has failed. So has one that
  * leaves processes behind.
  */
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
-import { whyNoGuests } from "../tests/helpers/guests.ts";
+import { isRequired, whyNoGuests } from "../tests/helpers/guests.ts";
 import { printChecks, runChecks } from "./check.ts";
 
 const ROOT = join(import.meta.dir, "..");
@@ -155,7 +155,7 @@ async function runCheckTier(): Promise<Counts> {
 async function runTier(tier: Tier, options: readonly string[]): Promise<Counts> {
   const reason = tier.missing();
   if (reason !== null) {
-    const required = (process.env.FSL_REQUIRE ?? "").split(",").includes(tier.name);
+    const required = isRequired(tier.name);
     console.log(`${required ? "FAILED" : "skipped"}: ${tier.name}: ${reason}`);
     return { passed: 0, failed: required ? 1 : 0, skipped: required ? 0 : 1 };
   }

@@ -12,9 +12,9 @@ import { Uffd } from "../../src/uffd/uffd.ts";
 import { type SpawnOptions, spawnQemu } from "../../src/vmm/spawn.ts";
 import type { GuestRegion } from "../../src/vmm/target.ts";
 import type { QemuTarget } from "../../src/vmm/qemu.ts";
-import { whyNoKvm } from "../helpers/guests.ts";
 import { descriptorsOf, HUGE, HUGE_PAGES, hugeKib, isOver } from "../helpers/helper-target.ts";
 import { mappedBytes, patternPages, until, within } from "../helpers/kernel-target.ts";
+import { testOn } from "../helpers/kvm.ts";
 import { QEMU } from "../helpers/qemu-vmm.ts";
 
 setDefaultTimeout(60_000);
@@ -130,7 +130,7 @@ function asNobody(): string[] {
 }
 
 describe.each(KINDS)("helper tasks in QEMU on %s", (name, argv) => {
-  test.skipIf(name.startsWith("KVM") && whyNoKvm() !== null)(
+  testOn(name.startsWith("KVM") ? "kvm" : "tcg")(
     "move huge pages into guest RAM, are not seen in QEMU, leave nothing, and QEMU goes on",
     async () => {
       const it = await start(argv);

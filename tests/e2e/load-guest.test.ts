@@ -8,8 +8,8 @@ import {
   type SnapshotSpec,
   snapshotOf,
   whyNoGuests,
-  whyNoKvm,
 } from "../helpers/guests.ts";
+import { testOn } from "../helpers/kvm.ts";
 import { FslRun, whyNoExecutable } from "../helpers/load-runs.ts";
 import type { LoadReport } from "../../src/index.ts";
 
@@ -188,7 +188,7 @@ describe.skipIf(skip)("the bare guest", () => {
     TIMEOUT_MS,
   );
 
-  test.skipIf(whyNoKvm() !== null)(
+  testOn("kvm")(
     "verifies its pattern while every page comes by fault, on KVM",
     async () => {
       const [report, dataPages] = await rounds(KVM, 2);

@@ -17,7 +17,8 @@ import {
   SEED,
   someoneWaits,
 } from "../helpers/fault-runs.ts";
-import { snapshotOf, whyNoGuests, whyNoKvm } from "../helpers/guests.ts";
+import { type SnapshotSpec, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
+import { testOnBoth } from "../helpers/kvm.ts";
 import {
   differencesFromOracle,
   differencesOfBareGuest,
@@ -304,12 +305,9 @@ describe.skipIf(reason !== null)("QEMU", () => {
     TIMEOUT_MS,
   );
 
-  test.each([
-    ["TCG", BARE],
-    ...(whyNoKvm() === null ? ([["KVM", { ...BARE, accel: "kvm", machine: "pc" }]] as const) : []),
-  ])(
-    "that is stopped and continued while it is loaded goes on (%s)",
-    async (_, spec) => {
+  testOnBoth<SnapshotSpec>(BARE, { ...BARE, accel: "kvm", machine: "pc" })(
+    "that is stopped and continued while it is loaded goes on",
+    async (spec) => {
       const snapshot = await snapshotOf(spec);
       await using run = await FaultRun.start(snapshot, { flags: ["--eager-rate", "20M"] });
       await run.reached(PHASE_RUNNING);

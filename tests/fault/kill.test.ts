@@ -28,8 +28,8 @@ import {
   snapshotOf,
   type SnapshotSpec,
   whyNoGuests,
-  whyNoKvm,
 } from "../helpers/guests.ts";
+import { testOnBoth } from "../helpers/kvm.ts";
 import { differencesFromOracle, differencesOfBareGuest } from "../helpers/load-oracle.ts";
 import { isRunning, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import { TWO_NODES, withNode } from "../helpers/load-snapshots.ts";
@@ -382,9 +382,9 @@ describe.skipIf(reason !== null)("fsl killed", () => {
     SOAK_MS,
   );
 
-  test.each([["TCG", BARE], ...(whyNoKvm() === null ? ([["KVM", BARE_KVM]] as const) : [])])(
-    "at random moments of a guest that verifies its memory, with faults waiting: then every byte (%s)",
-    async (_, spec) => {
+  testOnBoth<SnapshotSpec>(BARE, BARE_KVM)(
+    "at random moments of a guest that verifies its memory, with faults waiting: then every byte",
+    async (spec) => {
       const snapshot = await snapshotOf(spec);
       const random = randomNumbers(SEED + 2);
       for (let round = 0; round < repetitions(2, 100); round += 1) {

@@ -16,8 +16,8 @@ import {
   snapshotOf,
   type SnapshotSpec,
   whyNoGuests,
-  whyNoKvm,
 } from "../helpers/guests.ts";
+import { testOnBoth } from "../helpers/kvm.ts";
 import { differencesFromOracle, differencesOfBareGuest } from "../helpers/load-oracle.ts";
 import { until, whyNoExecutable } from "../helpers/load-runs.ts";
 import { TWO_NODES, withNode } from "../helpers/load-snapshots.ts";
@@ -106,9 +106,9 @@ const UNREADABLE =
   /RAMBlock pc\.ram: page (\d+) cannot be read at file offset (0x[0-9a-f]+): .*EIO.*; the vCPU that needs it waits/;
 
 describe.skipIf(reason !== null)("a page that cannot be read", () => {
-  test.each([["TCG", BARE], ...(whyNoKvm() === null ? ([["KVM", BARE_KVM]] as const) : [])])(
-    "is waited for, told at once, and comes when the disk works again (%s)",
-    async (_, spec) => {
+  testOnBoth<SnapshotSpec>(BARE, BARE_KVM)(
+    "is waited for, told at once, and comes when the disk works again",
+    async (spec) => {
       const snapshot = await snapshotOf(spec);
       await using disk = await FaultyDisk.make(snapshot.path);
       await using run = await failing(disk, snapshot, []);
@@ -214,9 +214,9 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
     TIMEOUT_MS,
   );
 
-  test.each([["TCG", BARE], ...(whyNoKvm() === null ? ([["KVM", BARE_KVM]] as const) : [])])(
-    "for ever, --on-error poison: whoever touches it gets SIGBUS (%s)",
-    async (_, spec) => {
+  testOnBoth<SnapshotSpec>(BARE, BARE_KVM)(
+    "for ever, --on-error poison: whoever touches it gets SIGBUS",
+    async (spec) => {
       const snapshot = await snapshotOf(spec);
       await using disk = await FaultyDisk.make(snapshot.path);
       await using run = await failing(disk, snapshot, [

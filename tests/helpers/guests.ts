@@ -463,6 +463,11 @@ export function whyNoKvm(): string | null {
   }
 }
 
+/** Whether FSL_REQUIRE has this word: what cannot run here fails then, and is not skipped. */
+export function isRequired(word: string): boolean {
+  return (process.env["FSL_REQUIRE"] ?? "").split(",").includes(word);
+}
+
 /** Path of a file of the guests: `bzImage`, `initrd.cpio`, `bare.elf`, `guest.json`. */
 export function guestFile(name: string): string {
   const reason = whyNoGuests();

@@ -10,7 +10,8 @@ export interface TestTitle {
 
 /** A string that is the first argument of `test`, `describe` or what their `each`… give, before a function. */
 const TITLE = /(?:\b(?:test|describe)|\))\(\s*("(?:[^"\\\n]|\\.)+"),\s*(?:async\s*)?\(/g;
-const HEAD = /^ *(test|describe)\b/gm;
+/** Also `testOn` and `testOnBoth` of kvm.ts. */
+const HEAD = /^ *(test|describe)(?:On\w*)?\b/gm;
 /** Texts that may hold brackets come first. */
 const TOKEN = /"(?:[^"\\\n]|\\.)*"|`[^`]*`|\/(?:[^/\\\n]|\\.)+\/|[[\](){},]/g;
 
