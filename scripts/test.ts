@@ -2,9 +2,9 @@
  * Runs the test tiers in order: `bun scripts/test.ts [TIER …] [--soak] [--name PATTERN]`. Ends with
  * the plain line `N passed, N failed, N skipped`.
  *
- * A tier that cannot run here is skipped, and its reason is printed, and so is a test that needs
- * KVM; FSL_REQUIRE=kernel,e2e,fault,kvm turns such a skip into a failure. A tier that runs no test at all has failed. So has one that
- * leaves processes behind.
+ * A tier that cannot run here is skipped, and its reason is printed; so is a test that needs KVM.
+ * FSL_REQUIRE=kernel,e2e,fault,kvm turns such a skip into a failure. A tier that runs no test at
+ * all has failed. So has one that leaves processes behind.
  */
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
