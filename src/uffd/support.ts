@@ -13,6 +13,7 @@ import {
   UFFD_FEATURES,
   type UffdFeature,
 } from "../sys/abi.ts";
+import { grantDevice, userName } from "../sys/device-access.ts";
 import * as sys from "../sys/native.ts";
 import { openByDevice } from "./uffd.ts";
 
@@ -42,6 +43,7 @@ export interface HostProbe {
   /** vm.unprivileged_userfaultfd; null when there is no such setting. */
   readonly unprivilegedUserfaultfd: number | null;
   readonly effectiveUid: number;
+  /** Its number when it has no name. */
   readonly userName: string;
   readonly capSysPtrace: boolean;
   /** kernel.yama.ptrace_scope; null without Yama. */
@@ -98,7 +100,7 @@ export function probeHost(): HostProbe {
     features: shim === null ? knownFeatures(flags) : [],
     unprivilegedUserfaultfd: readNumber("/proc/sys/vm/unprivileged_userfaultfd"),
     effectiveUid: process.geteuid?.() ?? -1,
-    userName: process.env["USER"] ?? process.env["LOGNAME"] ?? "$USER",
+    userName: userName(),
     capSysPtrace: hasCapability(readText("/proc/self/status") ?? "", CAP_SYS_PTRACE),
     ptraceScope: readNumber("/proc/sys/kernel/yama/ptrace_scope"),
     kvm: ask(() => closed(sys.open("/dev/kvm", O_RDWR | O_CLOEXEC, 0))),
@@ -222,13 +224,13 @@ function userfaultfdProblems(probe: HostProbe): HostProblem[] {
 
 function userfaultfdFix(probe: HostProbe): string {
   const { userfaultfdSyscall: bySyscall, userfaultfdDevice: byDevice, userName } = probe;
-  if (byDevice === "EACCES") return `sudo setfacl -m u:${userName}:rw /dev/userfaultfd`;
+  if (byDevice === "EACCES") return grantDevice("/dev/userfaultfd", userName);
   if (bySyscall === "ENOSYS") return "boot a kernel that has CONFIG_USERFAULTFD=y";
   // The capability would be enough: somebody filters the call, as container engines do.
   if (probe.capSysPtrace || probe.effectiveUid === 0 || probe.unprivilegedUserfaultfd === 1) {
     return "docker run --device /dev/userfaultfd --security-opt seccomp=unconfined …";
   }
-  return "sudo sysctl -w vm.unprivileged_userfaultfd=1";
+  return "sysctl -w vm.unprivileged_userfaultfd=1 # as root";
 }
 
 function memfdProblems({ memfd }: HostProbe): HostProblem[] {
@@ -248,7 +250,7 @@ function tracingProblems({ pidfdGetfd, ptraceScope, capSysPtrace }: HostProbe): 
     const fix =
       ptraceScope === 3
         ? "set kernel.yama.ptrace_scope=0 in /etc/sysctl.d and restart: 3 cannot be changed"
-        : "sudo sysctl -w kernel.yama.ptrace_scope=0";
+        : "sysctl -w kernel.yama.ptrace_scope=0 # as root";
     problems.push({ problem, fix, blocking: false });
   }
   return problems;
@@ -258,8 +260,9 @@ function tracingProblems({ pidfdGetfd, ptraceScope, capSysPtrace }: HostProbe): 
 function kvmProblems({ kvm, cpuVirtualizes, arch, userName }: HostProbe): HostProblem[] {
   if (kvm === null || !cpuVirtualizes) return [];
   const problem = `/dev/kvm gives ${kvm}: guests run without KVM, slowly`;
-  const load = arch === "arm64" ? "enable KVM in the kernel" : "sudo modprobe -a kvm_intel kvm_amd";
-  const fix = kvm === "EACCES" ? `sudo setfacl -m u:${userName}:rw /dev/kvm` : load;
+  const load =
+    arch === "arm64" ? "enable KVM in the kernel" : "modprobe -a kvm_intel kvm_amd # as root";
+  const fix = kvm === "EACCES" ? grantDevice("/dev/kvm", userName) : load;
   return [{ problem, fix, blocking: false }];
 }
 

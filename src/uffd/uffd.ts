@@ -34,6 +34,7 @@ import {
   UFFD_EVENT_UNMAP,
   UFFD_MSG,
 } from "../sys/abi.ts";
+import { grantDevice } from "../sys/device-access.ts";
 import * as sys from "../sys/native.ts";
 
 export const EVENT_PAGEFAULT = UFFD_EVENT_PAGEFAULT;
@@ -300,7 +301,7 @@ export function openUffd(flags: number): { uffd: Uffd; way: UffdWay } {
   throw new FslError(
     "HOST_UNSUPPORTED",
     `userfaultfd: ${sys.errnoText(bySyscall)}; /dev/userfaultfd: ${sys.errnoText(byDevice)}; ` +
-      "run: setfacl -m u:$USER:rw /dev/userfaultfd",
+      `run: ${grantDevice("/dev/userfaultfd")}`,
     { syscallErrno: -bySyscall, deviceErrno: -byDevice },
   );
 }

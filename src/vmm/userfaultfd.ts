@@ -25,6 +25,7 @@ import {
   SYS_USERFAULTFD,
   USERFAULTFD_IOC_NEW,
 } from "../sys/abi.ts";
+import { grantDevice } from "../sys/device-access.ts";
 import { type HelperRecord, reapHelper } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import {
@@ -141,7 +142,7 @@ async function makeFromDevice(request: UserfaultfdRequest): Promise<TakenUserfau
     throw new FslError(
       "HOST_UNSUPPORTED",
       `userfaultfd: ${request.description} may not make one, and ${DEVICE_PATH} cannot be opened ` +
-        `(${native.errnoName(device)}); run: setfacl -m u:$USER:rw ${DEVICE_PATH}`,
+        `(${native.errnoName(device)}); run: ${grantDevice(DEVICE_PATH)}`,
       { errno: native.errnoName(device) },
     );
   }

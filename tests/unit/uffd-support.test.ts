@@ -49,14 +49,14 @@ describe("support.judgeHost", () => {
     expect(host.problems).toEqual([
       {
         problem: "userfaultfd(2) gives EPERM, /dev/userfaultfd gives EACCES",
-        fix: "sudo setfacl -m u:ann:rw /dev/userfaultfd",
+        fix: "setfacl -m u:ann:rw /dev/userfaultfd # as root; setfacl is in the package acl",
         blocking: true,
       },
     ]);
   });
 
   test.each([
-    ["no device (before Linux 6.1)", "EPERM", {}, "sudo sysctl -w vm.unprivileged_userfaultfd=1"],
+    ["no device (before Linux 6.1)", "EPERM", {}, "sysctl -w vm.unprivileged_userfaultfd=1"],
     ["not in the kernel", "ENOSYS", {}, "boot a kernel that has CONFIG_USERFAULTFD=y"],
     ["root in a container", "EPERM", { effectiveUid: 0 }, "docker run --device"],
     ["allowed, yet refused", "EPERM", { unprivilegedUserfaultfd: 1 }, "docker run --device"],
@@ -72,7 +72,7 @@ describe("support.judgeHost", () => {
   });
 
   test.each([
-    [1, "sudo sysctl -w kernel.yama.ptrace_scope=0"],
+    [1, "sysctl -w kernel.yama.ptrace_scope=0"],
     [3, "set kernel.yama.ptrace_scope=0 in /etc/sysctl.d and restart"],
   ])("ptrace_scope %p: loading works, attaching does not", (ptraceScope, fix) => {
     const host = judgeHost({ ...GOOD, ptraceScope });
@@ -93,7 +93,7 @@ describe("support.judgeHost", () => {
   });
 
   test("KVM that may not be used is a problem, a processor without it is a fact", () => {
-    expect(problemsWith({ kvm: "EACCES" })[0]?.fix).toBe("sudo setfacl -m u:ann:rw /dev/kvm");
+    expect(problemsWith({ kvm: "EACCES" })[0]?.fix).toStartWith("setfacl -m u:ann:rw /dev/kvm #");
     expect(problemsWith({ kvm: "ENOENT", cpuVirtualizes: false })).toEqual([]);
   });
 
