@@ -6,7 +6,11 @@
  *   made with `bun build --compile`               imports, which the import below embeds: nobody
  *                                                 has to name extra entry points
  *   a program bundled with `bun build --outdir`   the same file, copied beside the bundle
+ *
+ * The reference is for other projects: their compilers do not look for declarations in src/.
  */
+// oxlint-disable-next-line typescript/triple-slash-reference -- It is no module that can be imported.
+/// <reference path="./bundles.d.ts" />
 import { existsSync } from "node:fs";
 import eagerBundle from "../../build/eager-worker.bundle.js" with { type: "file" };
 import faultBundle from "../../build/fault-worker.bundle.js" with { type: "file" };

@@ -3,7 +3,16 @@
  * of their own.
  */
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { copyFileSync, existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { dumpMemory, type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
@@ -44,6 +53,47 @@ async function installPackage(into: string): Promise<void> {
   }
 }
 
+/** The script in README.md. */
+function readmeExample(): string {
+  const [, example, ...more] = readFileSync(join(ROOT, "README.md"), "utf8").split("```ts\n");
+  if (example === undefined || more.length > 0) throw new Error("README.md: expected one script");
+  return example.slice(0, example.indexOf("```"));
+}
+
+/** The same, with the snapshot and the command line that it is started with. */
+function forThisGuest(example: string): string {
+  const script = example
+    .replaceAll('"guest.snap"', 'process.argv[2] ?? ""')
+    .replace(/argv: \[.*?\]/, 'argv: process.argv.slice(process.argv.indexOf("--") + 1)');
+  if (script.match(/process\.argv\[2\]/g)?.length !== 2 || !script.includes("argv.slice")) {
+    throw new Error("README.md: the script has no snapshot or no command line any more");
+  }
+  return script;
+}
+
+/** What `bun init` sets, and everything else that is strict. */
+const STRICT = {
+  target: "esnext",
+  lib: ["esnext"],
+  module: "preserve",
+  moduleResolution: "bundler",
+  types: ["bun"],
+  allowImportingTsExtensions: true,
+  verbatimModuleSyntax: true,
+  isolatedModules: true,
+  noEmit: true,
+  skipLibCheck: true,
+  strict: true,
+  exactOptionalPropertyTypes: true,
+  noFallthroughCasesInSwitch: true,
+  noImplicitOverride: true,
+  noImplicitReturns: true,
+  noPropertyAccessFromIndexSignature: true,
+  noUncheckedIndexedAccess: true,
+  noUnusedLocals: true,
+  noUnusedParameters: true,
+};
+
 beforeAll(async () => {
   if (skip) return;
   snapshot = await snapshotOf({ guest: "bare" });
@@ -52,6 +102,8 @@ beforeAll(async () => {
   writeFileSync(join(project, "package.json"), '{ "type": "module" }\n');
   await installPackage(join(project, "node_modules/fsl"));
   copyFileSync(join(HELPERS, "load-script.ts"), join(project, "script.ts"));
+  writeFileSync(join(project, "readme.ts"), readmeExample());
+  writeFileSync(join(project, "readme-run.ts"), forThisGuest(readmeExample()));
 }, TIMEOUT_MS);
 
 afterAll(() => {
@@ -102,6 +154,58 @@ describe.skipIf(skip)("what is begun before QEMU is ready", () => {
   );
 });
 
+/** Compiles a script of the project. @returns the program, in a folder with nothing else of it */
+function compile(script: string): string {
+  const app = join(elsewhere, "app");
+  const build = Bun.spawnSync([process.execPath, "build", "--compile", script, "--outfile", app], {
+    cwd: project,
+    env: plainEnvironment(),
+  });
+  expect(build.stderr.toString()).not.toMatch(/error/i);
+  expect(build.exitCode).toBe(0);
+  return app;
+}
+
+/** Lets the guest of README's script run until all its RAM is in, and end. */
+async function expectReadmeRuns(program: readonly string[], cwd: string): Promise<void> {
+  await using run = await FslRun.start(snapshot, { program, cwd });
+  await run.stdout.waitFor(/^\d[\d.]* \d+$/m); // residentMs and faults
+  expect(run.stdout.text).toMatch(
+    new RegExp(`^${snapshot.machineType} \\[\\s+\\[ "pc.ram", ${snapshot.memoryMiB * 2 ** 20} \\]`),
+  );
+  expect((await run.serial.waitForNext(/^tick /)).text).toMatch(/ ok$/);
+  await run.qmp.execute("quit");
+  expect(await run.end()).toBe(0);
+  expect(run.leftovers()).toEqual([]);
+}
+
+describe.skipIf(skip)("the script in README.md", () => {
+  test(
+    "runs by bun",
+    () => expectReadmeRuns([process.execPath, "readme-run.ts"], project),
+    TIMEOUT_MS,
+  );
+
+  test("runs compiled", () => expectReadmeRuns([compile("readme-run.ts")], elsewhere), TIMEOUT_MS);
+
+  test(
+    "passes a strict type check, with the package's sources",
+    async () => {
+      // Dependencies of the package, and what the project itself would install for its check.
+      for (const name of ["citty", "consola", "@types", "bun-types", "undici-types"]) {
+        symlinkSync(join(ROOT, "node_modules", name), join(project, "node_modules", name));
+      }
+      const settings = { compilerOptions: STRICT, files: ["readme.ts", "script.ts"] };
+      writeFileSync(join(project, "tsconfig.json"), JSON.stringify(settings));
+      const tsc = join(ROOT, "node_modules/.bin/tsc");
+      const child = Bun.spawn([tsc, "-p", project], { stdout: "pipe", stderr: "pipe" });
+      expect(await new Response(child.stdout).text()).toBe("");
+      expect(await child.exited).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+});
+
 describe.skipIf(skip)("the package", () => {
   test(
     "loads a snapshot from a script that bun runs",
@@ -114,13 +218,7 @@ describe.skipIf(skip)("the package", () => {
   test(
     "loads a snapshot from a script that is compiled, in a folder of its own",
     async () => {
-      const app = join(elsewhere, "app");
-      const build = Bun.spawnSync(
-        [process.execPath, "build", "--compile", "script.ts", "--outfile", app],
-        { cwd: project, env: plainEnvironment() },
-      );
-      expect(build.stderr.toString()).not.toMatch(/error/i);
-      expect(build.exitCode).toBe(0);
+      const app = compile("script.ts");
       const away = `${project}.away`;
       await Bun.$`mv ${project} ${away}`.quiet();
       try {
