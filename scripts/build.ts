@@ -27,15 +27,21 @@ function buildExecutable(log: (line: string) => void): void {
       .map((name) => join(folder, name)),
   );
   const newest = newestMs([...inputs, join(ROOT, "package.json"), import.meta.path]);
-  if (modifiedMs(EXECUTABLE) >= newest) return;
+  if (modifiedMs(EXECUTABLE) >= newest) {
+    log(`${executableText()}, newer than its sources`);
+    return;
+  }
   mkdirSync(join(ROOT, "dist"), { recursive: true });
   const options = ["--minify", "--sourcemap=none", "--bytecode", "--format=esm"];
   const partPath = `${EXECUTABLE}.${process.pid}`;
   run([process.execPath, "build", "--compile", ...options, MAIN, "--outfile", partPath]);
   // In one step: a program that is running cannot be written to.
   renameSync(partPath, EXECUTABLE);
-  const megabytes = (Bun.file(EXECUTABLE).size / 1e6).toFixed(1);
-  log(`built dist/fsl, ${megabytes} MB`);
+  log(`${executableText()}, built`);
+}
+
+function executableText(): string {
+  return `dist/fsl, ${(Bun.file(EXECUTABLE).size / 1e6).toFixed(1)} MB`;
 }
 
 const isQuiet = process.argv.includes("--quiet");
