@@ -5,7 +5,7 @@ import { wholeNumber } from "./arguments.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
 import { type Progress, startProgress } from "./progress.ts";
-import { SIGNALS } from "./serve.ts";
+import { CAUGHT_SIGNALS } from "./serve.ts";
 
 /** What the guest does after a save, by `--then`. */
 const AFTERWARDS = {
@@ -52,7 +52,7 @@ export const saveCommand = defineCommand({
     setQuiet(quiet);
     const abort = new AbortController();
     const stop = (): void => abort.abort();
-    for (const signal of SIGNALS) process.on(signal, stop);
+    for (const signal of CAUGHT_SIGNALS) process.on(signal, stop);
     let state: Progress | null = null;
     const progress = quiet ? undefined : startProgress(() => state);
     const startedAtMs = performance.now();

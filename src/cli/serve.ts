@@ -248,6 +248,9 @@ export const OTHER_SIGNALS = [
   "SIGXCPU",
 ] as const;
 
+/** All signals that are caught. */
+export const CAUGHT_SIGNALS = [...SIGNALS, ...OTHER_SIGNALS] as const;
+
 /** QEMU's own exit code; 9 when pages stayed unreadable and that is why. */
 export function exitCodeOf({ exitCode, signal }: ExitStatus, supplyFailed: boolean): number {
   if (supplyFailed) return EXIT_CODES.SUPPLY_FAILED;

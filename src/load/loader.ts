@@ -768,14 +768,14 @@ class Load {
   }
 
   #report(complete: boolean): LoadReport {
+    const { mode = "lazy" } = this.#options;
     return reportOf(this.#state ?? null, {
       times: { ...this.#times },
-      mode: this.#options.mode ?? "lazy",
+      mode,
       complete,
       blocks: (this.#plan?.blocks ?? []).map(({ block, way, reason, bitmap }) => ({
         idstr: block.idstr,
-        way,
-        reason,
+        ...(mode === "copy" ? { way: mode, reason: "by QEMU itself" } : { way, reason }),
         length: block.usedLength,
         dataBytes: bitmap.dataPages * block.pageSize,
       })),

@@ -92,6 +92,7 @@ export function planLoad(snapshot: Snapshot, info: TargetInfo, options: PlanOpti
 
 function compareMachine(snapshot: Snapshot, info: TargetInfo, differences: string[]): void {
   const { machineType } = snapshot;
+  // QEMU compares them itself when it reads the state; the file of a machine without one has none.
   if (info.machineType === null || machineType === null || machineType === info.machineType) return;
   differences.push(
     `machine type: snapshot has ${machineType}, QEMU runs ${info.machineType}; ` +

@@ -72,7 +72,7 @@ export interface LoadReport extends LoadTimes {
   readonly chunkFaults: number;
   /** Pages that the guest gave back while loading. */
   readonly removedPages: number;
-  /** What each block was: lazy, seed, fill or ignored, with its data bytes. */
+  /** What each block was: lazy, seed, fill or ignored (with mode copy: copy), with its data bytes. */
   readonly blocks: readonly {
     readonly idstr: string;
     readonly way: string;

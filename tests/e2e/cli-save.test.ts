@@ -9,7 +9,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
-import { SIGNALS } from "../../src/cli/serve.ts";
+import { CAUGHT_SIGNALS } from "../../src/cli/serve.ts";
 import { AttachRun } from "../helpers/attach-runs.ts";
 import type { Ended, FslProcess } from "../helpers/fault-runs.ts";
 import { guestArgv, whyNoGuests } from "../helpers/guests.ts";
@@ -133,7 +133,7 @@ describe.skipIf((whyNoExecutable() ?? whyNoGuests()) !== null)("fsl save", () =>
       await using run = await startRun(big);
       const before = await run.traits();
       writeFileSync(join(run.directory, "guest.snap"), "old");
-      for (const signal of SIGNALS) {
+      for (const signal of CAUGHT_SIGNALS) {
         const ended = await interrupted(run, signal);
         expect({ signal, ...ended }).toEqual({
           signal,
