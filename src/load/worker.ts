@@ -8,6 +8,7 @@ import type { PageSource } from "../source/page-source.ts";
 import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { ChunkMover } from "./chunk-mover.ts";
+import { placeAs } from "./placement.ts";
 import { compileIdly } from "./priority.ts";
 import type { WorkerReport, WorkerStart } from "./protocol.ts";
 import { LoadState } from "./state.ts";
@@ -39,6 +40,7 @@ export function serveWorker<Start extends WorkerStart>(
     const start = event.data;
     try {
       const state = LoadState.attach(start.handle);
+      placeAs(state.metadata.target.pid);
       const counters = state.counters(start.workerIndex);
       const source = await makeSource(start.source, start.handle.metadata.blocks);
       // The descriptor is the main thread's: it is not closed here.

@@ -308,6 +308,9 @@ export const MPOL_DEFAULT = 0;
 export const MPOL_PREFERRED = 1;
 export const MPOL_BIND = 2;
 export const MPOL_INTERLEAVE = 3;
+export const MPOL_LOCAL = 4;
+export const MPOL_PREFERRED_MANY = 5; // 5.15
+export const MPOL_WEIGHTED_INTERLEAVE = 6; // 6.9
 
 /** System call numbers for `remoteSyscall`. */
 export const SYS_USERFAULTFD = byArch(323, 282);

@@ -547,6 +547,7 @@ export function schedSetscheduler(tid: number, policy: number): number {
   return lib.fsl_sched_setscheduler(tid, policy);
 }
 
+/** On which CPUs one thread may run, a bit for each; 0: the calling thread. */
 export function schedSetaffinity(tid: number, mask: Memory, maskBytes: number): number {
   return lib.fsl_sched_setaffinity(tid, mask, maskBytes);
 }
@@ -556,7 +557,7 @@ export function schedGetaffinity(tid: number, mask: Memory, maskBytes: number): 
   return lib.fsl_sched_getaffinity(tid, mask, maskBytes);
 }
 
-/** NUMA policy of the calling thread. */
+/** NUMA policy of the calling thread. The kernel looks at one bit less than `nodesBits`. */
 export function setMempolicy(mode: number, nodes: Memory, nodesBits: number): number {
   return lib.fsl_set_mempolicy(mode, nodes, nodesBits);
 }

@@ -53,6 +53,8 @@ export interface RigOptions extends ServingOptions {
   readonly kind?: MemoryKind;
   readonly pages: number;
   readonly canDiscard?: boolean;
+  /** Called when the toucher runs and no Worker has heard of it yet. */
+  readonly beforeServing?: (pid: number) => void;
   /** Instead of the file of pages; its path is the option `path`. */
   readonly source?: {
     readonly module: string;
@@ -156,6 +158,7 @@ export class Rig implements AsyncDisposable {
     const args = [kind, String(pages * PAGE), String(features)];
     const toucher = new TargetProcess(args, toucherProgram());
     const rig = new Rig(toucher, await toucher.region(), options);
+    options.beforeServing?.(toucher.pid);
     await rig.serving.serveFaults();
     return rig;
   }
