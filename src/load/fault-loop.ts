@@ -234,12 +234,14 @@ export class FaultLoop {
 
   /** ms until the next retry, -1 for none. */
   #timeoutMs(): number {
+    const eagerMs = this.#options.moves?.timeoutMs ?? -1;
+    // Asked after every batch: not even an iterator is made.
+    if (this.#waiting.length === 0) return eagerMs;
     let next = Number.POSITIVE_INFINITY;
     for (const waiting of this.#waiting) {
       if (waiting.reason === RETRY) return 0;
       if (waiting.reason === FAILED) next = Math.min(next, waiting.retryAtMs);
     }
-    const eagerMs = this.#options.moves?.timeoutMs ?? -1;
     if (next === Number.POSITIVE_INFINITY) return eagerMs;
     const retryMs = Math.max(0, Math.ceil(next - performance.now()));
     return eagerMs < 0 ? retryMs : Math.min(retryMs, eagerMs);
@@ -323,7 +325,10 @@ export class FaultLoop {
   #releaseSource(): void {
     const { source, state } = this.#options;
     this.#faultsAtRelease = this.#faults;
-    for (const { index, pageCount } of state.blocks) source.release?.(index, 0, pageCount);
+    const { blocks } = state;
+    for (let index = 0; index < blocks.length; index += 1) {
+      source.release?.(index, 0, blocks[index]?.pageCount ?? 0);
+    }
   }
 
   /** Starts the reads of a whole batch before the first is waited for. */
@@ -343,9 +348,15 @@ export class FaultLoop {
   #blockOf(address: number): BlockState | undefined {
     const last = this.#lastBlock;
     if (last !== undefined && contains(last, address)) return last;
-    const found = this.#options.state.blocks.find((state) => contains(state, address));
-    this.#lastBlock = found;
-    return found;
+    const { blocks } = this.#options.state;
+    // No closure, and no iterator: QEMU's vCPUs go from block to block.
+    for (let index = 0; index < blocks.length; index += 1) {
+      const state = blocks[index];
+      if (state === undefined || !contains(state, address)) continue;
+      this.#lastBlock = state;
+      return state;
+    }
+    return undefined;
   }
 
   #serveFault(address: number): Outcome {

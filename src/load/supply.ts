@@ -61,7 +61,7 @@ export class Supply {
   readonly #selfPid = process.pid;
   /** Where a host page larger than the bitmap's page is put together; made at first use. */
   #assemblyAddress = 0;
-  #assemblyLength = 0;
+  #assembly = new Uint8Array(0);
 
   /** Pages brought in by the last call, before it ended with its outcome. */
   pagesDone = 0;
@@ -175,8 +175,7 @@ export class Supply {
     const pages = block.hostPageSize / block.pageSize;
     this.pagesDone = 0;
     this.errno = 0;
-    const buffer = this.#assembly(block.hostPageSize);
-    buffer.fill(0);
+    this.#clearAssembly(block.hostPageSize);
     const end = firstPage + pages;
     let at = nextMissing(state.data, state.done, firstPage, end, true);
     while (at < end) {
@@ -229,8 +228,9 @@ export class Supply {
   }
 
   close(): void {
-    if (this.#assemblyAddress !== 0) sys.munmap(this.#assemblyAddress, this.#assemblyLength);
+    if (this.#assemblyAddress !== 0) sys.munmap(this.#assemblyAddress, this.#assembly.length);
     this.#assemblyAddress = 0;
+    this.#assembly = new Uint8Array(0);
   }
 
   /** By the target's page table. False also when that cannot be read. */
@@ -253,16 +253,19 @@ export class Supply {
     return PENDING;
   }
 
-  #assembly(length: number): Uint8Array {
-    if (this.#assemblyLength < length) {
+  /** The buffer has zeros, and room for `length` bytes. */
+  #clearAssembly(length: number): void {
+    if (this.#assembly.length < length) {
       this.close();
       this.#assemblyAddress = sys.check(
         sys.mmap(0, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
         "mmap of a host page buffer",
       );
-      this.#assemblyLength = length;
+      this.#assembly = new Uint8Array(sys.view(this.#assemblyAddress, length));
+      // The kernel has just cleared it.
+      return;
     }
-    return new Uint8Array(sys.view(this.#assemblyAddress, length));
+    this.#assembly.fill(0, 0, length);
   }
 }
 

@@ -82,8 +82,11 @@ export class WholeChunks {
    * there is nothing to wait for.
    */
   putFds(fds: Int32Array, at: number): void {
-    for (const [index, { isRunning, fd }] of this.#options.movers.entries()) {
-      fds[at + index] = isRunning ? fd : -1;
+    const { movers } = this.#options;
+    // Asked before every poll: not even an iterator is made.
+    for (let index = 0; index < movers.length; index += 1) {
+      const mover = movers[index];
+      fds[at + index] = mover?.isRunning === true ? mover.fd : -1;
     }
   }
 

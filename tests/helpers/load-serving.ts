@@ -39,7 +39,7 @@ export function countDataPages(pages: number): number {
 }
 
 /** All pages as a snapshot file has them: where there is no data, there are stale bytes. */
-function pageFile(pages: number): ReturnType<typeof mappedBytes> {
+export function pageFile(pages: number): ReturnType<typeof mappedBytes> {
   const words = new Uint32Array(pages * (PAGE / 4));
   for (let page = 0; page < pages; page += 1) {
     const at = page * 1024;
