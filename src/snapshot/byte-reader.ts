@@ -30,7 +30,10 @@ const FIELD_LENGTH_MAX = 4096;
 /** Names of QEMU hold printable ASCII only. */
 const NOT_PRINTABLE = /[^\x20-\x7e]/;
 
-/** SNAPSHOT_FORMAT: `what: expected E, found F (file at 0x...)`. */
+/** What helps with a file that ends too soon. */
+export const AGAIN = "copy or save it again";
+
+/** SNAPSHOT_FORMAT: `what: expected E, found F (file at 0x...)`. @param advice what to do; "" = nothing to say */
 export function damaged(
   source: ByteSource,
   fileOffset: number,
@@ -38,8 +41,9 @@ export function damaged(
   expected: string,
   found: string | number,
   details: ErrorDetails = {},
+  advice = "",
 ): FslError {
-  return refusal("SNAPSHOT_FORMAT", source, fileOffset, what, expected, found, details);
+  return refusal("SNAPSHOT_FORMAT", source, fileOffset, what, expected, found, details, advice);
 }
 
 /** SNAPSHOT_UNSUPPORTED: sound as far as it was read, but not something fsl loads. */
@@ -50,8 +54,10 @@ export function unsupported(
   expected: string,
   found: string | number,
   details: ErrorDetails = {},
+  advice = "",
 ): FslError {
-  return refusal("SNAPSHOT_UNSUPPORTED", source, fileOffset, what, expected, found, details);
+  const code = "SNAPSHOT_UNSUPPORTED";
+  return refusal(code, source, fileOffset, what, expected, found, details, advice);
 }
 
 function refusal(
@@ -62,8 +68,11 @@ function refusal(
   expected: string,
   found: string | number,
   details: ErrorDetails,
+  advice: string,
 ): FslError {
-  const message = `${what}: expected ${expected}, found ${found} (${source.name} at ${hex(fileOffset)})`;
+  const place = `${source.name} at ${hex(fileOffset)}`;
+  const end = advice === "" ? "" : `; ${advice}`;
+  const message = `${what}: expected ${expected}, found ${found} (${place})${end}`;
   return new FslError(code, message, {
     path: source.name,
     fileOffset,
@@ -244,8 +253,9 @@ export class ByteReader {
     expected: string,
     found: string | number,
     details: ErrorDetails = {},
+    advice = "",
   ): FslError {
-    return damaged(this.source, fileOffset, what, expected, found, details);
+    return damaged(this.source, fileOffset, what, expected, found, details, advice);
   }
 
   /** See `unsupported`; of this reader's source. */
@@ -255,8 +265,9 @@ export class ByteReader {
     expected: string,
     found: string | number,
     details: ErrorDetails = {},
+    advice = "",
   ): FslError {
-    return unsupported(this.source, fileOffset, what, expected, found, details);
+    return unsupported(this.source, fileOffset, what, expected, found, details, advice);
   }
 
   /** The error for something that would reach past the end of the file. */
@@ -269,7 +280,8 @@ export class ByteReader {
     const { name, byteLength } = this.source;
     return new FslError(
       "SNAPSHOT_FORMAT",
-      `${what}: ends at ${hex(endOffset)} but the file is ${byteLength} bytes (${name} at ${hex(fieldOffset)})`,
+      `${what}: truncated or unfinished: expected a file of ${hex(endOffset)} bytes or more, ` +
+        `found ${hex(byteLength)} (${name} at ${hex(fieldOffset)}); ${AGAIN}`,
       { path: name, fileOffset: fieldOffset, expected: byteLength, found: endOffset, ...details },
     );
   }

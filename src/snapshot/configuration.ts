@@ -70,7 +70,8 @@ export function readConfiguration(reader: ByteReader): Configuration {
   if (!capabilities.includes("mapped-ram")) {
     const what = "snapshot saved without mapped-ram";
     const found = capabilities.length === 0 ? "none" : capabilities.join(", ");
-    throw reader.unsupported(startOffset, what, "capability mapped-ram", found);
+    const advice = "save it with 'fsl save', or with the capability mapped-ram on";
+    throw reader.unsupported(startOffset, what, "capability mapped-ram", found, {}, advice);
   }
   return { machineType, capabilities, uuid, targetPageBits };
 }
@@ -79,13 +80,26 @@ function readHeader(reader: ByteReader): void {
   const at = reader.offset;
   const what = "not a QEMU migration stream";
   const expected = "magic 0x5145564d (QEVM)";
+  const advice = "a snapshot is a file that 'fsl save' or QEMU's own migration has written";
   // A file this short is no snapshot that was cut, but something else.
-  if (reader.source.byteLength - at < 8) throw reader.damaged(at, what, expected, "the file's end");
+  if (reader.source.byteLength - at < 8) {
+    throw reader.damaged(at, what, expected, "the file's end", {}, advice);
+  }
   const magic = reader.readU32BE("magic");
-  if (magic !== QEMU_VM_FILE_MAGIC) throw reader.damaged(at, what, expected, hex(magic));
+  if (magic !== QEMU_VM_FILE_MAGIC) {
+    throw reader.damaged(at, what, expected, `${hex(magic)}${kindOf(magic)}`, {}, advice);
+  }
   const version = reader.readU32BE("stream version");
   if (version === QEMU_VM_FILE_VERSION) return;
   throw reader.unsupported(at + 4, "stream version", `${QEMU_VM_FILE_VERSION}`, version);
+}
+
+/** What is given for a snapshot by mistake: `, a qcow2 image`; empty when it is none of those. */
+function kindOf(magic: number): string {
+  if (magic === 0x514649fb) return ", a qcow2 image";
+  if (magic === 0x7f454c46) return ", an ELF file";
+  if (magic === 0x28b52ffd) return ", a zstd file";
+  return magic >>> 16 === 0x1f8b ? ", a gzip file" : "";
 }
 
 function readSectionType(reader: ByteReader): void {

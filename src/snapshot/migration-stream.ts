@@ -16,7 +16,7 @@
  */
 import { assert, type FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
-import { ByteReader, type ByteSource } from "./byte-reader.ts";
+import { AGAIN, ByteReader, type ByteSource } from "./byte-reader.ts";
 import { readConfiguration, type Configuration } from "./configuration.ts";
 import { findLastGlobalState, readGlobalState, type GlobalState } from "./global-state.ts";
 import { RAM_FLAG_EOS, readRamStartBody, type RAMBlock } from "./mapped-ram.ts";
@@ -321,7 +321,7 @@ class SectionWalk {
     }
     const what = "unfinished or truncated snapshot";
     const expected = "the vmdescription, or a section footer and EOF, at its end";
-    throw this.#reader.damaged(byteLength, what, expected, "neither");
+    throw this.#reader.damaged(byteLength, what, expected, "neither", {}, AGAIN);
   }
 
   /** EOF byte where the description says, every described device seen, and the RAM section ended. */

@@ -174,7 +174,7 @@ function openFile(path: string): number {
     const reason = systemReason(cause);
     throw new FslError(
       "SNAPSHOT_OPEN",
-      `snapshot: cannot open: ${reason} (${path})`,
+      `snapshot: cannot open: ${reason}${reason === "ENOENT" ? ", it does not exist" : ""} (${path})`,
       { path, reason },
       cause,
     );

@@ -119,6 +119,24 @@ describe("configuration", () => {
     expect(error.message).toContain("not a QEMU migration stream");
   });
 
+  test.each([
+    ["qcow2", [0x51, 0x46, 0x49, 0xfb], "0x514649fb, a qcow2 image"],
+    ["ELF", [0x7f, 0x45, 0x4c, 0x46], "0x7f454c46, an ELF file"],
+    ["gzip", [0x1f, 0x8b, 0x08, 0x00], "0x1f8b0800, a gzip file"],
+    ["zstd", [0x28, 0xb5, 0x2f, 0xfd], "0x28b52ffd, a zstd file"],
+    ["no known", [0x7b, 0x0a, 0x20, 0x20], "0x7b0a2020"],
+  ])("of a file with %s magic is refused, and named", (_, magic, found) => {
+    const error = refusalOf(() =>
+      parseSnapshot(new CountingSource(Uint8Array.of(...magic, 0, 0, 0, 0))),
+    );
+    expect(error.code).toBe("SNAPSHOT_FORMAT");
+    expect(error.message).toBe(
+      "not a QEMU migration stream: expected magic 0x5145564d (QEVM), " +
+        `found ${found} (test.snap at 0x0); ` +
+        "a snapshot is a file that 'fsl save' or QEMU's own migration has written",
+    );
+  });
+
   test("at an offset past the end is refused as no migration stream", () => {
     const source = new CountingSource(buildSnapshot().bytes);
     expect(refusalOf(() => parseSnapshot(source, { offset: 2 ** 40 })).code).toBe(

@@ -252,7 +252,8 @@ describe("RAMBlock records are refused", () => {
       parse(buildSnapshot({ corrupt: { "pc.ram.pagesOffset": 0x100000 } })),
     );
     expect(error.message).toBe(
-      "RAMBlock pc.ram: pages: ends at 0x111000 but the file is 83217 bytes (test.snap at 0x83)",
+      "RAMBlock pc.ram: pages: truncated or unfinished: expected a file of 0x111000 bytes or more, " +
+        "found 0x14511 (test.snap at 0x83); copy or save it again",
     );
     expect(error.details).toEqual({
       path: "test.snap",

@@ -96,7 +96,7 @@ describe("openSnapshot", () => {
     const path = join(directory, "missing.snap");
     const error = refusalOf(() => openSnapshot(path));
     expect(error.code).toBe("SNAPSHOT_OPEN");
-    expect(error.message).toBe(`snapshot: cannot open: ENOENT (${path})`);
+    expect(error.message).toBe(`snapshot: cannot open: ENOENT, it does not exist (${path})`);
     expect(error.details).toEqual({ path, reason: "ENOENT" });
   });
 
