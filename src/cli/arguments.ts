@@ -39,7 +39,9 @@ export function checkArguments(own: readonly string[], args: ArgsDef, hint = "")
     }));
   } catch (error) {
     const text = error instanceof Error ? error.message : String(error);
-    throw new FslError("USAGE", `${text.split(". ")[0] ?? text}${hint}`);
+    // Some of its texts are of several lines.
+    const [sentence = text] = text.split(". ");
+    throw new FslError("USAGE", `${sentence.replace(/\s+/g, " ").replace(/\.$/, "")}${hint}`);
   }
   const empty = Object.keys(values).find((name) => values[name] === "");
   if (empty !== undefined) throw new FslError("USAGE", `--${empty}: expected a value, found ''`);

@@ -81,6 +81,21 @@ function usageError(error: unknown): FslError | undefined {
   return new FslError("USAGE", Bun.stripANSI(error.message).replace(/\.$/, ""));
 }
 
+function unknownCommand(name: string): FslError {
+  const known = Object.keys(entries).join(", ");
+  return new FslError("USAGE", `unknown command '${name}', expected one of ${known}`);
+}
+
+function entryOf(name: string): Entry {
+  const found = Object.hasOwn(entries, name) ? entries[name] : undefined;
+  if (found === undefined) throw unknownCommand(name);
+  return found;
+}
+
+function refuseSurplus([surplus]: readonly string[]): void {
+  if (surplus !== undefined) throw new FslError("USAGE", `unexpected argument '${surplus}'`);
+}
+
 /** citty colours whatever the output is. */
 function printUsage(usage: string, stream: NodeJS.WriteStream): void {
   stream.write(`${stream.isTTY === true ? usage : Bun.stripANSI(usage)}\n`);
@@ -89,21 +104,21 @@ function printUsage(usage: string, stream: NodeJS.WriteStream): void {
 async function main(argv: readonly string[]): Promise<number> {
   const { own, behind } = splitAtDashes(argv);
   const [name, ...rest] = own;
-  if (name === "--version" || name === "-V") {
-    console.log(packageJson.version);
-    return 0;
-  }
-  if (name === undefined || name === "--help" || name === "-h" || name === "help") {
-    const usage = await renderUsage(program);
-    printUsage(usage, name === undefined ? process.stderr : process.stdout);
-    return name === undefined ? 2 : 0;
-  }
-  const command = Object.hasOwn(entries, name) ? entries[name] : undefined;
+  const command = name !== undefined && Object.hasOwn(entries, name) ? entries[name] : undefined;
   try {
-    if (command === undefined) {
-      const known = Object.keys(entries).join(", ");
-      throw new FslError("USAGE", `unknown command '${name}', expected one of ${known}`);
+    if (name === "--version" || name === "-V") {
+      refuseSurplus(argv.slice(1));
+      console.log(packageJson.version);
+      return 0;
     }
+    if (name === undefined || name === "--help" || name === "-h" || name === "help") {
+      const topic = name === "help" ? argv[1] : undefined;
+      refuseSurplus(argv.slice(topic === undefined ? 1 : 2));
+      const usage = await (topic === undefined ? renderUsage(program) : entryOf(topic).usage());
+      printUsage(usage, name === undefined ? process.stderr : process.stdout);
+      return name === undefined ? 2 : 0;
+    }
+    if (command === undefined) throw unknownCommand(name);
     if (rest.includes("--help") || rest.includes("-h")) {
       printUsage(await command.usage(), process.stdout);
       return 0;
