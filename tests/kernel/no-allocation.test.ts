@@ -1,7 +1,8 @@
 /**
  * Nothing is allocated per fault: a garbage collection is a pause of milliseconds for whoever waits.
- * The loop runs in this very thread, on the userfaultfd of a process of ours, so that JavaScriptCore's
- * heap can be looked at in the middle of it. Nothing is collected meanwhile: what is allocated makes the heap's capacity grow.
+ * The loop runs in this very thread, on the userfaultfd of a process of ours, so that
+ * JavaScriptCore's heap can be looked at in the middle of it. Nothing is collected meanwhile: what
+ * is allocated makes the heap's capacity grow.
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { heapStats } from "bun:jsc";
