@@ -81,7 +81,7 @@ describe.skipIf(skip)("fsl load refuses", () => {
       "a snapshot that is not there",
       () => ({ path: "/nonexistent/vm.snap" }),
       3,
-      /^fsl: snapshot: cannot open: ENOENT \(\/nonexistent\/vm\.snap\)$/m,
+      /^fsl: snapshot: cannot open: ENOENT, it does not exist \(\/nonexistent\/vm\.snap\)$/m,
     ],
     [
       "a directory",
