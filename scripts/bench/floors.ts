@@ -51,6 +51,7 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
         "**Eager throughput**: a bare loop in C that does not keep the whole snapshot in its page table has " +
         `${found} of what it has when it does.`,
     ),
+    cpuLine(all, start),
     startLine(all, start),
   ];
   return lines.filter((line) => line !== null);
@@ -86,8 +87,29 @@ function busiest(faultPath: Result["faultPath"]): string | null {
   );
 }
 
+/** QEMU's own load costs what it costs; on top comes at least what a program with one Worker takes to start. */
+function cpuLine(all: Cells, start: Result["start"]): string | null {
+  const [empty, worker] = [start?.empty.cpuMs?.median, start?.worker.cpuMs?.median];
+  if (empty === undefined || worker === undefined) return null;
+  const known = GUESTS.flatMap((scenario) => {
+    const ordinary = all.median(scenario, "idle", "ordinary", "cpuMs");
+    return ordinary === null
+      ? []
+      : [`${((ordinary + worker) / ordinary).toFixed(2)} (${scenario})`];
+  });
+  const sum =
+    known.length === 0
+      ? ""
+      : `; with that an ordinary load takes ${known.join(", ")} times as much`;
+  return (
+    `**CPU**: an empty program that Bun has compiled takes ${empty.toFixed(1)} ms of CPU time to start and end, ` +
+    `${worker.toFixed(1)} ms with one Worker that does nothing${sum}, and fsl's own code is compiled on top, ` +
+    "which costs as much for a small guest as for a large one."
+  );
+}
+
 function startLine(all: Cells, start: Result["start"]): string | null {
-  const [empty, own] = [start?.empty?.median, start?.fsl?.median];
+  const [empty, own] = [start?.empty.ms?.median, start?.fsl.ms?.median];
   const [first] = GUESTS;
   if (empty === undefined || own === undefined || first === undefined) return null;
   const ready = all.median(first, "idle", "ordinary", "readyMs");

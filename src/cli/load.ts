@@ -1,5 +1,13 @@
 /** `fsl load`: flags in, QEMU's exit code out. */
-import { closeSync, constants, openSync, statSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  constants,
+  existsSync,
+  openSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { resolve } from "node:path";
 import { type ArgsDef, defineCommand } from "citty";
 import {
@@ -277,6 +285,9 @@ function loadOptions(flags: LoadFlags): Omit<LoadOptions, "target"> {
   };
 }
 
+/** A report tells of paths and of what a guest does: its owner's alone. */
+const REPORT_MODE = 0o600;
+
 /**
  * Before QEMU is started, for afterwards the guest would run already; and nothing is written yet, for
  * the load may fail. @throws FslError USAGE for a file that fsl would destroy, or cannot write
@@ -299,9 +310,11 @@ function checkFiles(snapshot: string, workingSet?: string, report?: string): voi
     refuse("report", report, "the working set");
   }
   try {
-    closeSync(
-      openSync(report, constants.O_WRONLY | constants.O_CREAT | constants.O_NONBLOCK, 0o600),
-    );
+    const isThere = existsSync(report);
+    const flags = constants.O_WRONLY | constants.O_CREAT | constants.O_NONBLOCK;
+    closeSync(openSync(report, flags, REPORT_MODE));
+    // A load that fails leaves no empty one behind.
+    if (!isThere) rmSync(report);
   } catch (cause) {
     throw new FslError(
       "USAGE",
@@ -342,7 +355,7 @@ async function follow(handle: LoadHandle, run: Run): Promise<LoadReport> {
 /** The guest has its RAM by now: a disk that is full is worth a word, and no reason to fail. */
 function writeReport(path: string, report: LoadReport): void {
   try {
-    writeFileSync(path, `${JSON.stringify(report, null, 2)}\n`);
+    writeFileSync(path, `${JSON.stringify(report, null, 2)}\n`, { mode: REPORT_MODE });
   } catch (error) {
     log.warn(`--report ${path}: cannot be written: ${(error as Error).message}`);
   }

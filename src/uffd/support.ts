@@ -6,10 +6,12 @@
 import { readdirSync, readFileSync } from "node:fs";
 import {
   CAP_SYS_PTRACE,
+  EPERM,
   MFD_CLOEXEC,
   O_CLOEXEC,
   O_NONBLOCK,
   O_RDWR,
+  SYS_GETPID,
   UFFD_FEATURES,
   type UffdFeature,
 } from "../sys/abi.ts";
@@ -54,6 +56,8 @@ export interface HostProbe {
   readonly hugePages: readonly HugePages[];
   readonly memfd: Refusal;
   readonly pidfdGetfd: Refusal;
+  /** Of a child, which Yama always allows. */
+  readonly ptrace: Refusal;
 }
 
 export interface HostProblem {
@@ -109,6 +113,7 @@ export function probeHost(): HostProbe {
     hugePages: readHugePages(),
     memfd: ask(() => closed(sys.memfdCreate("fsl-check", MFD_CLOEXEC))),
     pidfdGetfd: ask(tryPidfdGetfd),
+    ptrace: shim === null ? tryPtrace() : UNKNOWN,
   };
 }
 
@@ -117,7 +122,8 @@ export function judgeHost(probe: HostProbe): HostSupport {
   const problems = findProblems(probe);
   const works = !problems.some(({ blocking }) => blocking);
   const mayTrace = probe.capSysPtrace || (probe.ptraceScope ?? 0) === 0;
-  const canAttach = works && mayTrace && probe.pidfdGetfd === null;
+  const isTraceable = probe.ptrace === null || probe.ptrace === UNKNOWN;
+  const canAttach = works && mayTrace && isTraceable && probe.pidfdGetfd === null;
   return { ...probe, works, canAttach, facts: describe(probe), problems };
 }
 
@@ -169,6 +175,25 @@ function tryPidfdGetfd(): number {
   const result = closed(sys.pidfdGetfd(pidfd, pidfd));
   sys.close(pidfd);
   return result;
+}
+
+const PTRACE_TIMEOUT_MS = 1000;
+
+/** A child makes a system call for us. Containers often forbid ptrace altogether. */
+function tryPtrace(): Refusal {
+  let child: Bun.Subprocess;
+  try {
+    child = Bun.spawn(["/bin/sleep", "60"], { stdio: ["ignore", "ignore", "ignore"] });
+  } catch {
+    return UNKNOWN;
+  }
+  try {
+    const [args, result] = [new BigUint64Array(6), new BigInt64Array(1)];
+    const refused = sys.remoteSyscall(child.pid, SYS_GETPID, args, result, PTRACE_TIMEOUT_MS);
+    return refusal(refused === 0 && Number(result[0]) !== child.pid ? -EPERM : refused);
+  } finally {
+    child.kill("SIGKILL");
+  }
 }
 
 function readText(path: string): string | null {
@@ -239,8 +264,15 @@ function memfdProblems({ memfd }: HostProbe): HostProblem[] {
 }
 
 /** Not needed for a QEMU that fsl starts and that loads the preload library. */
-function tracingProblems({ pidfdGetfd, ptraceScope, capSysPtrace }: HostProbe): HostProblem[] {
+function tracingProblems(probe: HostProbe): HostProblem[] {
+  const { pidfdGetfd, ptrace, ptraceScope, capSysPtrace } = probe;
   const problems: HostProblem[] = [];
+  if (ptrace !== null && ptrace !== UNKNOWN) {
+    const problem = `ptrace gives ${ptrace}: ${CANNOT_ATTACH}`;
+    const fix =
+      "in a container: start it with ptrace allowed, e.g. docker run --cap-add SYS_PTRACE";
+    problems.push({ problem, fix, blocking: false });
+  }
   if (pidfdGetfd !== null) {
     const problem = `pidfd_getfd gives ${pidfdGetfd}: ${CANNOT_ATTACH}`;
     problems.push({ problem, fix: "Linux 5.6 or later", blocking: false });
@@ -281,6 +313,7 @@ function describe(probe: HostProbe): HostFact[] {
     { name: "features", value: probe.features.join(" ") || "none" },
     { name: "vm.unprivileged_userfaultfd", value: String(probe.unprivilegedUserfaultfd ?? "-") },
     { name: "kernel.yama.ptrace_scope", value: String(probe.ptraceScope ?? "-") },
+    { name: "ptrace", value: yes(probe.ptrace) },
     { name: "pidfd_getfd", value: yes(probe.pidfdGetfd) },
     { name: "memfd", value: yes(probe.memfd) },
     { name: "/dev/kvm", value: yes(probe.kvm) },

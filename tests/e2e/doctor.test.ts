@@ -76,6 +76,7 @@ describe.skipIf(skip || !isRoot)("fsl doctor as root", () => {
     expect(rows(answer, "/dev/userfaultfd")).toEqual([
       existsSync("/dev/userfaultfd") ? "yes" : "no (ENOENT)",
     ]);
+    expect(rows(answer, "ptrace")).toEqual(["yes"]);
     const hasKvm = whyNoKvm() === null;
     expect(rows(answer, "/dev/kvm")).toEqual([hasKvm ? "yes" : expect.stringMatching(/^no \(/)]);
     const { pageSize, total } = hugePages();

@@ -2,6 +2,7 @@
 import { afterAll, describe, expect, test } from "bun:test";
 import {
   copyFileSync,
+  existsSync,
   mkdtempSync,
   readFileSync,
   rmSync,
@@ -12,7 +13,7 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { snapshotOf, whyNoGuests } from "../helpers/guests.ts";
-import { FSL, FslRun, whyNoExecutable } from "../helpers/load-runs.ts";
+import { FSL, FslRun, until, whyNoExecutable } from "../helpers/load-runs.ts";
 
 const TIMEOUT_MS = 60_000;
 const skip = (whyNoExecutable() ?? whyNoGuests()) !== null;
@@ -81,16 +82,23 @@ describe.skipIf(skip)("a file that is named by mistake", () => {
     TIMEOUT_MS,
   );
 
-  test("--report: is its owner's alone, whatever the umask", () => {
-    const report = join(folder, "fresh.json");
-    const before = process.umask(0);
-    try {
-      load("/nonexistent", "--report", report, "--", "qemu-system-x86_64");
-    } finally {
-      process.umask(before);
-    }
-    expect(statSync(report).mode & 0o777).toBe(0o600);
-  });
+  test(
+    "--report: is its owner's alone, whatever the umask, and a load that fails leaves none",
+    async () => {
+      const report = join(folder, "fresh.json");
+      const before = process.umask(0);
+      try {
+        load("/nonexistent", "--report", report, "--", "qemu-system-x86_64");
+        expect(existsSync(report)).toBe(false);
+        await using run = await FslRun.start(await snapshotOf({ guest: "bare" }));
+        await until(() => (existsSync(run.reportPath) ? true : null), TIMEOUT_MS, "the report");
+        expect(statSync(run.reportPath).mode & 0o777).toBe(0o600);
+      } finally {
+        process.umask(before);
+      }
+    },
+    TIMEOUT_MS,
+  );
 
   test("--report: an earlier one is not emptied by a load that fails", () => {
     const report = join(folder, "report.json");

@@ -25,6 +25,7 @@ const GOOD: HostProbe = {
   hugePages: [{ pageSize: 2097152, total: 8, free: 3 }],
   memfd: null,
   pidfdGetfd: null,
+  ptrace: null,
 };
 
 function problemsWith(change: Partial<HostProbe>): readonly HostProblem[] {
@@ -90,6 +91,12 @@ describe("support.judgeHost", () => {
   test("no pidfd_getfd: no attaching", () => {
     const host = judgeHost({ ...GOOD, pidfdGetfd: "ENOSYS" });
     expect([host.works, host.canAttach]).toEqual([true, false]);
+  });
+
+  test("no ptrace, as in many containers: no attaching", () => {
+    const host = judgeHost({ ...GOOD, ptrace: "EPERM" });
+    expect([host.works, host.canAttach]).toEqual([true, false]);
+    expect(host.problems[0]?.problem).toStartWith("ptrace gives EPERM");
   });
 
   test("KVM that may not be used is a problem, a processor without it is a fact", () => {
