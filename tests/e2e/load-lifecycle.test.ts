@@ -81,6 +81,35 @@ describe.skipIf(skip)("fsl load's exit code", () => {
   );
 });
 
+describe.skipIf(skip || process.getuid?.() !== 0)("fsl load of a QEMU that is confined", () => {
+  const weaker = "on,obsolete=deny,spawn=deny,resourcecontrol=deny";
+  const sandbox = `${weaker},elevateprivileges=deny`;
+  test.each<[string, readonly string[], readonly string[]]>([
+    ["in a sandbox", [], ["-sandbox", sandbox]],
+    ["as another user", [], ["-run-with", "user=nobody"]],
+    // Where QEMU may not change its user it dies of trying.
+    ["in both", [], ["-sandbox", weaker, "-run-with", "user=nobody"]],
+    // A program that starts QEMU in its own place: ptrace, where the library is not loaded twice.
+    ["in a sandbox, started by another program", ["env"], ["-sandbox", sandbox]],
+    ["as another user, started by another program", ["env"], ["-run-with", "user=nobody"]],
+  ])(
+    "%s, brings all its pages",
+    async (_, starter, qemuArgs) => {
+      const snapshot = await bare();
+      const argv = [...starter, ...snapshot.argv];
+      await using run = await FslRun.start(snapshot, { argv, qemuArgs });
+      await run.complete();
+      expect(run.report()).toMatchObject({ complete: true });
+      // It checks every page over and over.
+      expect((await run.serial.waitForNext(/^tick /)).text).toMatch(/ ok$/);
+      await run.qmp.execute("quit");
+      expect(await run.end()).toBe(0);
+      expect(run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+});
+
 describe.skipIf(skip)("fsl load and signals", () => {
   test.each([
     ["SIGTERM", "while RAM comes in", ["--eager-rate", "4K"]],
