@@ -86,8 +86,12 @@ function unknownCommand(name: string): FslError {
   return new FslError("USAGE", `unknown command '${name}', expected one of ${known}`);
 }
 
+function findEntry(name = ""): Entry | undefined {
+  return Object.hasOwn(entries, name) ? entries[name] : undefined;
+}
+
 function entryOf(name: string): Entry {
-  const found = Object.hasOwn(entries, name) ? entries[name] : undefined;
+  const found = findEntry(name);
   if (found === undefined) throw unknownCommand(name);
   return found;
 }
@@ -104,7 +108,7 @@ function printUsage(usage: string, stream: NodeJS.WriteStream): void {
 async function main(argv: readonly string[]): Promise<number> {
   const { own, behind } = splitAtDashes(argv);
   const [name, ...rest] = own;
-  const command = name !== undefined && Object.hasOwn(entries, name) ? entries[name] : undefined;
+  const command = findEntry(name);
   try {
     if (name === "--version" || name === "-V") {
       refuseSurplus(argv.slice(1));

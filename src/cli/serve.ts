@@ -126,8 +126,7 @@ export function forwardSignals(grace: number): SignalForwarding {
   };
   // What QEMU makes of these is QEMU's affair: they need not end it.
   const passOn = (signal: NodeJS.Signals): void => target?.signal(signal);
-  for (const signal of SIGNALS) process.on(signal, forward);
-  for (const signal of OTHER_SIGNALS) process.on(signal, passOn);
+  const letGo = catchSignals(forward, passOn);
   return {
     get received() {
       return received;
@@ -138,8 +137,7 @@ export function forwardSignals(grace: number): SignalForwarding {
     },
     stop() {
       clearTimeout(timer);
-      for (const signal of SIGNALS) process.off(signal, forward);
-      for (const signal of OTHER_SIGNALS) process.off(signal, passOn);
+      letGo();
     },
   };
 }
@@ -203,8 +201,7 @@ export function heedSignals(): SignalHeed {
   };
   const ignore = (signal: NodeJS.Signals): void =>
     log.info(`${signal}: ignored; the guest needs fsl until all its RAM is in`);
-  for (const signal of SIGNALS) process.on(signal, heed);
-  for (const signal of OTHER_SIGNALS) process.on(signal, ignore);
+  const letGo = catchSignals(heed, ignore);
   return {
     get received() {
       return received;
@@ -216,10 +213,7 @@ export function heedSignals(): SignalHeed {
       hurry = toHurry;
       if (received !== null) heed(received);
     },
-    stop() {
-      for (const signal of SIGNALS) process.off(signal, heed);
-      for (const signal of OTHER_SIGNALS) process.off(signal, ignore);
-    },
+    stop: letGo,
   };
 }
 
@@ -250,6 +244,18 @@ export const OTHER_SIGNALS = [
 
 /** All signals that are caught. */
 export const CAUGHT_SIGNALS = [...SIGNALS, ...OTHER_SIGNALS] as const;
+
+type SignalHandler = (signal: NodeJS.Signals) => void;
+
+/** @returns what makes them end this process again */
+function catchSignals(onEnding: SignalHandler, onOther: SignalHandler): () => void {
+  for (const signal of SIGNALS) process.on(signal, onEnding);
+  for (const signal of OTHER_SIGNALS) process.on(signal, onOther);
+  return () => {
+    for (const signal of SIGNALS) process.off(signal, onEnding);
+    for (const signal of OTHER_SIGNALS) process.off(signal, onOther);
+  };
+}
 
 /** QEMU's own exit code; 9 when pages stayed unreadable and that is why. */
 export function exitCodeOf({ exitCode, signal }: ExitStatus, supplyFailed: boolean): number {
