@@ -106,6 +106,35 @@ function readReport(path: string): Counts & { skippedNames: string[] } {
   return { passed: attribute("tests") - failed - skipped, failed, skipped, skippedNames };
 }
 
+/** Lines in front of a failed test's name that belong to it, at most. */
+const FAILURE_LINES = 60;
+
+/** What was printed of the tests that failed: told again at the end, where it is looked for. */
+const failures: string[] = [];
+
+/** Passes on what `bun test` prints on stderr, and keeps what it says of failed tests. */
+async function passOn(output: ReadableStream<Uint8Array>, tier: Tier): Promise<void> {
+  const decoder = new TextDecoder();
+  let lines: string[] = [];
+  let rest = "";
+  for await (const bytes of output) {
+    process.stderr.write(bytes);
+    const whole = (rest + decoder.decode(bytes, { stream: true })).split("\n");
+    rest = whole.pop() ?? "";
+    for (const line of whole) {
+      const [, result] = /^(\((?:pass|fail|skip|todo)\)|[✓✗»✎]) /.exec(Bun.stripANSI(line)) ?? [];
+      if (result === undefined) {
+        lines = [...lines.slice(1 - FAILURE_LINES), line];
+        continue;
+      }
+      if (result === "(fail)" || result === "✗") {
+        failures.push(`${[...lines, line].join("\n")}\n  (tier ${tier.name})`);
+      }
+      lines = [];
+    }
+  }
+}
+
 async function runTests(tier: Tier, options: readonly string[]): Promise<Counts> {
   const folder = join(ROOT, "tests", tier.name);
   const hasTests =
@@ -126,21 +155,26 @@ async function runTests(tier: Tier, options: readonly string[]): Promise<Counts>
       env: { ...process.env, [MARK]: mark },
       stdin: "ignore",
       stdout: "inherit",
-      stderr: "inherit",
+      stderr: "pipe",
       timeout: tier.tierSeconds * 1000,
       killSignal: "SIGKILL",
     },
   );
+  const passedOn = passOn(child.stderr, tier);
   const exitCode = await child.exited;
   const { skippedNames, ...counts } = readReport(report);
   rmSync(directory, { recursive: true, force: true });
   for (const name of skippedNames) console.log(`skipped: ${tier.name}: ${name}`);
   const problems = await endLeftovers(mark);
+  await passedOn; // Behind the leftovers, which may hold the pipe open.
   // A file that cannot be loaded, an error between tests, or a limit reached: no test case stands
   // for it.
   if (child.signalCode !== null) problems.push(`ended by ${child.signalCode}`);
   else if (exitCode !== 0 && counts.failed === 0) problems.push(`bun test ended with ${exitCode}`);
-  for (const problem of problems) console.log(`FAILED: ${tier.name}: ${problem}`);
+  for (const problem of problems) {
+    console.log(`FAILED: ${tier.name}: ${problem}`);
+    failures.push(`FAILED: ${tier.name}: ${problem}`);
+  }
   counts.failed += problems.length;
   return counts;
 }
@@ -198,6 +232,7 @@ for (const tier of available.filter(({ name }) => wanted.length === 0 || wanted.
   total.failed += failed;
   total.skipped += skipped;
 }
+if (failures.length > 0) console.log(`\n== what failed\n\n${failures.join("\n\n")}`);
 console.log(`\n${summary.join("\n")}\n`);
 console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
 process.exitCode = total.failed > 0 ? 1 : 0;
