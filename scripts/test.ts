@@ -127,7 +127,9 @@ async function passOn(output: ReadableStream<Uint8Array>, tier: Tier): Promise<v
         lines = [...lines.slice(1 - FAILURE_LINES), line];
         continue;
       }
-      if (result === "(fail)" || result === "✗") {
+      // It names those that failed once more itself, when they were many.
+      const isKnown = failures.some((failure) => failure.includes(line));
+      if ((result === "(fail)" || result === "✗") && !isKnown) {
         failures.push(`${[...lines, line].join("\n")}\n  (tier ${tier.name})`);
       }
       lines = [];
