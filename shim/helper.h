@@ -14,7 +14,7 @@
 #include "kernel.h"
 
 #define HELPERS_MAX 9
-#define HELPER_CALLS_MAX 128
+#define HELPER_CALLS_MAX 256
 /* Inline data of a call, enough for the ioctls' structures; there is some for eight calls. */
 #define HELPER_INLINE_BYTES 64
 #define HELPER_DATA_BYTES (8 * HELPER_INLINE_BYTES)
@@ -71,8 +71,8 @@ struct helper_record {
 };
 
 _Static_assert(sizeof(struct helper_call) == 64, "helper_call");
-_Static_assert(sizeof(struct helper_request) == 8712, "helper_request");
-_Static_assert(sizeof(struct helper_reply) == 1608, "helper_reply");
+_Static_assert(sizeof(struct helper_request) == 16904, "helper_request");
+_Static_assert(sizeof(struct helper_reply) == 2632, "helper_reply");
 _Static_assert(sizeof(struct helper_record) == 24, "helper_record");
 
 /*

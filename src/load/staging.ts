@@ -181,13 +181,19 @@ export class Staging {
     for (const record of others) new HelperTask(record, PATIENCE_MS).openFile(fileFd);
     readIdly(helpers.map(({ pid }) => pid));
     this.#readers = helpers.map((record) => new Reader(record, fileFd));
-    let turn = 0;
-    for (let at = 0; at < plan.words.length;) {
-      if (this.#readers[turn % this.#readers.length]?.add(plan, at) !== true) break;
+    for (let [at, turn] = [0, 0]; at < plan.words.length; turn += 1) {
+      this.#add(plan, at, turn);
       at += HEAD_WORDS + RUN_WORDS * (plan.words[at + 2] ?? 0);
-      turn += 1;
     }
     for (const reader of this.#readers) reader.start();
+  }
+
+  /** Gives a chunk to the helper whose turn it is, or to another one that has room for it. */
+  #add(plan: StagingPlan, at: number, turn: number): void {
+    const count = this.#readers.length;
+    for (let step = 0; step < count; step += 1) {
+      if (this.#readers[(turn + step) % count]?.add(plan, at) === true) return;
+    }
   }
 
   /** Enough: each helper ends what it is reading. Does not wait. */

@@ -323,7 +323,7 @@ export const SYS_PREAD64 = byArch(17, 67);
 // ---- helper tasks: shim/helper.h, whose words are explained there ----
 
 export const HELPERS_MAX = 9;
-export const HELPER_CALLS_MAX = 128;
+export const HELPER_CALLS_MAX = 256;
 /** Inline data of a call, bytes. */
 export const HELPER_INLINE_BYTES = 64;
 export const HELPER_YIELDS = 1;
@@ -335,19 +335,19 @@ export const HELPER_ARG_IS_DATA = 0x100;
 
 export const HELPER_CALL = { BYTES: 64, NUMBER: 0, FLAGS: 4, EXPECTED: 8, ARGS: 16 } as const;
 export const HELPER_REQUEST = {
-  BYTES: 8712,
+  BYTES: 16904,
   CALL_COUNT: 0,
   FLAGS: 4,
   CALLS: 8,
-  DATA: 8200,
+  DATA: 16392,
 } as const;
 export const HELPER_REPLY = {
-  BYTES: 1608,
+  BYTES: 2632,
   CALLS_MADE: 0,
   FD_COUNT: 4,
   FDS: 8,
   RESULTS: 72,
-  DATA: 1096,
+  DATA: 2120,
 } as const;
 /** One helper in the preload message. */
 export const HELPER_RECORD_BYTES = 24;

@@ -4,7 +4,7 @@
  * within the caller's own address space. Mechanism only: the helper makes any call that its seccomp
  * filter lets through; a call that it does not ends the helper.
  *
- * A batch is begun, filled with up to 128 calls, and run: one packet there, one packet back, 15 to
+ * A batch is begun, filled with up to 256 calls, and run: one packet there, one packet back, 15 to
  * 20 µs. `run` blocks until the calls have been made. Nothing here allocates after construction, but
  * `stop`.
  *
@@ -136,7 +136,7 @@ export class HelperTask {
     stopOnError: boolean,
   ): number {
     const index = this.#callCount;
-    assert(index < HELPER_CALLS_MAX, "a batch has at most 128 calls");
+    assert(index < HELPER_CALLS_MAX, "a batch has at most 256 calls");
     this.#callCount = index + 1;
     const at = callWord(index);
     this.#request[at + HELPER_CALL.NUMBER / 4] = number;

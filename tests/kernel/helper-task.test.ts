@@ -297,7 +297,7 @@ describe("HelperTask.run", () => {
       for (let index = 0; index < HELPER_CALLS_MAX; index += 1) {
         it.task.stopUnless(it.task.closeDescriptor(999), -EBADF);
       }
-      expect(() => it.task.closeDescriptor(999)).toThrow("at most 128 calls");
+      expect(() => it.task.closeDescriptor(999)).toThrow("at most 256 calls");
       expect(it.task.run()).toBe(HELPER_CALLS_MAX);
       it.task.begin();
       expect(it.task.run()).toBe(0);
