@@ -609,7 +609,6 @@ class Load {
   async #moveStaged(serving: Serving, state: LoadState, patienceMs: number): Promise<void> {
     const [uffd, staging] = [this.#uffd, this.#staging];
     if (uffd === undefined || staging === undefined) return;
-    staging.hurry();
     const endMs = performance.now() + patienceMs;
     while (!staging.isAnswered && performance.now() < endMs) await Bun.sleep(STAGED_PERIOD_MS);
     if (!staging.isAnswered && patienceMs < STAGED_PATIENCE_MS) return;

@@ -196,13 +196,9 @@ export class Staging {
     }
   }
 
-  /** Enough: each helper ends what it is reading. Does not wait. */
+  /** Enough: each helper ends what it is reading, which is waited for soon. Does not wait. */
   stop(): void {
     for (const reader of this.#readers) reader.stop();
-  }
-
-  /** Somebody waits for what is left of it. */
-  hurry(): void {
     for (const { helper } of this.#readers) raise(helper.record.pid);
   }
 
