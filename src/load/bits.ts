@@ -101,11 +101,15 @@ export function countRange(words: Int32Array, start: number, end: number): numbe
   return count;
 }
 
-/** How many bits of `wanted & ~done` are set. */
+/**
+ * How many bits of `wanted & ~done` are set. Words of `done` of which nothing is wanted are not looked
+ * at: a look is what makes a page of the load state take memory.
+ */
 export function countMissing(wanted: Int32Array, done: Int32Array): number {
   let count = 0;
   for (let word = 0; word < wanted.length; word += 1) {
-    count += popCount((wanted[word] ?? 0) & ~(done[word] ?? 0));
+    const bits = wanted[word] ?? 0;
+    if (bits !== 0) count += popCount(bits & ~(done[word] ?? 0));
   }
   return count;
 }
