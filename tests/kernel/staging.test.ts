@@ -112,6 +112,24 @@ describe("Staging", () => {
   );
 
   test(
+    "reads all chunks of the plan, in as many pieces as a chunk may have",
+    async () => {
+      const runs: [number, number][] = [];
+      for (let page = 0; page < CHUNKS * HUGE_PAGES; page += 8) runs.push([page, page + 4]);
+      const { it, state, whole, begin, made } = await start(runs);
+      using _ = made;
+      const staging = begin(CHUNKS);
+      await until(() => stagedKib(it) === CHUNKS * 2048 || null, 5000, "six chunks read");
+      await stopped(staging);
+      expect(staging.moveInto(state, whole)).toBe(CHUNKS);
+      const last = CHUNKS * HUGE_PAGES - 8;
+      expect(await it.read(last, 4)).toBe(it.crc(last, 4));
+      expect(await it.read(last + 4, 4)).toBe(Bun.hash.crc32(new Uint8Array(4 * PAGE)));
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "leaves alone what somebody has touched, or has in hand, and wakes who waits in the rest",
     async () => {
       const { it, state, block, whole, begin, made } = await start();
