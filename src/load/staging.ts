@@ -179,8 +179,9 @@ export class Staging {
     others: readonly HelperRecord[] = [],
   ) {
     for (const record of others) new HelperTask(record, PATIENCE_MS).openFile(fileFd);
-    readIdly(helpers.map(({ pid }) => pid));
     this.#readers = helpers.map((record) => new Reader(record, fileFd));
+    // Not sooner: whoever opens the file is waited for, and on a busy host that may be long then.
+    readIdly(helpers.map(({ pid }) => pid));
     for (let [at, turn] = [0, 0]; at < plan.words.length; turn += 1) {
       this.#add(plan, at, turn);
       at += HEAD_WORDS + RUN_WORDS * (plan.words[at + 2] ?? 0);

@@ -76,7 +76,8 @@ describe("Staging", () => {
       const { it, state, block, whole, begin, made } = await start();
       using _ = made;
       const staging = begin(CHUNKS);
-      await until(() => stagedKib(it) === CHUNKS * 2048 || null, 5000, "six chunks read");
+      await until(() => staging.isAnswered || null, 15_000, "six chunks read");
+      expect(stagedKib(it)).toBe(CHUNKS * 2048);
       await stopped(staging);
       expect(staging.moveInto(state, whole)).toBe(CHUNKS);
       expect([...block.chunks]).toEqual(Array(CHUNKS).fill(CHUNK_MOVED));
@@ -98,7 +99,7 @@ describe("Staging", () => {
       ]);
       using _ = made;
       const staging = begin(1);
-      await until(() => stagedKib(it) === 2048 || null, 5000, "a chunk read");
+      await until(() => staging.isAnswered || null, 15_000, "a chunk read");
       await stopped(staging);
       expect(staging.moveInto(state, whole)).toBe(1);
       const zeros = Bun.hash.crc32(new Uint8Array(3 * PAGE));
@@ -119,7 +120,7 @@ describe("Staging", () => {
       const { it, state, whole, begin, made } = await start(runs);
       using _ = made;
       const staging = begin(CHUNKS);
-      await until(() => stagedKib(it) === CHUNKS * 2048 || null, 5000, "six chunks read");
+      await until(() => staging.isAnswered || null, 15_000, "six chunks read");
       await stopped(staging);
       expect(staging.moveInto(state, whole)).toBe(CHUNKS);
       const last = CHUNKS * HUGE_PAGES - 8;
@@ -135,7 +136,7 @@ describe("Staging", () => {
       const { it, state, block, whole, begin, made } = await start();
       using _ = made;
       const staging = begin(3);
-      await until(() => stagedKib(it) === 3 * 2048 || null, 5000, "three chunks read");
+      await until(() => staging.isAnswered || null, 15_000, "three chunks read");
       await stopped(staging);
       // The order is bottom, top, bottom.
       expect(block.splitChunk(HUGE_PAGES + 7)).toBe(true);
@@ -179,7 +180,7 @@ describe("Staging", () => {
       const { it, state, whole, begin, made } = await start();
       using _ = made;
       const staging = begin(4);
-      await until(() => stagedKib(it) === 4 * 2048 || null, 5000, "four chunks read");
+      await until(() => staging.isAnswered || null, 15_000, "four chunks read");
       process.kill(it.tasks[1]?.record.pid ?? 0, "SIGKILL");
       await stopped(staging);
       expect(staging.moveInto(state, whole)).toBe(2);
