@@ -26,6 +26,7 @@ import {
   OwnQemu,
   refusalOf,
   Scratch,
+  stopProcess,
   until,
 } from "../helpers/qemu-vmm.ts";
 
@@ -245,7 +246,7 @@ describe("attachQemu refuses", () => {
 
   test("a QEMU that is stopped by a signal", async () => {
     const { pid } = await start();
-    process.kill(pid, "SIGSTOP");
+    await stopProcess(pid);
     const error = await refusalOf(attach({ greetingTimeoutMs: 200 }).connect());
     expectRefusal(error, "TARGET_LOST", /no QMP greeting/);
     process.kill(pid, "SIGCONT");

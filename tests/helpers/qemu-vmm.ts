@@ -156,6 +156,14 @@ export async function until(
   }
 }
 
+/** SIGSTOP, until every thread has stopped: one that is waked before that may answer first. */
+export async function stopProcess(pid: number): Promise<void> {
+  process.kill(pid, "SIGSTOP");
+  const isStopped = (task: string): boolean =>
+    /^State:\tT/m.test(readFileSync(`/proc/${pid}/task/${task}/status`, "latin1"));
+  await until(() => readdirSync(`/proc/${pid}/task`).every(isStopped), "all threads to stop");
+}
+
 /** A directory for one test file; removed by `Symbol.dispose`. */
 export class Scratch {
   readonly path = mkdtempSync(join(tmpdir(), "fsl-test-"));
