@@ -232,9 +232,14 @@ function median(values: readonly number[]): number {
   return sorted[Math.floor(sorted.length / 2)] ?? Number.NaN;
 }
 
-/** The median of one figure over all runs, to a tenth. */
+/** To a tenth. */
+function roundedMedian(values: readonly number[]): number {
+  return Math.round(median(values) * 10) / 10;
+}
+
+/** The median of one figure over all runs. */
 function figure<R extends Run>(runs: readonly R[], pick: (run: R) => number): number {
-  return Math.round(median(runs.map(pick)) * 10) / 10;
+  return roundedMedian(runs.map(pick));
 }
 
 function summary(runs: readonly Run[]) {
@@ -364,7 +369,7 @@ async function main(): Promise<void> {
     const copy = summary(byQemu);
     const fsl = fslSummary(byFsl.idle, byFsl.busy);
     const fslAgain = fslSummary(byFslAgain.idle, byFslAgain.busy);
-    const outputWithRamThereMs = Math.round(median(withRamThere) * 10) / 10;
+    const outputWithRamThereMs = roundedMedian(withRamThere);
     printTable(copy, fsl, fslAgain, outputWithRamThereMs, say);
     if (values.json) {
       const guest = { memoryMiB, dataMiB };

@@ -112,6 +112,13 @@ const FAILURE_LINES = 60;
 /** What was printed of the tests that failed: told again at the end, where it is looked for. */
 const failures: string[] = [];
 
+/** A failure that no test stands for. */
+function fail(tier: Tier, problem: string): void {
+  const line = `FAILED: ${tier.name}: ${problem}`;
+  console.log(line);
+  failures.push(line);
+}
+
 /** Passes on what `bun test` prints on stderr, and keeps what it says of failed tests. */
 async function passOn(output: ReadableStream<Uint8Array>, tier: Tier): Promise<void> {
   const decoder = new TextDecoder();
@@ -124,13 +131,14 @@ async function passOn(output: ReadableStream<Uint8Array>, tier: Tier): Promise<v
     for (const line of whole) {
       const [, result] = /^(\((?:pass|fail|skip|todo)\)|[✓✗»✎]) /.exec(Bun.stripANSI(line)) ?? [];
       if (result === undefined) {
-        lines = [...lines.slice(1 - FAILURE_LINES), line];
+        lines.push(line);
         continue;
       }
-      // It names those that failed once more itself, when they were many.
+      // At its end it may name those that failed once more itself.
       const isKnown = failures.some((failure) => failure.includes(line));
       if ((result === "(fail)" || result === "✗") && !isKnown) {
-        failures.push(`${[...lines, line].join("\n")}\n  (tier ${tier.name})`);
+        const told = [...lines.slice(-FAILURE_LINES), line].join("\n");
+        failures.push(`${told}\n  (tier ${tier.name})`);
       }
       lines = [];
     }
@@ -173,10 +181,7 @@ async function runTests(tier: Tier, options: readonly string[]): Promise<Counts>
   // for it.
   if (child.signalCode !== null) problems.push(`ended by ${child.signalCode}`);
   else if (exitCode !== 0 && counts.failed === 0) problems.push(`bun test ended with ${exitCode}`);
-  for (const problem of problems) {
-    console.log(`FAILED: ${tier.name}: ${problem}`);
-    failures.push(`FAILED: ${tier.name}: ${problem}`);
-  }
+  for (const problem of problems) fail(tier, problem);
   counts.failed += problems.length;
   return counts;
 }
@@ -192,12 +197,13 @@ async function runTier(tier: Tier, options: readonly string[]): Promise<Counts> 
   const reason = tier.missing();
   if (reason !== null) {
     const required = isRequired(tier.name);
-    console.log(`${required ? "FAILED" : "skipped"}: ${tier.name}: ${reason}`);
+    if (required) fail(tier, reason);
+    else console.log(`skipped: ${tier.name}: ${reason}`);
     return { passed: 0, failed: required ? 1 : 0, skipped: required ? 0 : 1 };
   }
   const counts = tier.name === "check" ? await runCheckTier() : await runTests(tier, options);
   if (counts.passed + counts.failed === 0) {
-    console.log(`FAILED: ${tier.name}: no test ran`);
+    fail(tier, "no test ran");
     counts.failed++;
   }
   return counts;

@@ -249,7 +249,7 @@ static void helper_main(struct start *start) {
     if (result > 0 && polled[1].revents != 0) break;
     if (result > 0 && polled[0].revents != 0 && serve(socket) != 0) break;
   }
-  /* Of what the program did not have before, this leaves address space and a page of stack. */
+  /* Of what the program did not have before, this leaves address space and some pages of stack. */
   sys(NR_madvise, start->staging_addr, start->staging_bytes, MADV_DONTNEED);
   sys(NR_exit_group, 0);
 }

@@ -18,6 +18,7 @@ import { type FslError, isFslError } from "../../src/errors.ts";
 import { MSG_DONTWAIT, SOCK_STREAM } from "../../src/sys/abi.ts";
 import * as native from "../../src/sys/native.ts";
 import { QmpClient, type QmpOpenOptions } from "../../src/vmm/qmp.ts";
+import { stateOf } from "./helper-target.ts";
 
 export const GREETING =
   '{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, ' +
@@ -159,8 +160,7 @@ export async function until(
 /** SIGSTOP, until every thread has stopped: one that is waked before that may answer first. */
 export async function stopProcess(pid: number): Promise<void> {
   process.kill(pid, "SIGSTOP");
-  const isStopped = (task: string): boolean =>
-    /^State:\tT/m.test(readFileSync(`/proc/${pid}/task/${task}/status`, "latin1"));
+  const isStopped = (task: string): boolean => stateOf(Number(task)) === "T";
   await until(() => readdirSync(`/proc/${pid}/task`).every(isStopped), "all threads to stop");
 }
 
