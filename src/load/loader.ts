@@ -241,10 +241,16 @@ class Load {
     reader.close();
     state.phase = PHASE_HANDING_OVER;
     const { snapshot } = prepared;
+    this.#staging?.stop();
     const { loaded } = await this.#handOver(snapshot, !this.#isPaused && runsFromSeed(snapshot));
     // Now that the target has something to do meanwhile.
     await this.#letZeroExtentsGo(state, zero);
-    await this.#moveStaged(serving, state, 0);
+    let isLoaded = false;
+    const note = (): void => {
+      isLoaded = true;
+    };
+    loaded.then(note, note);
+    if (await this.#hasStaged(() => isLoaded)) this.#moveStaged(serving, state);
     try {
       await Promise.all([loaded, served]);
       state.phase = PHASE_STATE_LOADED;
@@ -387,7 +393,6 @@ class Load {
     if (seedsNow && !isLimited) this.#beginEarly(prepared).catch(() => {});
     const info = await unlessCancelled(connected, this.#options.cancel);
     this.#info = info;
-    this.#staging?.stop();
     this.#times.qemuReadyMs = info.readyAtMs - this.#startedAtMs;
     const plan = planLoad(snapshot, info, {
       bitmaps: prepared.bitmaps,
@@ -482,7 +487,7 @@ class Load {
   }> {
     const canDiscard = this.#info?.canDiscard ?? false;
     const early = this.#early;
-    if (early === undefined && this.#target.hasHelpers !== true) this.#staging = undefined;
+    if (early === undefined && this.#target.hasHelpers !== true) this.#dropStaged();
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
     if (early === undefined) uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
@@ -602,16 +607,30 @@ class Load {
     return served;
   }
 
+  /** Nobody can move it. */
+  #dropStaged(): void {
+    this.#staging?.stop();
+    this.#staging = undefined;
+  }
+
   /**
-   * Into RAM that the guest has not touched: while the target loads its devices, or later, when the
-   * helpers have answered. One that does not is given up.
+   * What helpers have read ahead can be moved: each has answered before it `isTooLate`. A read may take
+   * long.
    */
-  async #moveStaged(serving: Serving, state: LoadState, patienceMs: number): Promise<void> {
+  async #hasStaged(isTooLate: () => boolean): Promise<boolean> {
+    const staging = this.#staging;
+    if (staging === undefined) return false;
+    while (!staging.isAnswered && !isTooLate()) await Bun.sleep(STAGED_PERIOD_MS);
+    return staging.isAnswered;
+  }
+
+  /**
+   * Into RAM that the guest has not touched: while the target loads its devices, or later. Helpers that have
+   * not answered are given up.
+   */
+  #moveStaged(serving: Serving, state: LoadState): void {
     const [uffd, staging] = [this.#uffd, this.#staging];
     if (uffd === undefined || staging === undefined) return;
-    const endMs = performance.now() + patienceMs;
-    while (!staging.isAnswered && performance.now() < endMs) await Bun.sleep(STAGED_PERIOD_MS);
-    if (!staging.isAnswered && patienceMs < STAGED_PATIENCE_MS) return;
     this.#staging = undefined;
     const { lost } = staging;
     const whole = new WholeChunks({
@@ -723,7 +742,9 @@ class Load {
     }, RECORD_MS);
     const { watched } = state.metadata;
     const hotplug = new HotplugHold(this.#target, serving, watched, this.#options.logger);
-    await this.#moveStaged(serving, state, STAGED_PATIENCE_MS);
+    const endMs = performance.now() + STAGED_PATIENCE_MS;
+    await this.#hasStaged(() => performance.now() > endMs);
+    this.#moveStaged(serving, state);
     const complete = await serving.bringRest();
     this.#unfinished ??= await hotplug.end(complete);
     clearTimeout(timer);
@@ -833,7 +854,7 @@ class Load {
 
 /** How long helpers that read ahead may take to end that when the guest runs, and how often that is looked at. */
 const STAGED_PATIENCE_MS = 2000;
-const STAGED_PERIOD_MS = 2;
+const STAGED_PERIOD_MS = 1;
 
 /** How long a target whose state cannot be loaded may take to end in order, before SIGKILL. */
 const END_GRACE_MS = 2000;

@@ -105,6 +105,8 @@ class Reader {
   #isRunning = false;
   /** What is there to be moved. */
   staged: StagedChunk[] = [];
+  /** How many have been. */
+  moved = 0;
 
   constructor(record: HelperRecord, fileFd: number) {
     this.helper = new HelperTask(record, PATIENCE_MS);
@@ -158,7 +160,7 @@ class Reader {
 
   /** Lets go what was not moved; what was moved left nothing. */
   clear(): void {
-    if (this.#begun.length === 0) return;
+    if (this.#begun.length === this.moved) return;
     this.helper.begin();
     this.helper.madvise(this.slotAddr(0), this.#begun.length * CHUNK_LENGTH, MADV_DONTNEED);
     this.helper.run();
@@ -223,7 +225,6 @@ export class Staging {
    * blocks until that is done. @returns how many chunks have come
    */
   moveInto(state: LoadState, whole: WholeChunks): number {
-    let moved = 0;
     this.#readers = this.#readers.filter(({ isAnswered }) => isAnswered);
     for (const reader of this.#readers) reader.finish();
     const isAnyLeft = (): boolean => this.#readers.some(({ staged }) => staged.length > 0);
@@ -231,19 +232,19 @@ export class Staging {
       whole.enterGate();
       const batches = this.#readers.map((reader) => startMoves(reader, state, whole));
       for (const [index, batch] of batches.entries()) {
-        const helper = this.#readers[index]?.helper;
-        if (helper === undefined || batch.length === 0) continue;
-        helper.finish();
+        const reader = this.#readers[index];
+        if (reader === undefined || batch.length === 0) continue;
+        reader.helper.finish();
         for (const [call, { block, chunk }] of batch.entries()) {
-          const hasMoved = helper.moveOutcome(call) === CHUNK_LENGTH;
+          const hasMoved = reader.helper.moveOutcome(call) === CHUNK_LENGTH;
           whole.settle(block, chunk, hasMoved);
-          if (hasMoved) moved += 1;
+          if (hasMoved) reader.moved += 1;
         }
       }
       whole.leaveGate();
     }
     for (const reader of this.#readers) reader.clear();
-    return moved;
+    return this.#readers.reduce((sum, { moved }) => sum + moved, 0);
   }
 }
 
