@@ -170,26 +170,30 @@ static int32_t is_wanted(int32_t socket) {
   return sys(NR_ppoll, &polled, 1, &at_once, 0, 0) > 0;
 }
 
-static void make_calls(int32_t socket, struct helper_request *request,
+static long move(const uint64_t *args) {
+  struct uffdio_move request = {args[1], args[2], args[3], args[4], 0};
+  const long result = sys(NR_ioctl, args[0], UFFDIO_MOVE, &request);
+  return request.move != 0 ? request.move : result;
+}
+
+static long make_call(const struct helper_call *call) {
+  const uint64_t *args = call->args;
+  if (call->number == HELPER_MOVE) return move(args);
+  if (call->number == HELPER_TOUCH) {
+    *(volatile uint8_t *)(uintptr_t)args[0] = 0;
+    return 0;
+  }
+  return sys(call->number, args[0], args[1], args[2], args[3], args[4], args[5]);
+}
+
+static void make_calls(int32_t socket, const struct helper_request *request,
                        struct helper_reply *reply) {
   const uint32_t count =
       request->call_count < HELPER_CALLS_MAX ? request->call_count : HELPER_CALLS_MAX;
   for (uint32_t i = 0; i < count; i++) {
     if (i > 0 && (request->flags & HELPER_YIELDS) != 0 && is_wanted(socket)) return;
     const struct helper_call *call = &request->calls[i];
-    uint64_t args[6];
-    for (uint32_t k = 0; k < 6; k++) {
-      args[k] = call->args[k];
-      if ((call->flags & HELPER_ARG_IS_DATA(k)) != 0) {
-        args[k] = (uint64_t)(uintptr_t)&request->data[call->args[k] % HELPER_DATA_BYTES];
-      }
-    }
-    long result = 0;
-    if (call->number == HELPER_TOUCH) {
-      *(volatile uint8_t *)(uintptr_t)args[0] = 0;
-    } else {
-      result = sys(call->number, args[0], args[1], args[2], args[3], args[4], args[5]);
-    }
+    const long result = make_call(call);
     reply->results[i] = result;
     reply->calls_made = (int32_t)i + 1;
     if ((call->flags & HELPER_STOP_IF_NEGATIVE) != 0 && result < 0) return;
@@ -225,11 +229,8 @@ static long serve(int32_t socket) {
 
   make_calls(socket, &request, &reply);
 
-  struct iovec64 parts[2] = {
-      {(uint64_t)(uintptr_t)&reply, offsetof(struct helper_reply, data)},
-      {(uint64_t)(uintptr_t)request.data, HELPER_DATA_BYTES},
-  };
-  struct msghdr64 answer = {.iov = parts, .iov_count = 2};
+  struct iovec64 whole = {(uint64_t)(uintptr_t)&reply, sizeof(reply)};
+  struct msghdr64 answer = {.iov = &whole, .iov_count = 1};
   do {
     result = sys(NR_sendmsg, socket, &answer, MSG_NOSIGNAL);
   } while (result == -EINTR);

@@ -15,9 +15,6 @@
 
 #define HELPERS_MAX 9
 #define HELPER_CALLS_MAX 256
-/* Inline data of a call, enough for the ioctls' structures; there is some for eight calls. */
-#define HELPER_INLINE_BYTES 64
-#define HELPER_DATA_BYTES (8 * HELPER_INLINE_BYTES)
 /* Staging memory of a helper: one slot holds one chunk. */
 #define HELPER_SLOT_BYTES (2ul << 20)
 #define HELPER_SLOTS_MAX 256
@@ -25,12 +22,12 @@
 /* Bits of `flags`. */
 #define HELPER_STOP_IF_NEGATIVE 1u
 #define HELPER_STOP_UNLESS_EXPECTED 2u
-/*
- * Argument i is an offset into the request's data, and the call gets the address of the helper's
- * copy, which it may write to: the copy comes back with the reply.
- */
-#define HELPER_ARG_IS_DATA(i) (0x100u << (i))
 
+/*
+ * In place of a system call's number: UFFDIO_MOVE on the userfaultfd args[0], with args[1] to args[4] as
+ * dst, src, len and mode. The result is the kernel's `move`, or the ioctl's where that is 0.
+ */
+#define HELPER_MOVE 0xfffffffeu
 /*
  * In place of a system call's number: writes a 0 to the byte at args[0], which must be the helper's to
  * write to. A huge page that is missing there comes without the lock on the whole address space
@@ -52,7 +49,6 @@ struct helper_request {
   uint32_t call_count;
   uint32_t flags;
   struct helper_call calls[HELPER_CALLS_MAX];
-  uint8_t data[HELPER_DATA_BYTES];
 };
 
 struct helper_reply {
@@ -60,7 +56,6 @@ struct helper_reply {
   int32_t fd_count;   /* descriptors that came with the request, and their numbers in the helper */
   int32_t fds[FD_COUNT_MAX];
   int64_t results[HELPER_CALLS_MAX]; /* -errno is what the kernel gives */
-  uint8_t data[HELPER_DATA_BYTES];
 };
 
 /* One helper, as the preload message has it. Its socket is among the message's descriptors. */
@@ -71,8 +66,8 @@ struct helper_record {
 };
 
 _Static_assert(sizeof(struct helper_call) == 64, "helper_call");
-_Static_assert(sizeof(struct helper_request) == 16904, "helper_request");
-_Static_assert(sizeof(struct helper_reply) == 2632, "helper_reply");
+_Static_assert(sizeof(struct helper_request) == 16392, "helper_request");
+_Static_assert(sizeof(struct helper_reply) == 2120, "helper_reply");
 _Static_assert(sizeof(struct helper_record) == 24, "helper_record");
 
 /*

@@ -10,7 +10,7 @@
  * Only for chunks in which no page is present: the kernel moves a huge page whole, or has to split
  * it first.
  */
-import { HelperTask, type HelperRecord, INLINE_CALLS_MAX } from "../sys/helper-task.ts";
+import { HelperTask, type HelperRecord } from "../sys/helper-task.ts";
 import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
 import { nextBit } from "./bits.ts";
 import { type BlockState, CHUNK_LENGTH } from "./state.ts";
@@ -77,7 +77,7 @@ export class ChunkMover {
     this.#helper = new HelperTask(record, patienceMs);
     this.#isGuarded = isGuarded;
     this.#fileFd = this.#helper.openFile(fileFd);
-    this.#slots = Math.min(Math.floor(record.stagingLength / CHUNK_LENGTH), INLINE_CALLS_MAX);
+    this.#slots = Math.floor(record.stagingLength / CHUNK_LENGTH);
     this.#isGone = this.#fileFd < 0 || this.#slots === 0;
     for (let slot = 0; slot < this.#slots; slot += 1) this.#dirty.add(slot);
   }
@@ -162,7 +162,7 @@ export class ChunkMover {
     return this.#batch.map(({ callsToRead, moveCall }) => {
       if (made < callsToRead) return "unmoved";
       if (moveCall < 0) return "read";
-      return this.#helper.moveOutcome(moveCall) === CHUNK_LENGTH ? "moved" : "unmoved";
+      return this.#helper.result(moveCall) === CHUNK_LENGTH ? "moved" : "unmoved";
     });
   }
 
@@ -172,7 +172,7 @@ export class ChunkMover {
     if (inHand === undefined || this.#isGone) return false;
     this.#helper.begin();
     const call = this.#addMove(inHand.state, inHand.chunk, index, true);
-    return this.#helper.run() >= 0 && this.#helper.moveOutcome(call) === CHUNK_LENGTH;
+    return this.#helper.run() >= 0 && this.#helper.result(call) === CHUNK_LENGTH;
   }
 
   /** The batch is out of hand. @param hasMoved for each of it; else its bytes are still in its slot */

@@ -9,7 +9,7 @@
  * not to be movable, and is let go then.
  */
 import { HELPER_CALLS_MAX, MADV_DONTNEED, POLLIN } from "../sys/abi.ts";
-import { type HelperRecord, HelperTask, INLINE_CALLS_MAX } from "../sys/helper-task.ts";
+import { type HelperRecord, HelperTask } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
 import { nextBit } from "./bits.ts";
 import { RUNS_MAX } from "./chunk-mover.ts";
@@ -94,6 +94,11 @@ interface StagedChunk {
   readonly slot: number;
 }
 
+interface ClaimedChunk {
+  readonly block: BlockState;
+  readonly chunk: number;
+}
+
 /** One helper: what it was told to read, and what it has read. */
 class Reader {
   readonly helper: HelperTask;
@@ -104,8 +109,8 @@ class Reader {
   #calls = 0;
   #isRunning = false;
   /** What is there to be moved. */
-  staged: StagedChunk[] = [];
-  /** How many have been. */
+  #staged: readonly StagedChunk[] = [];
+  /** Chunks that have been. */
   moved = 0;
 
   constructor(record: HelperRecord, fileFd: number) {
@@ -115,7 +120,7 @@ class Reader {
     this.helper.begin(true);
   }
 
-  slotAddr(slot: number): number {
+  #slotAddr(slot: number): number {
     return this.helper.record.stagingAddr + slot * CHUNK_LENGTH;
   }
 
@@ -124,11 +129,11 @@ class Reader {
     const slot = this.#begun.length;
     const [index = 0, chunk = 0, runs = 0] = words.subarray(at, at + HEAD_WORDS);
     if (slot >= this.#slots || this.#calls + 1 + runs > HELPER_CALLS_MAX) return false;
-    this.helper.touch(this.slotAddr(slot));
+    this.helper.touch(this.#slotAddr(slot));
     for (let run = 0; run < runs; run += 1) {
       const runAt = at + HEAD_WORDS + run * RUN_WORDS;
       const [offset = 0, length = 0, fileOffset = 0] = words.subarray(runAt, runAt + RUN_WORDS);
-      this.helper.preadInto(this.#fileFd, this.slotAddr(slot) + offset, length, fileOffset);
+      this.helper.preadInto(this.#fileFd, this.#slotAddr(slot) + offset, length, fileOffset);
     }
     this.#calls += 1 + runs;
     this.#begun.push({ idstr: idstrs[index] ?? "", chunk, slot, calls: this.#calls });
@@ -155,14 +160,40 @@ class Reader {
     if (!this.#isRunning) return;
     this.#isRunning = false;
     const made = this.helper.finish();
-    this.staged = this.#begun.filter(({ calls }) => calls <= made);
+    this.#staged = this.#begun.filter(({ calls }) => calls <= made);
+  }
+
+  /** Sends what is to be moved, where nobody has touched it. Does not wait. @returns it */
+  startMoves(state: LoadState, whole: WholeChunks): ClaimedChunk[] {
+    const batch: ClaimedChunk[] = [];
+    this.helper.begin();
+    for (const { idstr, chunk, slot } of this.#staged) {
+      const block = state.blocks.find((one) => one.block.idstr === idstr);
+      if (block === undefined || block.block.hostAddr % CHUNK_LENGTH !== 0) continue;
+      if (!whole.claim(block, chunk)) continue;
+      const target = block.block.hostAddr + chunk * CHUNK_LENGTH;
+      this.helper.move(target, this.#slotAddr(slot), CHUNK_LENGTH, 0, false);
+      batch.push({ block, chunk });
+    }
+    if (batch.length > 0) this.helper.start();
+    return batch;
+  }
+
+  endMoves(batch: readonly ClaimedChunk[], whole: WholeChunks): void {
+    if (batch.length === 0) return;
+    this.helper.finish();
+    for (const [call, { block, chunk }] of batch.entries()) {
+      const hasMoved = this.helper.result(call) === CHUNK_LENGTH;
+      whole.settle(block, chunk, hasMoved);
+      if (hasMoved) this.moved += 1;
+    }
   }
 
   /** Lets go what was not moved; what was moved left nothing. */
   clear(): void {
     if (this.#begun.length === this.moved) return;
     this.helper.begin();
-    this.helper.madvise(this.slotAddr(0), this.#begun.length * CHUNK_LENGTH, MADV_DONTNEED);
+    this.helper.madvise(this.#slotAddr(0), this.#begun.length * CHUNK_LENGTH, MADV_DONTNEED);
     this.helper.run();
   }
 }
@@ -227,46 +258,13 @@ export class Staging {
   moveInto(state: LoadState, whole: WholeChunks): number {
     this.#readers = this.#readers.filter(({ isAnswered }) => isAnswered);
     for (const reader of this.#readers) reader.finish();
-    const isAnyLeft = (): boolean => this.#readers.some(({ staged }) => staged.length > 0);
-    while (isAnyLeft() && !state.halted) {
+    if (!state.halted) {
       whole.enterGate();
-      const batches = this.#readers.map((reader) => startMoves(reader, state, whole));
-      for (const [index, batch] of batches.entries()) {
-        const reader = this.#readers[index];
-        if (reader === undefined || batch.length === 0) continue;
-        reader.helper.finish();
-        for (const [call, { block, chunk }] of batch.entries()) {
-          const hasMoved = reader.helper.moveOutcome(call) === CHUNK_LENGTH;
-          whole.settle(block, chunk, hasMoved);
-          if (hasMoved) reader.moved += 1;
-        }
-      }
+      const batches = this.#readers.map((reader) => reader.startMoves(state, whole));
+      for (const [index, batch] of batches.entries()) this.#readers[index]?.endMoves(batch, whole);
       whole.leaveGate();
     }
     for (const reader of this.#readers) reader.clear();
     return this.#readers.reduce((sum, { moved }) => sum + moved, 0);
   }
-}
-
-interface ClaimedChunk {
-  readonly block: BlockState;
-  readonly chunk: number;
-}
-
-function startMoves(reader: Reader, state: LoadState, whole: WholeChunks): ClaimedChunk[] {
-  const { helper, staged } = reader;
-  const batch: ClaimedChunk[] = [];
-  helper.begin();
-  while (batch.length < INLINE_CALLS_MAX) {
-    const next = staged.shift();
-    if (next === undefined) break;
-    const block = state.blocks.find(({ block: { idstr } }) => idstr === next.idstr);
-    if (block === undefined || block.block.hostAddr % CHUNK_LENGTH !== 0) continue;
-    if (!whole.claim(block, next.chunk)) continue;
-    const target = block.block.hostAddr + next.chunk * CHUNK_LENGTH;
-    helper.move(target, reader.slotAddr(next.slot), CHUNK_LENGTH, 0, false);
-    batch.push({ block, chunk: next.chunk });
-  }
-  if (batch.length > 0) helper.start();
-  return batch;
 }

@@ -94,19 +94,8 @@ export const UFFDIO_WRITEPROTECT_BIT = 6n;
 export const UFFDIO_CONTINUE_BIT = 7n;
 export const UFFDIO_POISON_BIT = 8n;
 
-/** Linux 6.8. Only a task of the address space itself may call it: src/sys/helper-task.ts. */
-export const UFFDIO_MOVE = 0xc028aa05;
 /** `mode` of UFFDIO_MOVE beside MODE_DONTWAKE: source pages that are not there are skipped. */
 export const MOVE_ALLOW_SRC_HOLES = 2;
-/** struct uffdio_move. */
-export const UFFD_MOVE = {
-  BYTES: 40,
-  DST: 0, // u64
-  SRC: 8, // u64
-  LENGTH: 16, // u64
-  MODE: 24, // u64
-  MOVE: 32, // i64, written by the kernel
-} as const;
 
 /** struct uffd_msg, 32 bytes, host byte order. */
 export const UFFD_MSG = {
@@ -324,30 +313,20 @@ export const SYS_PREAD64 = byArch(17, 67);
 
 export const HELPERS_MAX = 9;
 export const HELPER_CALLS_MAX = 256;
-/** Inline data of a call, bytes. */
-export const HELPER_INLINE_BYTES = 64;
 export const HELPER_YIELDS = 1;
+export const HELPER_MOVE = 0xfffffffe;
 export const HELPER_TOUCH = 0xffffffff;
 export const HELPER_STOP_IF_NEGATIVE = 1;
 export const HELPER_STOP_UNLESS_EXPECTED = 2;
-/** For argument i shifted left by i. */
-export const HELPER_ARG_IS_DATA = 0x100;
 
 export const HELPER_CALL = { BYTES: 64, NUMBER: 0, FLAGS: 4, EXPECTED: 8, ARGS: 16 } as const;
-export const HELPER_REQUEST = {
-  BYTES: 16904,
-  CALL_COUNT: 0,
-  FLAGS: 4,
-  CALLS: 8,
-  DATA: 16392,
-} as const;
+export const HELPER_REQUEST = { BYTES: 16392, CALL_COUNT: 0, FLAGS: 4, CALLS: 8 } as const;
 export const HELPER_REPLY = {
-  BYTES: 2632,
+  BYTES: 2120,
   CALLS_MADE: 0,
   FD_COUNT: 4,
   FDS: 8,
   RESULTS: 72,
-  DATA: 2120,
 } as const;
 /** One helper in the preload message. */
 export const HELPER_RECORD_BYTES = 24;
@@ -379,17 +358,13 @@ export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
   ["SYS_getpid", SYS_GETPID],
   ["SYS_madvise", SYS_MADVISE],
   ["SYS_pread64", SYS_PREAD64],
-  ["UFFDIO_MOVE", UFFDIO_MOVE],
-  ["sizeof(uffdio_move)", UFFD_MOVE.BYTES],
-  ["uffdio_move.move", UFFD_MOVE.MOVE],
   ["HELPERS_MAX", HELPERS_MAX],
   ["HELPER_CALLS_MAX", HELPER_CALLS_MAX],
-  ["HELPER_INLINE_BYTES", HELPER_INLINE_BYTES],
   ["HELPER_YIELDS", HELPER_YIELDS],
+  ["HELPER_MOVE", HELPER_MOVE],
   ["HELPER_TOUCH", HELPER_TOUCH],
   ["HELPER_STOP_IF_NEGATIVE", HELPER_STOP_IF_NEGATIVE],
   ["HELPER_STOP_UNLESS_EXPECTED", HELPER_STOP_UNLESS_EXPECTED],
-  ["HELPER_ARG_IS_DATA(0)", HELPER_ARG_IS_DATA],
   ["sizeof(helper_call)", HELPER_CALL.BYTES],
   ["helper_call.flags", HELPER_CALL.FLAGS],
   ["helper_call.expected", HELPER_CALL.EXPECTED],
@@ -397,12 +372,10 @@ export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
   ["sizeof(helper_request)", HELPER_REQUEST.BYTES],
   ["helper_request.flags", HELPER_REQUEST.FLAGS],
   ["helper_request.calls", HELPER_REQUEST.CALLS],
-  ["helper_request.data", HELPER_REQUEST.DATA],
   ["sizeof(helper_reply)", HELPER_REPLY.BYTES],
   ["helper_reply.fd_count", HELPER_REPLY.FD_COUNT],
   ["helper_reply.fds", HELPER_REPLY.FDS],
   ["helper_reply.results", HELPER_REPLY.RESULTS],
-  ["helper_reply.data", HELPER_REPLY.DATA],
   ["sizeof(helper_record)", HELPER_RECORD_BYTES],
 ];
 

@@ -9,9 +9,7 @@
  * `stop`.
  *
  * Addresses are the target's. Descriptors are the helper's: `sendDescriptor` says the number that a
- * descriptor has there. A structure that a call takes by address travels in the batch: eight calls can
- * have 64 bytes of inline data, which the helper hands to the kernel as its own copy, and which come back
- * with the answer.
+ * descriptor has there.
  *
  * One owner at a time, on any thread; a `HelperRecord` goes to a Worker by structured clone. Who has
  * the record closes it, once: `HelperTask.close` or `endHelper`.
@@ -23,10 +21,9 @@ import {
   EINTR,
   ENODATA,
   EPIPE,
-  HELPER_ARG_IS_DATA,
   HELPER_CALL,
   HELPER_CALLS_MAX,
-  HELPER_INLINE_BYTES,
+  HELPER_MOVE,
   HELPER_REPLY,
   HELPER_REQUEST,
   HELPER_STOP_IF_NEGATIVE,
@@ -36,11 +33,8 @@ import {
   POLLIN,
   SIGKILL,
   SYS_CLOSE,
-  SYS_IOCTL,
   SYS_MADVISE,
   SYS_PREAD64,
-  UFFD_MOVE,
-  UFFDIO_MOVE,
   WALL,
   WNOHANG,
 } from "./abi.ts";
@@ -67,8 +61,6 @@ export const HELPER_GONE = -EPIPE;
 /** Result of a call that was not made, because one before it stopped the batch. */
 export const CALL_NOT_MADE = -ENODATA;
 
-/** Calls of a batch that can have inline data: a batch has room for so many moves. */
-export const INLINE_CALLS_MAX = 8;
 const TWO_TO_32 = 0x1_0000_0000;
 const NO_FDS = new Int32Array(0);
 /** What the task calls itself, shim/helper.c. */
@@ -84,9 +76,6 @@ export class HelperTask {
   readonly #reply = new Int32Array(HELPER_REPLY.BYTES / 4);
   readonly #sentFd = new Int32Array(1);
   readonly #out = new Int32Array(2);
-  /** Which inline data a call has, and how many have some. */
-  readonly #inlineOf = new Uint8Array(HELPER_CALLS_MAX);
-  #inlineCount = 0;
   #callCount = 0;
   #callsMade = 0;
   readonly #patienceMs: number;
@@ -115,7 +104,6 @@ export class HelperTask {
   begin(canStop = false): void {
     this.#callCount = 0;
     this.#callsMade = 0;
-    this.#inlineCount = 0;
     this.#request[HELPER_REQUEST.FLAGS / 4] = canStop ? HELPER_YIELDS : 0;
   }
 
@@ -161,36 +149,6 @@ export class HelperTask {
   }
 
   /**
-   * Argument `argument` of call `index` becomes the address of inline data of its own; at most
-   * INLINE_CALLS_MAX calls of a batch have some.
-   */
-  passData(index: number, argument: number): void {
-    assert(index < this.#callCount && argument >= 0 && argument < 6, "no such argument");
-    assert(this.#inlineCount < INLINE_CALLS_MAX, "a batch has inline data for 8 calls");
-    this.#inlineOf[index] = this.#inlineCount;
-    this.#inlineCount += 1;
-    const at = callWord(index);
-    this.#request[at + HELPER_CALL.FLAGS / 4] =
-      (this.#request[at + HELPER_CALL.FLAGS / 4] ?? 0) | (HELPER_ARG_IS_DATA << argument);
-    put64(this.#request, at + HELPER_CALL.ARGS / 4 + 2 * argument, this.#inlineAt(index));
-  }
-
-  /** Sets eight bytes of a call's inline data, after `passData`; `offset` is a multiple of 8 below 64. */
-  setData(index: number, offset: number, value: number): void {
-    put64(this.#request, (HELPER_REQUEST.DATA + this.#inlineAt(index) + offset) / 4, value);
-  }
-
-  /** Eight bytes of a call's inline data, as they came back; signed. */
-  data(index: number, offset: number): number {
-    return get64(this.#reply, (HELPER_REPLY.DATA + this.#inlineAt(index) + offset) / 4);
-  }
-
-  /** Where a call's inline data begin. */
-  #inlineAt(index: number): number {
-    return (this.#inlineOf[index] ?? 0) * HELPER_INLINE_BYTES;
-  }
-
-  /**
    * Adds pread(2) of exactly `length` bytes: fewer, as at the end of a file that was cut short, end
    * the batch, so that a `move` behind it does not take what the memory held before.
    * @param addr in the target, usually staging memory
@@ -207,20 +165,34 @@ export class HelperTask {
   }
 
   /**
-   * Adds UFFDIO_MOVE (Linux 6.8); `moveOutcome` says what came of it. All of it private anonymous
-   * memory; the destination registered.
+   * Adds UFFDIO_MOVE (Linux 6.8). All of it private anonymous memory; the destination registered. Its
+   * `result`: bytes moved (> 0, maybe fewer than asked for: then a page at that place was present, or the
+   * next -errno applies there), or -errno when nothing was moved:
+   *
+   *   EEXIST  the first page of the destination is present; nobody was woken
+   *   EAGAIN  the address space is changing (an event waits to be read), or a page of the source
+   *           was busy for a moment: read events, try again
+   *   ENOENT  a page of the source is not there (and no MOVE_ALLOW_SRC_HOLES), or the destination
+   *           is not mapped any more
+   *   EINVAL  never for this memory: shared or file memory, not registered, locked (mlockall) where
+   *           the source is not, other protection, or a helper of another address space
+   *   EBUSY   a page of the source is shared with a forked child
+   *   ENOMEM  no memory for page tables
+   *   ESRCH   the target is ending
+   *   ENODATA (CALL_NOT_MADE) a call before it ended the batch
+   *
+   * A huge page of the source that is moved in part is split first, which takes 0.3 to 0.5 ms.
+   * What a failed move leaves in the source stays there: discard it before it is filled again.
+   * (Measured on Linux 6.18.)
+   *
    * @param mode MODE_DONTWAKE, MOVE_ALLOW_SRC_HOLES
    * @param stopOnError anything but the whole length ends the batch
+   * @source Linux mm/userfaultfd.c move_pages, fs/userfaultfd.c
    */
   move(dstAddr: number, srcAddr: number, length: number, mode: number, stopOnError = true): number {
-    const fd = this.record.uffdFd;
-    const index = this.add(SYS_IOCTL, fd, UFFDIO_MOVE, 0, 0, 0, 0, stopOnError);
-    this.passData(index, 2);
-    this.setData(index, UFFD_MOVE.DST, dstAddr);
-    this.setData(index, UFFD_MOVE.SRC, srcAddr);
-    this.setData(index, UFFD_MOVE.LENGTH, length);
-    this.setData(index, UFFD_MOVE.MODE, mode);
-    this.setData(index, UFFD_MOVE.MOVE, 0);
+    const { uffdFd } = this.record;
+    const index = this.add(HELPER_MOVE, uffdFd, dstAddr, srcAddr, length, mode, 0, false);
+    if (stopOnError) this.stopUnless(index, length);
     return index;
   }
 
@@ -285,33 +257,6 @@ export class HelperTask {
   result(index: number): number {
     if (index >= this.#callsMade) return CALL_NOT_MADE;
     return get64(this.#reply, HELPER_REPLY.RESULTS / 4 + 2 * index);
-  }
-
-  /**
-   * What a `move` of the last batch has done, by the kernel's signed field: bytes moved (> 0, maybe
-   * fewer than asked for: then a page at that place was present, or the next -errno applies there),
-   * or -errno when nothing was moved:
-   *
-   *   EEXIST  the first page of the destination is present; nobody was woken
-   *   EAGAIN  the address space is changing (an event waits to be read), or a page of the source
-   *           was busy for a moment: read events, try again
-   *   ENOENT  a page of the source is not there (and no MOVE_ALLOW_SRC_HOLES), or the destination
-   *           is not mapped any more
-   *   EINVAL  never for this memory: shared or file memory, not registered, locked (mlockall) where
-   *           the source is not, other protection, or a helper of another address space
-   *   EBUSY   a page of the source is shared with a forked child
-   *   ENOMEM  no memory for page tables
-   *   ESRCH   the target is ending
-   *   ENODATA (CALL_NOT_MADE) a call before it ended the batch
-   *
-   * A huge page of the source that is moved in part is split first, which takes 0.3 to 0.5 ms.
-   * What a failed move leaves in the source stays there: discard it before it is filled again.
-   * (Measured on Linux 6.18.) @source Linux mm/userfaultfd.c move_pages, fs/userfaultfd.c
-   */
-  moveOutcome(index: number): number {
-    if (index >= this.#callsMade) return CALL_NOT_MADE;
-    const moved = this.data(index, UFFD_MOVE.MOVE);
-    return moved === 0 ? this.result(index) : moved;
   }
 
   /**

@@ -96,7 +96,7 @@ export class HelperBench {
     const read = task.preadInto(fd, stagingAddr, HUGE, index * HUGE);
     const moved = task.move(this.chunk(index), stagingAddr, HUGE, mode);
     const made = task.run();
-    const brought = { made, read: task.result(read), moved: task.moveOutcome(moved) };
+    const brought = { made, read: task.result(read), moved: task.result(moved) };
     task.begin();
     task.closeDescriptor(fd);
     task.run();

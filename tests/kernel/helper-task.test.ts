@@ -93,7 +93,7 @@ describe("HelperTask.move", () => {
         it.task.move(it.chunk(index), it.task.record.stagingAddr, HUGE, 0);
       }
       expect(it.task.run()).toBe(8);
-      expect([1, 3, 5, 7].map((index) => it.task.moveOutcome(index))).toEqual(Array(4).fill(HUGE));
+      expect([1, 3, 5, 7].map((index) => it.task.result(index))).toEqual(Array(4).fill(HUGE));
       expect(await it.read(0, 4 * HUGE_PAGES)).toBe(it.crc(0, 4 * HUGE_PAGES));
     },
     TIMEOUT_MS,
@@ -158,7 +158,7 @@ describe("HelperTask.move", () => {
       it.task.begin();
       it.task.move(it.chunk(0), it.task.record.stagingAddr, HUGE, 0);
       expect(it.task.run()).toBe(0);
-      expect(it.task.moveOutcome(0)).toBe(-ENOENT);
+      expect(it.task.result(0)).toBe(-ENOENT);
     },
     TIMEOUT_MS,
   );
@@ -175,7 +175,7 @@ describe("HelperTask.move", () => {
       it.task.move(it.chunk(1), stagingAddr, HUGE, 0);
       expect(it.task.run()).toBe(1);
       expect(it.task.result(0)).toBe(0);
-      expect(it.task.moveOutcome(1)).toBe(-ENOENT);
+      expect(it.task.result(1)).toBe(-ENOENT);
     },
     TIMEOUT_MS,
   );
@@ -253,7 +253,7 @@ describe("HelperTask.run", () => {
       expect(it.task.run()).toBe(0);
       expect(it.task.result(0)).toBe(PAGE);
       expect(it.task.result(1)).toBe(CALL_NOT_MADE);
-      expect(it.task.moveOutcome(1)).toBe(CALL_NOT_MADE);
+      expect(it.task.result(1)).toBe(CALL_NOT_MADE);
       expect(it.uffd.copy(it.chunk(0), it.file.addr, PAGE, 0)).toBe(PAGE);
     },
     TIMEOUT_MS,
