@@ -13,7 +13,7 @@ import { alignDown, alignUp, MiB } from "../pages.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
-import { countRange, nextBit, nextMissing, setRange, wordsOf } from "./bits.ts";
+import { countRange, nextBit, nextMissing, setRange, testBit, wordsOf } from "./bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
 import { BlockFiller } from "./fill.ts";
 import type { PageReader } from "./page-reader.ts";
@@ -132,7 +132,8 @@ export function releaseZeroExtents(
     const zero = extents.get(block) ?? [];
     if (zero.length === 0) continue;
     const first = nextMissing(block.data, none, 0, block.pageCount, true);
-    if (first < block.pageCount && block.block.hostPageSize === block.block.pageSize) {
+    const isNeeded = first < block.pageCount && !testBit(block.done, first);
+    if (isNeeded && block.block.hostPageSize === block.block.pageSize) {
       const { canDiscard } = state.metadata;
       if (canDiscard && !state.enterCopy(MAIN_THREAD)) continue;
       const outcome = supply.copyRun(block, first, 1);

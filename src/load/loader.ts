@@ -244,13 +244,13 @@ class Load {
     this.#staging?.stop();
     const { loaded } = await this.#handOver(snapshot, !this.#isPaused && runsFromSeed(snapshot));
     // Now that the target has something to do meanwhile.
-    await this.#letZeroExtentsGo(state, zero);
     let isLoaded = false;
     const note = (): void => {
       isLoaded = true;
     };
     loaded.then(note, note);
     if (await this.#hasStaged(() => isLoaded)) this.#moveStaged(serving, state);
+    await this.#letZeroExtentsGo(state, zero);
     try {
       await Promise.all([loaded, served]);
       state.phase = PHASE_STATE_LOADED;
