@@ -243,14 +243,7 @@ class Load {
     const { snapshot } = prepared;
     this.#staging?.stop();
     const { loaded } = await this.#handOver(snapshot, !this.#isPaused && runsFromSeed(snapshot));
-    // Now that the target has something to do meanwhile.
-    let isLoaded = false;
-    const note = (): void => {
-      isLoaded = true;
-    };
-    loaded.then(note, note);
-    if (await this.#hasStaged(() => isLoaded)) this.#moveStaged(serving, state);
-    await this.#letZeroExtentsGo(state, zero);
+    await this.#bringMeanwhile(loaded, serving, state, zero);
     try {
       await Promise.all([loaded, served]);
       state.phase = PHASE_STATE_LOADED;
@@ -605,6 +598,24 @@ class Load {
     const served = serving.serveFaults(replay, this.#staging === undefined);
     served.catch(() => {});
     return served;
+  }
+
+  /** While the target loads its devices. One that cannot is ending, and its helpers with it. */
+  async #bringMeanwhile(
+    loaded: Promise<void>,
+    serving: Serving,
+    state: LoadState,
+    zero: readonly (readonly AddressRange[])[],
+  ): Promise<void> {
+    let isLoaded: boolean | undefined;
+    const settle = (outcome: boolean) => (): void => {
+      isLoaded = outcome;
+    };
+    loaded.then(settle(true), settle(false));
+    const hasStaged = await this.#hasStaged(() => isLoaded !== undefined);
+    if (isLoaded === false) return;
+    if (hasStaged) this.#moveStaged(serving, state);
+    await this.#letZeroExtentsGo(state, zero);
   }
 
   /** Nobody can move it. */
