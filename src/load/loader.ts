@@ -631,7 +631,11 @@ class Load {
   async #hasStaged(isTooLate: () => boolean): Promise<boolean> {
     const staging = this.#staging;
     if (staging === undefined) return false;
-    while (!staging.isAnswered && !isTooLate()) await Bun.sleep(STAGED_PERIOD_MS);
+    while (!staging.isAnswered && !isTooLate()) {
+      // Not by a timer: it would be 1 ms late or more, and most answer in half of that.
+      staging.awaitAnswer(STAGED_WAIT_MS);
+      await new Promise(setImmediate);
+    }
     return staging.isAnswered;
   }
 
@@ -863,9 +867,12 @@ class Load {
   }
 }
 
-/** How long helpers that read ahead may take to end that when the guest runs, and how often that is looked at. */
+/**
+ * How long helpers that read ahead may take to end that when the guest runs, and how long the main thread
+ * waits for them at a time.
+ */
 const STAGED_PATIENCE_MS = 2000;
-const STAGED_PERIOD_MS = 1;
+const STAGED_WAIT_MS = 1;
 
 /** How long a target whose state cannot be loaded may take to end in order, before SIGKILL. */
 const END_GRACE_MS = 2000;

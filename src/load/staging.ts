@@ -244,6 +244,13 @@ export class Staging {
     return this.#readers.every((reader) => reader.isAnswered);
   }
 
+  /** Blocks until one more has answered, for so long at most. */
+  awaitAnswer(timeoutMs: number): void {
+    const late = this.#readers.filter(({ isAnswered }) => !isAnswered);
+    const fds = Int32Array.from(late, ({ helper }) => helper.record.fd);
+    sys.poll(fds, new Int32Array(fds.length), fds.length, POLLIN, timeoutMs);
+  }
+
   /** Those that have not answered, or were given up: nobody can use them any more. */
   get lost(): HelperRecord[] {
     return this.#readers
