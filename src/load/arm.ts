@@ -19,7 +19,7 @@ import { BlockFiller } from "./fill.ts";
 import type { PageReader } from "./page-reader.ts";
 import type { BlockPlan } from "./plan.ts";
 import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
-import { type BlockState, type LoadState, MAIN_THREAD } from "./state.ts";
+import { add, type BlockState, C_EAGER_PAGES, type LoadState, MAIN_THREAD } from "./state.ts";
 import { SUPPLIED, type Supply } from "./supply.ts";
 
 /** Zero extents are cut at page table seams: below that, a split costs more than its faults. */
@@ -137,6 +137,7 @@ export function releaseZeroExtents(
       const { canDiscard } = state.metadata;
       if (canDiscard && !state.enterCopy(MAIN_THREAD)) continue;
       const outcome = supply.copyRun(block, first, 1);
+      add(state.counters(MAIN_THREAD), C_EAGER_PAGES, supply.pagesDone);
       if (canDiscard) state.leaveCopy(MAIN_THREAD);
       // A source that has not got the page yet, for one: then zero pages come by fault.
       if (outcome !== SUPPLIED) continue;

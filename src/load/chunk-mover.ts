@@ -37,8 +37,11 @@ export function canMove(state: BlockState, chunk: number): boolean {
   return runs > 0 && runs <= RUNS_MAX;
 }
 
-/** What has become of a chunk in hand: to be moved by `moveNow`, there, or not. */
-export type ChunkFate = "read" | "moved" | "unmoved";
+/**
+ * What has become of a chunk in hand: to be moved by `moveNow`, or how many bytes of it were moved, from its
+ * first page on. Fewer than all: a page behind them was there already.
+ */
+export type ChunkFate = "read" | number;
 
 /** A chunk in hand. */
 export interface ChunkInHand {
@@ -160,24 +163,23 @@ export class ChunkMover {
     const made = this.#isGone ? -1 : this.#helper.finish();
     if (made < 0) this.#isGone = true;
     return this.#batch.map(({ callsToRead, moveCall }) => {
-      if (made < callsToRead) return "unmoved";
-      if (moveCall < 0) return "read";
-      return this.#helper.result(moveCall) === CHUNK_LENGTH ? "moved" : "unmoved";
+      if (made < callsToRead) return 0;
+      return moveCall < 0 ? "read" : Math.max(0, this.#helper.result(moveCall));
     });
   }
 
-  /** Moves a chunk that was read, and blocks until that is done. @returns whether it has come */
-  moveNow(index: number): boolean {
+  /** Moves a chunk that was read, and blocks until that is done. @returns bytes moved */
+  moveNow(index: number): number {
     const inHand = this.#batch[index];
-    if (inHand === undefined || this.#isGone) return false;
+    if (inHand === undefined || this.#isGone) return 0;
     this.#helper.begin();
     const call = this.#addMove(inHand.state, inHand.chunk, index, true);
-    return this.#helper.run() >= 0 && this.#helper.result(call) === CHUNK_LENGTH;
+    return this.#helper.run() < 0 ? 0 : Math.max(0, this.#helper.result(call));
   }
 
-  /** The batch is out of hand. @param hasMoved for each of it; else its bytes are still in its slot */
-  settle(hasMoved: readonly boolean[]): void {
-    for (const [slot, moved] of hasMoved.entries()) if (!moved) this.#dirty.add(slot);
+  /** The batch is out of hand. @param moved bytes of each that were; the others are still in its slot */
+  settle(moved: readonly number[]): void {
+    for (const [slot, bytes] of moved.entries()) if (bytes < CHUNK_LENGTH) this.#dirty.add(slot);
     this.#batch = [];
   }
 

@@ -183,9 +183,9 @@ class Reader {
     if (batch.length === 0) return;
     this.helper.finish();
     for (const [call, { block, chunk }] of batch.entries()) {
-      const hasMoved = this.helper.result(call) === CHUNK_LENGTH;
-      whole.settle(block, chunk, hasMoved);
-      if (hasMoved) this.moved += 1;
+      const moved = Math.max(0, this.helper.result(call));
+      whole.settle(block, chunk, moved);
+      if (moved === CHUNK_LENGTH) this.moved += 1;
     }
   }
 

@@ -115,7 +115,7 @@ export class WholeChunks {
     if (this.#options.state.halted)
       this.#settleAll(
         mover,
-        mover.batch.map(() => false),
+        mover.batch.map(() => 0),
       );
     else mover.send();
   }
@@ -164,33 +164,33 @@ export class WholeChunks {
   /** A helper has answered. */
   #proceed(mover: ChunkMover): void {
     const fates = mover.take();
-    const hasMoved = fates.map((fate, index) =>
-      fate === "read" ? this.#moveGuarded(mover, index) : fate === "moved",
+    const moved = fates.map((fate, index) =>
+      fate === "read" ? this.#moveGuarded(mover, index) : fate,
     );
-    this.#settleAll(mover, hasMoved);
+    this.#settleAll(mover, moved);
   }
 
-  #settleAll(mover: ChunkMover, hasMoved: readonly boolean[]): void {
+  #settleAll(mover: ChunkMover, moved: readonly number[]): void {
     for (const [index, { state, chunk }] of mover.batch.entries()) {
-      this.settle(state, chunk, hasMoved[index] === true);
+      this.settle(state, chunk, moved[index] ?? 0);
     }
-    mover.settle(hasMoved);
+    mover.settle(moved);
   }
 
-  /** Where pages can be given back: looked at and moved while no event is read. */
-  #moveGuarded(mover: ChunkMover, index: number): boolean {
+  /** Where pages can be given back: looked at and moved while no event is read. @returns bytes moved */
+  #moveGuarded(mover: ChunkMover, index: number): number {
     const inHand = mover.batch[index];
-    if (inHand === undefined) return false;
+    if (inHand === undefined) return 0;
     const { state, chunk } = inHand;
     this.enterGate();
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
     // A REMOVE may have marked pages while the bytes were read: those are zero now.
     const isWhole = nextBit(state.done, start, end, true) === end;
-    const hasMoved = isWhole && !this.#options.state.halted && mover.moveNow(index);
-    if (hasMoved) setRange(state.done, start, end);
+    const moved = isWhole && !this.#options.state.halted ? mover.moveNow(index) : 0;
+    setRange(state.done, start, start + moved / state.block.pageSize);
     this.leaveGate();
-    return hasMoved;
+    return moved;
   }
 
   /** Until `leaveGate` no event is read that tells of pages given back. */
@@ -208,27 +208,30 @@ export class WholeChunks {
   /**
    * A chunk has come as a whole, or could not. Faults in it have waited for it; they are woken in any
    * case.
+   * @param moved bytes that have come, from its first page on
    */
-  settle(state: BlockState, chunk: number, hasMoved: boolean): void {
+  settle(state: BlockState, chunk: number, moved: number): void {
     const { counters, uffd, priority } = this.#options;
     const { block } = state;
     const start = state.chunkStart(chunk);
     const end = state.chunkEnd(chunk);
-    if (hasMoved) setRange(state.done, start, end);
-    Atomics.store(state.chunks, chunk, hasMoved ? CHUNK_MOVED : CHUNK_SPLIT);
+    const come = start + moved / block.pageSize;
+    const isWhole = come === end;
+    setRange(state.done, start, come);
+    Atomics.store(state.chunks, chunk, isWhole ? CHUNK_MOVED : CHUNK_SPLIT);
     const waitingSinceNs = state.chunkFaultNs[chunk] ?? 0;
     if (waitingSinceNs > 0) priority?.putBack();
-    if (!hasMoved || waitingSinceNs > 0) {
+    if (!isWhole || waitingSinceNs > 0) {
       uffd.wake(block.hostAddr + start * block.pageSize, (end - start) * block.pageSize);
     }
-    if (!hasMoved) {
+    const dataPages = countRange(state.data, start, come);
+    add(counters, this.#options.pagesCounter, dataPages);
+    this.bytesCome += dataPages * block.pageSize;
+    if (!isWhole) {
       this.unmoved.push(state.firstChunk + chunk);
       return;
     }
     if (waitingSinceNs > 0) recordLatency(counters, sys.clockNs() - waitingSinceNs);
-    const dataPages = countRange(state.data, start, end);
-    add(counters, this.#options.pagesCounter, dataPages);
     add(counters, C_MOVED_CHUNKS, 1);
-    this.bytesCome += dataPages * block.pageSize;
   }
 }

@@ -3,7 +3,7 @@
  * target with a real userfaultfd.
  */
 import { afterEach, describe, expect, test } from "bun:test";
-import { setRange } from "../../src/load/bits.ts";
+import { nextBit, setRange } from "../../src/load/bits.ts";
 import { ChunkMover } from "../../src/load/chunk-mover.ts";
 import {
   C_EAGER_PAGES,
@@ -135,6 +135,9 @@ describe("WholeChunks", () => {
       finish();
       expect([...block.chunks.subarray(0, 3)]).toEqual([CHUNK_MOVED, CHUNK_SPLIT, CHUNK_MOVED]);
       expect(whole.unmoved).toEqual([1]);
+      // What was moved of it before that page is there, and counted.
+      expect(nextBit(block.done, HUGE_PAGES, 2 * HUGE_PAGES, false)).toBe(at);
+      expect(whole.bytesCome).toBe((2 * HUGE_PAGES + 9) * PAGE);
       await expectRight(it, 0, 2);
       // The second slot holds what was not moved.
       begin(6, 7);
