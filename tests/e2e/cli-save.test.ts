@@ -150,6 +150,26 @@ describe.skipIf((whyNoExecutable() ?? whyNoGuests()) !== null)("fsl save", () =>
   );
 
   test(
+    "killed in the middle: the file that was there stays, with a part beside it; cont, and it can be saved again",
+    async () => {
+      await using run = await startRun(big);
+      writeFileSync(join(run.directory, "guest.snap"), "old");
+      expect((await interrupted(run, "SIGKILL")).code).toBe(137);
+      await run.qmp.waitEvent("MIGRATION", ({ status }) => status === "completed");
+      expect(await run.qmp.execute("query-status")).toMatchObject({ status: "postmigrate" });
+      expect(readFileSync(join(run.directory, "guest.snap"), "utf8")).toBe("old");
+      const left = files(run).filter((name) => name !== "guest.snap");
+      expect(left).toEqual([expect.stringMatching(/^\.guest\.snap\.fsl-[0-9a-f]+$/)]);
+      await run.qmp.execute("cont");
+      const again = ["save", "guest.snap", "--qmp", run.qmpPath, "--quiet", "--then", "cont"];
+      expect((await run.run(...again)).code).toBe(0);
+      await expectRunning(run, files(run));
+      expect((await run.run("inspect", "guest.snap")).code).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "a path where there is no file is refused, and the guest is not stopped",
     async () => {
       await using run = await startRun();
