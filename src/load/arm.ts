@@ -4,16 +4,16 @@
  * everything.
  *
  * Order matters (DESIGN.md): register first, look afterwards, because one touch of memory that is
- * not registered can fill 2 MiB with zeros. One page is copied before the zero extents are
- * unregistered: it gives the whole block one anon_vma, without which the split areas could never
- * merge again.
+ * not registered can fill 2 MiB with zeros. A page must have come before the zero extents are
+ * unregistered, and is copied where none has: it gives the whole block one anon_vma, without which the
+ * split areas could never merge again.
  */
 import { FslError } from "../errors.ts";
 import { alignDown, alignUp, MiB } from "../pages.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
-import { countRange, nextBit, nextMissing, setRange, testBit, wordsOf } from "./bits.ts";
+import { countRange, nextBit, setRange, testBit, wordsOf } from "./bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
 import { BlockFiller } from "./fill.ts";
 import type { PageReader } from "./page-reader.ts";
@@ -127,11 +127,10 @@ export function releaseZeroExtents(
   supply: Supply,
   extents: ReadonlyMap<BlockState, readonly AddressRange[]>,
 ): void {
-  const none = new Int32Array(0);
   for (const block of state.blocks) {
     const zero = extents.get(block) ?? [];
     if (zero.length === 0) continue;
-    const first = nextMissing(block.data, none, 0, block.pageCount, true);
+    const first = nextBit(block.data, 0, block.pageCount, true);
     const isNeeded = first < block.pageCount && !testBit(block.done, first);
     if (isNeeded && block.block.hostPageSize === block.block.pageSize) {
       const { canDiscard } = state.metadata;

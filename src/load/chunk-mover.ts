@@ -39,7 +39,7 @@ export function canMove(state: BlockState, chunk: number): boolean {
 
 /**
  * What has become of a chunk in hand: to be moved by `moveNow`, or how many bytes of it were moved, from its
- * first page on. Fewer than all: a page behind them was there already.
+ * first page on. Fewer than all: a page behind them was there already, or the helper has ended.
  */
 export type ChunkFate = "read" | number;
 
@@ -164,7 +164,7 @@ export class ChunkMover {
     if (made < 0) this.#isGone = true;
     return this.#batch.map(({ callsToRead, moveCall }) => {
       if (made < callsToRead) return 0;
-      return moveCall < 0 ? "read" : Math.max(0, this.#helper.result(moveCall));
+      return moveCall < 0 ? "read" : this.#helper.bytesMoved(moveCall);
     });
   }
 
@@ -174,7 +174,8 @@ export class ChunkMover {
     if (inHand === undefined || this.#isGone) return 0;
     this.#helper.begin();
     const call = this.#addMove(inHand.state, inHand.chunk, index, true);
-    return this.#helper.run() < 0 ? 0 : Math.max(0, this.#helper.result(call));
+    this.#helper.run();
+    return this.#helper.bytesMoved(call);
   }
 
   /** The batch is out of hand. @param moved bytes of each that were; the others are still in its slot */

@@ -608,10 +608,14 @@ class Load {
     zero: readonly (readonly AddressRange[])[],
   ): Promise<void> {
     let isLoaded: boolean | undefined;
-    const settle = (outcome: boolean) => (): void => {
-      isLoaded = outcome;
-    };
-    loaded.then(settle(true), settle(false));
+    loaded.then(
+      () => {
+        isLoaded = true;
+      },
+      () => {
+        isLoaded = false;
+      },
+    );
     const hasStaged = await this.#hasStaged(() => isLoaded !== undefined);
     if (isLoaded === false) return;
     if (hasStaged) this.#moveStaged(serving, state);
@@ -633,7 +637,7 @@ class Load {
     if (staging === undefined) return false;
     while (!staging.isAnswered && !isTooLate()) {
       // Not by a timer: it would be 1 ms late or more, and most answer in half of that.
-      staging.awaitAnswer(STAGED_WAIT_MS);
+      staging.awaitAnswers(STAGED_WAIT_MS);
       await new Promise(setImmediate);
     }
     return staging.isAnswered;

@@ -1,16 +1,15 @@
 /**
  * Reading ahead: while the target is still starting, its helper tasks read the chunks that the guest
  * will need first into their staging memory, with the CPU time that nobody else wants. When the target
- * is armed these chunks are moved into its RAM, some 40 µs each, while it loads its devices: the guest's
+ * is armed these chunks are moved into its RAM, a few µs each, while it loads its devices: the guest's
  * first steps find them there. Runs on the main thread, which has nothing to do but to wait then: each
  * helper gets all that it is to read in one batch, and ends it when it is told to.
  *
  * What is read ahead is a guess and costs memory for a moment; it is worth nothing where RAM turns out
  * not to be movable, and is let go then.
  */
-import { HELPER_CALLS_MAX, MADV_DONTNEED, POLLIN } from "../sys/abi.ts";
+import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
 import { type HelperRecord, HelperTask } from "../sys/helper-task.ts";
-import * as sys from "../sys/native.ts";
 import { nextBit } from "./bits.ts";
 import { RUNS_MAX } from "./chunk-mover.ts";
 import type { AlignedBlock } from "./order.ts";
@@ -148,11 +147,9 @@ class Reader {
     if (this.#isRunning) this.helper.stop();
   }
 
-  /** `finish` would not wait. */
-  get isAnswered(): boolean {
-    if (!this.#isRunning) return true;
-    const fds = Int32Array.of(this.helper.record.fd);
-    return sys.poll(fds, new Int32Array(1), 1, POLLIN, 0) === 1;
+  /** See `HelperTask.isAnswered`. */
+  isAnswered(timeoutMs = 0): boolean {
+    return !this.#isRunning || this.helper.isAnswered(timeoutMs);
   }
 
   /** Takes the answer: which chunks are complete. Blocks until the call returns that is being made. */
@@ -183,7 +180,7 @@ class Reader {
     if (batch.length === 0) return;
     this.helper.finish();
     for (const [call, { block, chunk }] of batch.entries()) {
-      const moved = Math.max(0, this.helper.result(call));
+      const moved = this.helper.bytesMoved(call);
       whole.settle(block, chunk, moved);
       if (moved === CHUNK_LENGTH) this.moved += 1;
     }
@@ -241,20 +238,18 @@ export class Staging {
    * helper that somebody has stopped) is not to be waited for here.
    */
   get isAnswered(): boolean {
-    return this.#readers.every((reader) => reader.isAnswered);
+    return this.#readers.every((reader) => reader.isAnswered());
   }
 
-  /** Blocks until one more has answered, for so long at most. */
-  awaitAnswer(timeoutMs: number): void {
-    const late = this.#readers.filter(({ isAnswered }) => !isAnswered);
-    const fds = Int32Array.from(late, ({ helper }) => helper.record.fd);
-    sys.poll(fds, new Int32Array(fds.length), fds.length, POLLIN, timeoutMs);
+  /** Blocks for that, for so long with each helper at most; not with the next one when one is late. */
+  awaitAnswers(timeoutMs: number): void {
+    this.#readers.every((reader) => reader.isAnswered(timeoutMs));
   }
 
   /** Those that have not answered, or were given up: nobody can use them any more. */
   get lost(): HelperRecord[] {
     return this.#readers
-      .filter(({ isAnswered, helper }) => !isAnswered || helper.isGone)
+      .filter((reader) => !reader.isAnswered() || reader.helper.isGone)
       .map(({ helper }) => helper.record);
   }
 
@@ -263,7 +258,7 @@ export class Staging {
    * blocks until that is done. @returns how many chunks have come
    */
   moveInto(state: LoadState, whole: WholeChunks): number {
-    this.#readers = this.#readers.filter(({ isAnswered }) => isAnswered);
+    this.#readers = this.#readers.filter((reader) => reader.isAnswered());
     for (const reader of this.#readers) reader.finish();
     if (!state.halted) {
       whole.enterGate();

@@ -259,6 +259,11 @@ export class HelperTask {
     return get64(this.#reply, HELPER_REPLY.RESULTS / 4 + 2 * index);
   }
 
+  /** Bytes that a `move` of the last batch has moved; 0 when it failed, or was not made. */
+  bytesMoved(index: number): number {
+    return Math.max(0, this.result(index));
+  }
+
   /**
    * Gives the helper a copy of a descriptor. Not between `begin` and `run`.
    * @returns its number there; HELPER_GONE; CALL_NOT_MADE when it cannot take another (EMFILE)
@@ -324,14 +329,15 @@ export class HelperTask {
     return this.#isGone ? HELPER_GONE : sent;
   }
 
-  #isAnswered(): boolean {
-    return native.poll(this.#polled, this.#out, 1, POLLIN, this.#patienceMs) === 1;
+  /** Whether `finish` would not wait, or not longer than `timeoutMs`, which is waited for; -1 = for ever. */
+  isAnswered(timeoutMs = 0): boolean {
+    return native.poll(this.#polled, this.#out, 1, POLLIN, timeoutMs) === 1;
   }
 
   /** Waits for the reply. 0 or HELPER_GONE. */
   #receive(): number {
     if (this.#isGone || this.#isClosed) return HELPER_GONE;
-    if (this.#patienceMs >= 0 && !this.#isAnswered()) {
+    if (this.#patienceMs >= 0 && !this.isAnswered(this.#patienceMs)) {
       killChild(this.record.pid);
       this.#isGone = true;
       return HELPER_GONE;
