@@ -200,16 +200,20 @@ export class Uffd {
 
   /**
    * Lets a range go. Pages that are missing then are zero pages, without any error: only for ranges
-   * that are complete or meant to be zero.
+   * that are complete or meant to be zero. Whoever waits in it faults again, and finds a zero page.
    * @returns false when the target has ended (ESRCH; ENOMEM when its address space is gone)
    * @throws FslError INTERNAL, errno EINVAL: nothing is mapped there any more, or what is could
    * never be registered
    */
   unregister(addr: number, length: number): boolean {
     const result = sys.uffdUnregister(this.fd, addr, length);
-    if (result >= 0) return true;
     if (result === -ESRCH || result === -ENOMEM) return false;
-    throw failure("INTERNAL", "UFFDIO_UNREGISTER", result, [rangeText(addr, length)]);
+    if (result < 0)
+      throw failure("INTERNAL", "UFFDIO_UNREGISTER", result, [rangeText(addr, length)]);
+    // The kernel wakes the range *before* it lets it go (userfaultfd_unregister): a thread that
+    // faults between the two would wait until the last copy of this descriptor is closed.
+    this.wake(addr, length);
+    return true;
   }
 
   /**

@@ -5,6 +5,7 @@
  *
  *   memory anon|shmem|hugetlb PAGES FEATURES   region and userfaultfd, sent over descriptor 3
  *       r ID PAGE COUNT    a thread of its own reads     -> r ID CRC32, or "b ID" after a SIGBUS
+ *       t ID PAGE COUNT    ... touches page by page      -> t ID 0
  *       w ID PAGE BYTE     ... writes one byte           -> w ID 0
  *       d ID PAGE COUNT    ... MADV_DONTNEED             -> d ID 0
  *       u ID PAGE COUNT    ... munmap                    -> u ID 0
@@ -92,6 +93,10 @@ static void on_bus(int signal) {
   siglongjmp(bus_jump, 1);
 }
 
+static void touch(const volatile uint8_t *at, size_t count) {
+  for (size_t i = 0; i < count; i++) (void)at[i * page_bytes];
+}
+
 static void *run_job(void *argument) {
   struct job job = *(struct job *)argument;
   free(argument);
@@ -103,6 +108,7 @@ static void *run_job(void *argument) {
   }
   switch (job.kind) {
     case 'r': say("r %d %u", job.id, crc32(at, length)); break;
+    case 't': touch(at, job.count); say("t %d 0", job.id); break;
     case 'w': *(volatile uint8_t *)at = (uint8_t)job.count; say("w %d 0", job.id); break;
     case 'd': say("d %d %d", job.id, madvise(at, length, MADV_DONTNEED)); break;
     case 'u': say("u %d %d", job.id, munmap(at, length)); break;

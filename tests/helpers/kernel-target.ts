@@ -114,7 +114,11 @@ export class TargetProcess {
   }
 
   /** Starts a memory command and resolves with the number it answers; "bus" after a SIGBUS. */
-  async job(kind: "r" | "w" | "d" | "u", page: number, count: number): Promise<number | "bus"> {
+  async job(
+    kind: "r" | "t" | "w" | "d" | "u",
+    page: number,
+    count: number,
+  ): Promise<number | "bus"> {
     const id = this.#nextId++;
     this.say(`${kind} ${id} ${page} ${count}`);
     const line = await this.line((text) => text.startsWith(`${kind} ${id} `) || text === `b ${id}`);

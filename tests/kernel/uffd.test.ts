@@ -186,6 +186,23 @@ describe("faults", () => {
     expect(served).toEqual(pagesFrom(32, 32));
   });
 
+  // The kernel wakes the range first and lets it go then: in between, a thread that faults is left waiting.
+  test("a range is let go: whoever faults at that moment goes on", async () => {
+    const it = await start();
+    for (let round = 0; round < 1500; round += 1) {
+      const touching = it.target.job("t", 0, PAGES);
+      expect(it.read()).toBe(1);
+      expect(it.uffd.zeropage(it.page(0), PAGE, 0)).toBe(PAGE);
+      // Until the thread may have come to its next page: up to 50 µs.
+      const untilNs = sys.clockNs() + 200 * (round % 251);
+      while (sys.clockNs() < untilNs);
+      expect(it.uffd.unregister(it.addr, PAGES * PAGE)).toBe(true);
+      expect(await within(touching, 5000, `the thread of round ${round}`)).toBe(0);
+      expect(await it.target.job("d", 0, PAGES)).toBe(0);
+      it.uffd.register(it.addr, PAGES * PAGE, REGISTER_MISSING);
+    }
+  });
+
   test("a write fault says that it is one", async () => {
     const it = await start();
     const writing = it.target.job("w", 5, 77);
