@@ -45,9 +45,10 @@ export class Tracer implements AsyncDisposable {
 
 /**
  * What executes a program whose calls fail: `calls` as strace's `inject=` has it, e.g.
- * `ptrace:error=EPERM`; only those on `path`, if one is named.
+ * `ptrace:error=EPERM`; only those on `path`, if one is named. The program is the process itself, and not
+ * a child of strace (-D): its exit code does not depend on how strace fares.
  */
 export function failing(calls: string, path?: string): string[] {
   const only = path === undefined ? [] : ["-P", path];
-  return ["strace", "-f", "-qqq", "-o", "/dev/null", "-e", `inject=${calls}`, ...only];
+  return ["strace", "-D", "-f", "-qqq", "-o", "/dev/null", "-e", `inject=${calls}`, ...only];
 }
