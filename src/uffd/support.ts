@@ -6,6 +6,7 @@
 import { readdirSync, readFileSync } from "node:fs";
 import {
   CAP_SYS_PTRACE,
+  ENOEXEC,
   EPERM,
   MFD_CLOEXEC,
   O_CLOEXEC,
@@ -178,6 +179,9 @@ function tryPidfdGetfd(): number {
 }
 
 const PTRACE_TIMEOUT_MS = 1000;
+/** How often and how long apart a child that has just been started is tried. */
+const EXEC_TRIES = 100;
+const EXEC_PAUSE_MS = 1;
 
 /** A child makes a system call for us. Containers often forbid ptrace altogether. */
 function tryPtrace(): Refusal {
@@ -189,7 +193,14 @@ function tryPtrace(): Refusal {
   }
   try {
     const [args, result] = [new BigUint64Array(6), new BigInt64Array(1)];
-    const refused = sys.remoteSyscall(child.pid, SYS_GETPID, args, result, PTRACE_TIMEOUT_MS);
+    const call = (): number =>
+      sys.remoteSyscall(child.pid, SYS_GETPID, args, result, PTRACE_TIMEOUT_MS);
+    let refused = call();
+    // It may be in the middle of execve(2): no vDSO can be found in it then.
+    for (let tries = 0; refused === -ENOEXEC && tries < EXEC_TRIES; tries += 1) {
+      Bun.sleepSync(EXEC_PAUSE_MS);
+      refused = call();
+    }
     return refusal(refused === 0 && Number(result[0]) !== child.pid ? -EPERM : refused);
   } finally {
     child.kill("SIGKILL");

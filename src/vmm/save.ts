@@ -11,6 +11,7 @@ import {
   closeSync,
   constants,
   fstatSync,
+  fsync,
   fsyncSync,
   lstatSync,
   openSync,
@@ -21,6 +22,7 @@ import {
   statSync,
 } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
+import { promisify } from "node:util";
 import { FslError, isFslError } from "../errors.ts";
 import { freeFdset } from "./fdset.ts";
 import {
@@ -58,6 +60,9 @@ export interface SaveProgress {
   readonly totalBytes: number;
 }
 
+/** Off the main thread: a signal is heeded meanwhile. */
+const flush = promisify(fsync);
+
 /** A client that is connected already keeps ours waiting without a word. */
 const GREETING_TIMEOUT_MS = 10_000;
 const PROGRESS_PERIOD_MS = 200;
@@ -91,6 +96,7 @@ export async function saveSnapshot(options: SaveOptions): Promise<void> {
     try {
       await save.run(output);
       await options.verify(output.path);
+      await output.toDisk();
       throwIfAborted(options.signal);
       output.commit();
     } catch (error) {
@@ -131,10 +137,18 @@ class SaveFile {
     }
   }
 
-  /** Brings the file to the disk and gives it its name. */
+  /** Brings the file to the disk: it may take long, and can be interrupted afterwards. */
+  async toDisk(): Promise<void> {
+    try {
+      await flush(this.fd);
+    } catch (error) {
+      throw fileError("write it", this.#finalPath, error);
+    }
+  }
+
+  /** Gives the file its name. After `toDisk`. */
   commit(): void {
     try {
-      fsyncSync(this.fd);
       renameSync(this.path, this.#finalPath);
       this.#isCommitted = true;
       const directory = openSync(dirname(this.#finalPath), "r");

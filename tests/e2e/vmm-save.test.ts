@@ -205,6 +205,14 @@ describe("saveSnapshot that fails", () => {
     await expectUndone(["guest.snap"]);
   });
 
+  test("is undone when it is aborted while the complete file is brought to the disk", async () => {
+    const abort = new AbortController();
+    const verify = (): void => void setImmediate(() => abort.abort());
+    const error = await refusalOf(save({ signal: abort.signal, afterwards: "quit", verify }));
+    expectRefusal(error, "SAVE_FAILED", /interrupted/);
+    await expectUndone();
+  });
+
   test("is undone at once when it fails before it starts, after an earlier save", async () => {
     await save({ afterwards: "cont" });
     const startedMs = performance.now();
