@@ -52,6 +52,12 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
         `${found} of what it has when it does.`,
     ),
     cpuLine(all, start),
+    sentence(
+      each((scenario) => all.ratio(scenario, "idle", "cpuMs", "multifd", "ordinary"), 2),
+      (found) =>
+        "**CPU of more than one thread**: QEMU's own load by several threads takes " +
+        `${found} times what it takes by one: they are in one another's way, and in the guest's.`,
+    ),
     startLine(all, start),
   ];
   return lines.filter((line) => line !== null);
