@@ -38,7 +38,7 @@ import {
 import type { ChunkMover } from "./chunk-mover.ts";
 import type { EagerMoves } from "./eager-moves.ts";
 import { Pace } from "./pace.ts";
-import { raise } from "./priority.ts";
+import { compileReadily, raise } from "./priority.ts";
 import { COMING, FAILED, GONE, type Outcome, PENDING, RETRY, SUPPLIED, Supply } from "./supply.ts";
 import { WholeChunks } from "./whole-chunks.ts";
 
@@ -310,7 +310,7 @@ export class FaultLoop {
       }
       add(counters, C_FAULTS, 1);
       this.#faults += 1;
-      if (this.#pace.count(readAtNs)) state.setBulk();
+      if (this.#pace.count(readAtNs)) this.#goBulk();
       const outcome = this.#serveFault(events.faultAddress(index));
       if (outcome === GONE) return GONE;
       if (outcome === SUPPLIED) recordLatency(counters, sys.clockNs() - readAtNs);
@@ -319,6 +319,14 @@ export class FaultLoop {
     state.busy = false;
     if (this.#faults - this.#faultsAtRelease >= RELEASE_FAULTS) this.#releaseSource();
     return this.#options.clusterPages > 1 ? this.#bringNeighbours() : SUPPLIED;
+  }
+
+  /** The guest reads much. */
+  #goBulk(): void {
+    const { state } = this.#options;
+    if (state.isBulk) return;
+    state.setBulk();
+    compileReadily();
   }
 
   /** The source need not hold what was copied: a mapped file would count as fsl's memory. */

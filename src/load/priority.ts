@@ -7,9 +7,10 @@
  * too, or the load would never end. A helper that a vCPU waits for gets the vCPU's own priority (from
  * `FaultLoop`), and is put back here.
  *
- * JavaScript is compiled by threads of its own while it runs: 20 to 50 ms of CPU time at each load,
- * just when the guest takes its first steps. They have what nobody else wants until all RAM is in:
- * what they make is worth their time only where there is time left.
+ * JavaScript is compiled by threads of its own while it runs: 30 ms of CPU time at each load, just when
+ * QEMU starts and the guest takes its first steps. So it is compiled later than it would be, in a Worker
+ * until the guest turns out to read much, and in the executable's main thread for good (scripts/build.ts);
+ * and the threads that do it have what nobody else wants until all RAM is in.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { SCHED_IDLE, SCHED_OTHER } from "../sys/abi.ts";
@@ -105,6 +106,22 @@ export function compileIdly(isIdle = true): void {
       // It has ended.
     }
   }
+}
+
+/**
+ * How much more often code of a Worker runs before it is compiled. A load has some hundred steps in all; 50
+ * as in the main thread would leave the fault loop of a guest that reads at random uncompiled for too long.
+ */
+const RELUCTANCE = 5;
+
+/** For the calling thread: most of what runs in a load runs a few hundred times. */
+export function compileReluctantly(): void {
+  Bun.unsafe.setJITPolicy(RELUCTANCE);
+}
+
+/** For the calling thread, which will have much to do. */
+export function compileReadily(): void {
+  Bun.unsafe.setJITPolicy(1);
 }
 
 let isRaisable: boolean | undefined;

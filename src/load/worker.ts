@@ -9,7 +9,7 @@ import * as sys from "../sys/native.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { ChunkMover } from "./chunk-mover.ts";
 import { placeAs } from "./placement.ts";
-import { compileIdly } from "./priority.ts";
+import { compileIdly, compileReluctantly } from "./priority.ts";
 import type { WorkerReport, WorkerStart } from "./protocol.ts";
 import { LoadState } from "./state.ts";
 
@@ -36,6 +36,7 @@ export function serveWorker<Start extends WorkerStart>(
   loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
   prepare?: () => unknown,
 ): void {
+  compileReluctantly();
   self.onmessage = async (event: MessageEvent<Start>) => {
     const start = event.data;
     try {
