@@ -16,6 +16,9 @@ import { BUILD, buildShim, modifiedMs, newestMs, ROOT, run } from "./build-shim.
 import { buildWorkers } from "./build-workers.ts";
 
 const MAIN = "src/cli/main.ts";
+/** Beside it: the Workers, so that they have bytecode too. The executable names them by their path in it. */
+const WORKERS = ["src/load/fault-worker.ts", "src/load/eager-worker.ts"];
+const WORKERS_FOLDER = "/$bunfs/root/load";
 const EXECUTABLE = join(ROOT, "dist", "fsl");
 
 function buildExecutable(log: (line: string) => void): void {
@@ -36,8 +39,18 @@ function buildExecutable(log: (line: string) => void): void {
   mkdirSync(join(ROOT, "dist"), { recursive: true });
   const options = ["--minify", "--sourcemap=none", "--bytecode", "--format=esm"];
   options.push("--compile-jit-policy=50");
+  options.push("--root=src", `--define=FSL_WORKERS=${JSON.stringify(WORKERS_FOLDER)}`);
   const partPath = `${EXECUTABLE}.${process.pid}`;
-  run([process.execPath, "build", "--compile", ...options, MAIN, "--outfile", partPath]);
+  run([
+    process.execPath,
+    "build",
+    "--compile",
+    ...options,
+    MAIN,
+    ...WORKERS,
+    "--outfile",
+    partPath,
+  ]);
   // In one step: a program that is running cannot be written to.
   renameSync(partPath, EXECUTABLE);
   log(`${executableText()}, built`);
