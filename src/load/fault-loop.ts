@@ -178,6 +178,7 @@ export class FaultLoop {
     // gate closed, or itself said to be busy.
     const left = state.eventCount;
     state.busy = false;
+    if (state.isBulk) compileReadily();
     if (left > 0) this.#markRemoved(left);
     state.openGate();
     if (left > 0 && this.#serveBatch(left) === GONE) return "gone";
