@@ -37,8 +37,10 @@ class Post {
   #start: WorkerStart | undefined;
   #replacements = 0;
   #over = false;
-  #serving = Promise.withResolvers<void>();
-  #ended = Promise.withResolvers<CrewEnd>();
+  /** The Worker was lost when it had no work. */
+  #isVacant = false;
+  #serving = unheeded<void>();
+  #ended = unheeded<CrewEnd>();
   #moved = Promise.withResolvers<boolean>();
 
   constructor(role: Role) {
@@ -48,14 +50,12 @@ class Post {
 
   /** Hands out the work, also again after it has ended. @returns when the Worker serves */
   async begin(start: WorkerStart): Promise<void> {
-    this.#serving = Promise.withResolvers();
-    this.#ended = Promise.withResolvers();
-    // Whoever wants to know awaits; a rejection that nobody awaits was reported by onWorkerLost.
-    this.#serving.promise.catch(() => {});
-    this.#ended.promise.catch(() => {});
+    this.#serving = unheeded();
+    this.#ended = unheeded();
     this.#start = start;
-    await this.#loaded;
-    this.#worker.postMessage(start);
+    if (this.#isVacant) [this.#worker, this.#loaded] = this.#hire();
+    this.#isVacant = false;
+    this.#handOut(start);
     await this.#serving.promise;
   }
 
@@ -136,10 +136,22 @@ class Post {
     }
   }
 
+  #handOut(start: WorkerStart): void {
+    const worker = this.#worker;
+    this.#loaded.then(
+      () => worker.postMessage(start),
+      () => {},
+    );
+  }
+
   #replace(error: Error): void {
-    this.#replacements += 1;
     this.#moved.resolve(false);
-    const replaced = this.#start !== undefined && this.#replacements <= REPLACEMENTS_MAX;
+    if (this.#start === undefined) {
+      this.#isVacant = true;
+      return;
+    }
+    this.#replacements += 1;
+    const replaced = this.#replacements <= REPLACEMENTS_MAX;
     this.events?.onWorkerLost(this.role, error, replaced);
     if (!replaced) {
       const failure = new FslError(
@@ -152,18 +164,12 @@ class Post {
       this.#ended.reject(failure);
       return;
     }
-    // Its helpers may be in the middle of an answer to the dead Worker.
-    if (this.#start === undefined) return;
     this.events?.beforeReplacement(this.#start);
+    // Its helpers may be in the middle of an answer to the dead Worker.
     const start = withoutHelpers(this.#start);
     this.#start = start;
-    const [worker, loaded] = this.#hire();
-    this.#worker = worker;
-    this.#loaded = loaded;
-    loaded.then(
-      () => worker.postMessage(start),
-      () => {},
-    );
+    [this.#worker, this.#loaded] = this.#hire();
+    this.#handOut(start);
   }
 }
 
@@ -221,6 +227,13 @@ export class Crew {
     this.#fault.dismiss();
     for (const post of this.#eager) post.dismiss();
   }
+}
+
+/** Whoever wants to know awaits; a rejection that nobody awaits was told by `onWorkerLost`. */
+function unheeded<T>(): PromiseWithResolvers<T> {
+  const resolvers = Promise.withResolvers<T>();
+  resolvers.promise.catch(() => {});
+  return resolvers;
 }
 
 function withoutHelpers(start: WorkerStart): WorkerStart {
