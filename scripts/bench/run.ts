@@ -360,7 +360,8 @@ async function startFsl(
   const qmp = await QmpClient.listen(join(directory, "qmp"));
   const reportPath = join(directory, "report.json");
   const ownSet = join(directory, "own.fslws");
-  if (workingSet !== undefined) copyFileSync(workingSet, ownSet);
+  // A guest that had no fault has left no set.
+  if (workingSet !== undefined && existsSync(workingSet)) copyFileSync(workingSet, ownSet);
   const setArgs = hasWorkingSets() ? ["--working-set", ownSet] : [];
   const errors = openSync(join(directory, "errors"), "w");
   const report = nextReport(directory, reportPath);
