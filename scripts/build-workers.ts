@@ -4,11 +4,11 @@
  * carries them without naming them.
  */
 import { existsSync, readdirSync, renameSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { BUILD, modifiedMs, newestMs, ROOT } from "./build-shim.ts";
 
-/** Entry points in src/load/. */
-const WORKERS = ["fault-worker", "eager-worker"] as const;
+/** Entry points, from the project's root. */
+export const WORKER_ENTRIES = ["src/load/fault-worker.ts", "src/load/eager-worker.ts"] as const;
 const EMPTY = 'throw new Error("this Worker was not there when fsl was built");\n';
 
 export async function buildWorkers(log: (line: string) => void): Promise<void> {
@@ -16,8 +16,9 @@ export async function buildWorkers(log: (line: string) => void): Promise<void> {
     .filter((name) => name.endsWith(".ts"))
     .map((name) => join(ROOT, "src", name));
   const newest = newestMs([...sources, join(BUILD, "libraries.json"), import.meta.path]);
-  for (const name of WORKERS) {
-    const entry = join(ROOT, "src", "load", `${name}.ts`);
+  for (const source of WORKER_ENTRIES) {
+    const name = basename(source, ".ts");
+    const entry = join(ROOT, source);
     const path = join(BUILD, `${name}.bundle.js`);
     if (modifiedMs(path) >= newest) continue;
     const partPath = `${path}.${process.pid}`;

@@ -13,11 +13,10 @@
 import { existsSync, mkdirSync, readdirSync, renameSync } from "node:fs";
 import { join } from "node:path";
 import { BUILD, buildShim, modifiedMs, newestMs, ROOT, run } from "./build-shim.ts";
-import { buildWorkers } from "./build-workers.ts";
+import { buildWorkers, WORKER_ENTRIES } from "./build-workers.ts";
 
 const MAIN = "src/cli/main.ts";
-/** Beside it: the Workers, so that they have bytecode too. The executable names them by their path in it. */
-const WORKERS = ["src/load/fault-worker.ts", "src/load/eager-worker.ts"];
+/** Where the executable has its Workers, which are entry points too, so that they have bytecode. */
 const WORKERS_FOLDER = "/$bunfs/root/load";
 const EXECUTABLE = join(ROOT, "dist", "fsl");
 
@@ -37,20 +36,13 @@ function buildExecutable(log: (line: string) => void): void {
     return;
   }
   mkdirSync(join(ROOT, "dist"), { recursive: true });
-  const options = ["--minify", "--sourcemap=none", "--bytecode", "--format=esm"];
-  options.push("--compile-jit-policy=50");
-  options.push("--root=src", `--define=FSL_WORKERS=${JSON.stringify(WORKERS_FOLDER)}`);
+  const options = [
+    ...["--minify", "--sourcemap=none", "--bytecode", "--format=esm", "--compile-jit-policy=50"],
+    ...["--root=src", `--define=FSL_WORKERS=${JSON.stringify(WORKERS_FOLDER)}`],
+  ];
   const partPath = `${EXECUTABLE}.${process.pid}`;
-  run([
-    process.execPath,
-    "build",
-    "--compile",
-    ...options,
-    MAIN,
-    ...WORKERS,
-    "--outfile",
-    partPath,
-  ]);
+  const entries = [MAIN, ...WORKER_ENTRIES];
+  run([process.execPath, "build", "--compile", ...options, ...entries, "--outfile", partPath]);
   // In one step: a program that is running cannot be written to.
   renameSync(partPath, EXECUTABLE);
   log(`${executableText()}, built`);
