@@ -9,6 +9,8 @@
  * program takes 5). It needs `--format=esm` because of the top-level await. `--compile-jit-policy`: the
  * main thread's code runs 50 times as often before it is compiled. Hardly any of it does, and the
  * compilers took 25 ms of CPU time from QEMU's start: it is ready 8 to 10 ms sooner.
+ * `--no-compile-autoload-…`: whatever folder fsl is started in, no code and no environment of that folder's
+ * bunfig.toml and .env; it runs as root.
  */
 import { existsSync, mkdirSync, readdirSync, renameSync } from "node:fs";
 import { join } from "node:path";
@@ -38,6 +40,7 @@ function buildExecutable(log: (line: string) => void): void {
   mkdirSync(join(ROOT, "dist"), { recursive: true });
   const options = [
     ...["--minify", "--sourcemap=none", "--bytecode", "--format=esm", "--compile-jit-policy=50"],
+    ...["--no-compile-autoload-dotenv", "--no-compile-autoload-bunfig"],
     ...["--root=src", `--define=FSL_WORKERS=${JSON.stringify(WORKERS_FOLDER)}`],
   ];
   const partPath = `${EXECUTABLE}.${process.pid}`;

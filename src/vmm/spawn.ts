@@ -6,10 +6,10 @@
  * QEMU greets when it is ready. QEMU keeps the listening socket; a later fsl can connect again in
  * the private directory.
  */
-import { openSync, readFileSync, readdirSync, statSync, writeSync } from "node:fs";
+import { openSync, readdirSync, statSync, writeSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
-import { MFD_CLOEXEC, O_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
+import { F_GETFD, FD_CLOEXEC, MFD_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
 import { checkDescriptorLimit } from "../sys/limits.ts";
 import { preloadBytes } from "../sys/preload.ts";
@@ -367,12 +367,8 @@ export function inheritedDescriptors(): number[] {
 
 /** True also for a descriptor that is closed by now (the one that listed the directory). */
 function isCloseOnExec(fd: number): boolean {
-  try {
-    const flags = /^flags:\s*([0-7]+)$/m.exec(readFileSync(`/proc/self/fdinfo/${fd}`, "latin1"));
-    return (Number.parseInt(flags?.[1] ?? "0", 8) & O_CLOEXEC) !== 0;
-  } catch {
-    return true;
-  }
+  const flags = native.fcntl(fd, F_GETFD, 0);
+  return flags < 0 || (flags & FD_CLOEXEC) !== 0;
 }
 
 /** A descriptor that reads this text. */

@@ -49,9 +49,13 @@ afterAll(() => {
   rmSync(folder, { recursive: true, force: true });
 });
 
-function run(command: readonly string[], environment: Record<string, string> = {}): string {
+function run(
+  command: readonly string[],
+  environment: Record<string, string> = {},
+  cwd = folder,
+): string {
   const done = Bun.spawnSync([...command], {
-    cwd: folder,
+    cwd,
     env: { ...process.env, TMPDIR: temporary, BUN_TMPDIR: temporary, ...environment },
     stdout: "pipe",
     stderr: "pipe",
@@ -109,6 +113,23 @@ describe("bun build --outdir", () => {
 });
 
 describe("dist/fsl", () => {
+  test("runs no code of the folder that it is started in, and takes no environment from there", () => {
+    const foreign = join(folder, "foreign");
+    mkdirSync(foreign);
+    writeFileSync(join(foreign, "bunfig.toml"), 'preload = ["./preload.ts"]\n');
+    writeFileSync(join(foreign, "preload.ts"), 'console.error("preloaded");\n');
+    writeFileSync(join(foreign, ".env"), "FSL_TRACE_FFI=1\n");
+    // That both are heeded where nobody forbids it, or there would be nothing to forbid.
+    const done = Bun.spawnSync([process.execPath, "-e", "console.log(process.env.FSL_TRACE_FFI)"], {
+      cwd: foreign,
+    });
+    expect(`${done.stdout}${done.stderr}`).toBe("1\npreloaded\n");
+    const version = run([join(ROOT, "dist/fsl"), "--version"], {}, foreign);
+    expect(version).toMatch(/^[0-9.]+\n$/);
+    // It calls the shim, which would be traced to stderr.
+    expect(JSON.parse(run([join(ROOT, "dist/fsl"), "doctor", "--json"], {}, foreign))).toBeObject();
+  });
+
   test("starts at once and writes no temporary file", () => {
     const path = join(ROOT, "dist/fsl");
     if (!existsSync(path)) throw new Error("dist/fsl is not there; run: npm run build");
