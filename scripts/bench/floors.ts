@@ -37,7 +37,7 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
         (sentence(idle("fsl-ws", "faults", 0), (set) => `, ${set} with one`) ?? "") +
         ".",
     ),
-    readingLine(faultPath),
+    readingLine(each, all, faultPath),
     busiest(faultPath),
     sentence(
       (faultPath?.eager ?? [])
@@ -67,15 +67,24 @@ function sentence(found: string | null, words: (found: string) => string): strin
   return found === null || found === "" ? null : words(found);
 }
 
-function readingLine(faultPath: Result["faultPath"]): string | null {
-  const rates = faultPath?.reading.map(({ c }) => c?.median) ?? [];
-  const [one, two] = rates;
+/** How soon each guest's RAM could be in, were there nothing but its reading. */
+function readingLine(
+  each: (value: (scenario: string) => number | null, digits: number) => string | null,
+  all: Cells,
+  faultPath: Result["faultPath"],
+): string | null {
+  const [one, two] = faultPath?.reading.map(({ c }) => c?.median) ?? [];
   if (one === undefined || two === undefined) return null;
+  const least = each((scenario) => {
+    const loadMs = all.median(scenario, "idle", "ordinary", "residentMs");
+    const mib = all.median(scenario, "idle", "ordinary", "anonymousMiB");
+    return loadMs === null || mib === null ? null : (mib * 1.048576) / two / loadMs;
+  }, 2);
+  if (least === null) return null;
   return (
-    "**All RAM in**: a bare loop in C that reads the file into fresh huge pages has " +
-    `${one.toFixed(1)} GB/s with one thread, which is how QEMU's ordinary load does it, and ${two.toFixed(1)} GB/s ` +
-    `with two, one for each CPU of this machine: ${(one / two).toFixed(2)} of the ordinary load's time is the ` +
-    "least, whatever else the guest and the loader need a CPU for."
+    `**All RAM in**: a bare loop in C reads the file into fresh huge pages at ${one.toFixed(1)} GB/s with one ` +
+    `thread and at ${two.toFixed(1)} GB/s with two, one for each CPU of this machine. At that rate the guests' RAM ` +
+    `is in after ${least} of the ordinary load's time, had neither guest nor loader any need of a CPU.`
   );
 }
 
