@@ -4,6 +4,7 @@ export { type LoadHandle, type LoadMode, type LoadOptions, loadSnapshot } from "
 export {
   findLoads,
   type FoundLoad,
+  refuseUnserved,
   resumeLoad,
   type ResumeHandle,
   type ResumeOptions,

@@ -62,6 +62,11 @@ export function wholeNumber(text: string, flag: string, minimum: number, maximum
   return value;
 }
 
+/** The path of a socket, also as QEMU's -qmp has it: `unix:PATH,server=on,wait=off`. */
+export function socketPath(text: string): string {
+  return /^unix:([^,]+)/.exec(text)?.[1] ?? text;
+}
+
 const UNITS: Readonly<Record<string, number>> = {
   "": 1,
   K: 2 ** 10,

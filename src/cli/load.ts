@@ -4,6 +4,7 @@ import {
   constants,
   existsSync,
   openSync,
+  realpathSync,
   rmSync,
   statSync,
   writeFileSync,
@@ -23,7 +24,7 @@ import {
   spawnQemu,
   takeBackgroundRole,
 } from "../index.ts";
-import { byteSize, PID_MAX, wholeNumber } from "./arguments.ts";
+import { byteSize, PID_MAX, socketPath, wholeNumber } from "./arguments.ts";
 import { letForegroundGo, loadInBackground } from "./detach.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
@@ -160,8 +161,9 @@ function placeOf({ qmp, pid }: PlaceFlags, behind: readonly string[] | null): Pl
       const message = "--qmp loads into a QEMU that is there: nothing is to follow behind --";
       throw new FslError("USAGE", message);
     }
-    if (pid === undefined) return { qemu: null, qmpPath: qmp };
-    return { qemu: null, qmpPath: qmp, pid: wholeNumber(pid, "pid", 1, PID_MAX) };
+    const qmpPath = socketPath(qmp);
+    if (pid === undefined) return { qemu: null, qmpPath };
+    return { qemu: null, qmpPath, pid: wholeNumber(pid, "pid", 1, PID_MAX) };
   }
   if (pid !== undefined) throw new FslError("USAGE", "--pid goes with --qmp only");
   if (behind === null || behind.length === 0) {
@@ -374,6 +376,13 @@ function summary(report: LoadReport): string {
   );
 }
 
-function workingSet(flag: string | undefined, snapshot: string): { workingSet?: string } {
-  return flag === "none" ? {} : { workingSet: flag ?? `${snapshot}.fslws` };
+/** By default beside the file itself, whatever link it was reached by; beside a device there is no place. */
+export function workingSet(flag: string | undefined, snapshot: string): { workingSet?: string } {
+  if (flag === "none") return {};
+  if (flag !== undefined) return { workingSet: flag };
+  try {
+    return statSync(snapshot).isFile() ? { workingSet: `${realpathSync(snapshot)}.fslws` } : {};
+  } catch {
+    return {}; // There is no file of that name: what that means shows when it is opened.
+  }
 }

@@ -9,7 +9,7 @@ import {
   type ResumeHandle,
   type TargetRecord,
 } from "../index.ts";
-import { PID_MAX, wholeNumber } from "./arguments.ts";
+import { PID_MAX, socketPath, wholeNumber } from "./arguments.ts";
 import { log, setQuiet } from "./log.ts";
 import { startProgress } from "./progress.ts";
 import {
@@ -89,7 +89,7 @@ function followSignals(handle: ResumeHandle, grace: number): Pick<SignalHeed, "i
 
 function reachedBy(record: TargetRecord, qmpPath: string | undefined): TargetRecord {
   if (qmpPath === undefined) return record;
-  const controlPath = resolve(qmpPath);
+  const controlPath = resolve(socketPath(qmpPath));
   return { ...record, controlPath, isControlOwn: false, isControlPrivate: false };
 }
 

@@ -1,7 +1,7 @@
 /** `fsl save`: a snapshot of a running QEMU, as `fsl load` loads it. */
 import { defineCommand } from "citty";
-import { allocatedBytes, openSnapshot, saveSnapshot } from "../index.ts";
-import { wholeNumber } from "./arguments.ts";
+import { allocatedBytes, openSnapshot, refuseUnserved, saveSnapshot } from "../index.ts";
+import { socketPath, wholeNumber } from "./arguments.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
 import { type Progress, startProgress } from "./progress.ts";
@@ -58,7 +58,7 @@ export const saveCommand = defineCommand({
     const startedAtMs = performance.now();
     try {
       await saveSnapshot({
-        qmpPath: flags.qmp,
+        qmpPath: socketPath(flags.qmp),
         path: flags.snapshot,
         live: flags.live === true,
         afterwards: flags.then,
@@ -66,6 +66,7 @@ export const saveCommand = defineCommand({
         onProgress: ({ totalBytes, transferredBytes }) => {
           state = { dataBytes: totalBytes, loadedBytes: transferredBytes };
         },
+        checkProcess: refuseUnserved,
         verify: (path) => openSnapshot(path).close(),
         ...(flags.multifd === undefined
           ? {}

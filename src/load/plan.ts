@@ -16,6 +16,9 @@ import type { GuestRegion, TargetInfo } from "../vmm/target.ts";
  */
 export const SEED_DATA_MAX = MiB;
 
+/** Each vCPU has one. @source QEMU hw/core/cpu-system.c vmstate_cpu_common */
+const VCPU_SECTION = "cpu_common";
+
 /**
  * lazy: on demand and by the eager loader. seed: by QEMU's own loader, with the device state. fill:
  * written by fsl in full before the guest resumes. ignored: not in the snapshot (x-ignore-shared),
@@ -51,6 +54,7 @@ export interface PlanOptions {
 export function planLoad(snapshot: Snapshot, info: TargetInfo, options: PlanOptions): LoadPlan {
   const differences: string[] = [];
   compareMachine(snapshot, info, differences);
+  compareVcpus(snapshot, info, differences);
   const regions = new Map(info.regions.map((region) => [region.idstr, region]));
   const blocks: BlockPlan[] = [];
   for (const block of snapshot.blocks) {
@@ -97,6 +101,15 @@ function compareMachine(snapshot: Snapshot, info: TargetInfo, differences: strin
   differences.push(
     `machine type: snapshot has ${machineType}, QEMU runs ${info.machineType}; ` +
       `start QEMU with -machine ${machineType}`,
+  );
+}
+
+/** A QEMU with more of them takes the state without a word; with fewer, it names a section. */
+function compareVcpus(snapshot: Snapshot, info: TargetInfo, differences: string[]): void {
+  const saved = snapshot.sections.filter(({ name }) => name === VCPU_SECTION).length;
+  if (saved === 0 || info.vcpus === undefined || info.vcpus === saved) return;
+  differences.push(
+    `vCPUs: snapshot has ${saved}, QEMU has ${info.vcpus}; start QEMU with -smp ${saved}`,
   );
 }
 

@@ -170,6 +170,20 @@ export function findEarlier(pid: number): TargetRecord | null {
   }
 }
 
+/**
+ * A guest that waits for pages which nobody brings cannot be saved: QEMU would wait for them, too.
+ * @throws FslError SAVE_FAILED for such a process
+ */
+export function refuseUnserved(pid: number): void {
+  const load = lookAt(pid);
+  if (load === null || load.served || load.phase === "finished") return;
+  throw new FslError(
+    "SAVE_FAILED",
+    `save: QEMU (pid ${pid}) waits for pages of a load whose fsl has died; bring them first: fsl resume --pid ${pid}`,
+    { pid, snapshot: load.snapshotPath },
+  );
+}
+
 /** Of a state that another version of fsl has made, or has not finished. */
 const UNKNOWN_RECORD: TargetRecord = {
   pid: 0,

@@ -73,6 +73,7 @@ class AttachedQemu implements QemuProcess {
   readonly hasNoDiscards = false;
   readonly hasDefaultSettings = false;
   readonly hasPlainMemory = false;
+  readonly vcpus = null;
   readonly #watch: ExitWatch;
   readonly #lockFd: number;
   #isClosed = false;

@@ -29,6 +29,8 @@ export interface Inventory {
   readonly machineType: string | null;
   readonly ramblocks: readonly RamblockLine[];
   readonly canDiscard: boolean;
+  /** Null when QEMU does not say. */
+  readonly vcpus: number | null;
   /** Some device of it works with a process that maps guest memory, by QEMU's word. */
   readonly hasHelpers: boolean;
   readonly settings: MigrationSettings;
@@ -52,11 +54,13 @@ export interface KnownBefore {
   readonly isWaiting: boolean;
   /** No device that can give memory back. */
   readonly hasNoDiscards: boolean;
+  /** Null when that has to be asked. */
+  readonly vcpus: number | null;
   /** Given when they are QEMU's defaults. */
   readonly settings?: MigrationSettings;
 }
 
-const NOTHING_KNOWN: KnownBefore = { isWaiting: false, hasNoDiscards: false };
+const NOTHING_KNOWN: KnownBefore = { isWaiting: false, hasNoDiscards: false, vcpus: null };
 
 /**
  * Sends all questions at once and judges the answers.
@@ -68,7 +72,7 @@ export async function takeInventory(
   known: KnownBefore = NOTHING_KNOWN,
 ): Promise<Inventory> {
   const { isWaiting, hasNoDiscards } = known;
-  const [version, table, type, settings, fdsets, lists, state, network] = await Promise.all([
+  const [version, table, type, settings, fdsets, lists, state, network, cpus] = await Promise.all([
     qmp.ready,
     qmp.execute("x-query-ramblock"),
     qmp.execute("qom-get", { path: "/machine", property: "type" }),
@@ -78,6 +82,7 @@ export async function takeInventory(
     Promise.all(isWaiting ? [] : [qmp.request("query-status"), qmp.request("query-migrate")]),
     // What came by `netdev_add` is on no command line.
     isWaiting ? null : qmp.execute("human-monitor-command", { "command-line": "info network" }),
+    known.vcpus === null ? qmp.execute("query-cpus-fast") : null,
   ]);
   checkVersion(version);
   if (!isWaiting) checkWaiting(state[0], state[1]);
@@ -86,6 +91,7 @@ export async function takeInventory(
     machineType: machineTypeOf(type),
     ramblocks: parseRamblocks(await ramblockText(qmp, table)),
     canDiscard: lists.some(hasDiscardingDevice),
+    vcpus: cpus?.ok === true && Array.isArray(cpus.value) ? cpus.value.length : known.vcpus,
     hasHelpers:
       lists.some(hasHelperDevice) || (network?.ok === true && HELPED.test(String(network.value))),
     settings,

@@ -68,6 +68,7 @@ export function readQemuCommand(argv: readonly string[]): {
   hasNoDiscards: boolean;
   hasDefaultSettings: boolean;
   hasPlainMemory: boolean;
+  vcpus: number | null;
 } {
   const options = argv.slice(1);
   // These bring more options, or change those that are there.
@@ -76,7 +77,19 @@ export function readQemuCommand(argv: readonly string[]): {
     hasNoDiscards: isAll && !options.some((option) => /balloon|virtio-mem/.test(option)),
     hasDefaultSettings: isAll && !options.some((option) => option.includes("migration")),
     hasPlainMemory: isAll && !options.some((option) => OTHER_MEMORY.test(option)),
+    vcpus: isAll ? vcpusOf(argv) : null,
   };
+}
+
+/** Null where it depends on more than a number behind `-smp`. */
+function vcpusOf(argv: readonly string[]): number | null {
+  if (argv.some((argument) => /smp\.|"smp"|\w-cpu\b/.test(argument))) return null;
+  const places = argv.keys().filter((index) => optionName(argv[index] ?? "") === "smp");
+  const [place, second] = [...places];
+  // Other architectures have machines with more of them by default.
+  if (place === undefined) return /(x86_64|i386|kvm)$/.test(argv[0] ?? "") ? 1 : null;
+  const number = /^(?:cpus=)?([1-9]\d{0,4})(?:,|$)/.exec(argv[place + 1] ?? "");
+  return second === undefined && number !== null ? Number(number[1]) : null;
 }
 
 /** What QEMU finds open at its start, by its number there. */

@@ -90,6 +90,8 @@ export interface QemuProcess {
   readonly hasNoDiscards: boolean;
   readonly hasDefaultSettings: boolean;
   readonly hasPlainMemory: boolean;
+  /** Null when it does not tell. */
+  readonly vcpus: number | null;
   /**
    * Called once QEMU has answered; the process may turn out to be another one (a wrapper script's
    * child).
@@ -199,9 +201,9 @@ export class QemuTarget implements Target {
     });
     this.#heedEvents(qmp);
     // Asked at once: the answers are there a moment after QEMU is able to give them.
-    const { isSpawned, hasNoDiscards, hasDefaultSettings } = process;
+    const { isSpawned, hasNoDiscards, hasDefaultSettings, vcpus } = process;
     const settings = hasDefaultSettings ? MigrationSettings.ofNewQemu(qmp) : undefined;
-    const known = { isWaiting: isSpawned, hasNoDiscards, ...(settings ? { settings } : {}) };
+    const known = { isWaiting: isSpawned, hasNoDiscards, vcpus, ...(settings ? { settings } : {}) };
     this.#inventory = takeInventory(qmp, known);
     this.#inventory.catch(() => {});
     this.#met = qmp.greeted.then(() => this.#meet());
@@ -289,6 +291,7 @@ export class QemuTarget implements Target {
       machineType: known.machineType,
       regions,
       canDiscard: known.canDiscard,
+      ...(known.vcpus === null ? {} : { vcpus: known.vcpus }),
       startsStopped: this.#process.startsStopped,
     };
   }

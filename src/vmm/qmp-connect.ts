@@ -2,24 +2,6 @@
 import { statSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
-import { QmpClient } from "./qmp.ts";
-
-export interface QmpConnectOptions {
-  /**
-   * How long the greeting may take. A monitor serves one client at a time, and another one may be
-   * there.
-   */
-  readonly greetingTimeoutMs: number;
-}
-
-/**
- * @param path of the socket
- * @returns a client that is not greeted yet
- * @throws FslError TARGET_LOST when nobody listens there
- */
-export function connectQmp(path: string, options: QmpConnectOptions): QmpClient {
-  return QmpClient.open(connectSocket(path), { peer: `QEMU at ${path}`, ...options });
-}
 
 /**
  * @returns the connected socket, owned by the caller

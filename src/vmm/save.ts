@@ -32,8 +32,10 @@ import {
   PARAMETERS_IN_THE_WAY,
 } from "./migration-settings.ts";
 import { randomHex } from "../sys/random.ts";
-import { connectQmp } from "./qmp-connect.ts";
-import { type QmpClient, isRecord } from "./qmp.ts";
+import * as native from "../sys/native.ts";
+import { listenerOf } from "./control.ts";
+import { connectSocket } from "./qmp-connect.ts";
+import { QmpClient, isRecord } from "./qmp.ts";
 
 export interface SaveOptions {
   /** QMP socket of the QEMU; nobody else may be connected to it. */
@@ -46,6 +48,11 @@ export interface SaveOptions {
   readonly multifdChannels?: number;
   /** What QEMU does afterwards: end, run on, or stay stopped. */
   readonly afterwards: "quit" | "cont" | "stay";
+  /**
+   * Told of QEMU's process before anything is asked of it; throws when that cannot be saved
+   * (`refuseUnserved`). 0 where the kernel does not say which it is.
+   */
+  readonly checkProcess?: (pid: number) => void;
   /** Checks the complete file before it is renamed; throws when it is not sound. */
   readonly verify: (path: string) => void | Promise<void>;
   /** Called a few times a second. */
@@ -90,7 +97,7 @@ const IDLE_MIGRATIONS = ["none", "completed", "failed", "cancelled"];
 export async function saveSnapshot(options: SaveOptions): Promise<void> {
   const output = SaveFile.create(options.path);
   try {
-    using qmp = connectQmp(options.qmpPath, { greetingTimeoutMs: GREETING_TIMEOUT_MS });
+    using qmp = connectChecked(options);
     const save = new Save(qmp, options);
     await save.prepare();
     try {
@@ -106,6 +113,18 @@ export async function saveSnapshot(options: SaveOptions): Promise<void> {
   } finally {
     output.close();
   }
+}
+
+function connectChecked({ qmpPath, checkProcess }: SaveOptions): QmpClient {
+  const socket = connectSocket(qmpPath);
+  try {
+    checkProcess?.(listenerOf(socket));
+  } catch (error) {
+    native.close(socket);
+    throw error;
+  }
+  const peer = `QEMU at ${qmpPath}`;
+  return QmpClient.open(socket, { peer, greetingTimeoutMs: GREETING_TIMEOUT_MS });
 }
 
 /** The new file, under its temporary name. */

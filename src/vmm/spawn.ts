@@ -160,6 +160,7 @@ interface SpawnedParts {
   readonly hasNoDiscards: boolean;
   readonly hasDefaultSettings: boolean;
   readonly hasPlainMemory: boolean;
+  readonly vcpus: number | null;
 }
 
 class SpawnedQemu implements QemuProcess {
@@ -171,6 +172,7 @@ class SpawnedQemu implements QemuProcess {
   readonly hasNoDiscards: boolean;
   readonly hasDefaultSettings: boolean;
   readonly hasPlainMemory: boolean;
+  readonly vcpus: number | null;
   readonly isSpawned = true;
   readonly isControlOwn = true;
   #pid: number;
@@ -193,6 +195,7 @@ class SpawnedQemu implements QemuProcess {
     this.hasNoDiscards = parts.hasNoDiscards;
     this.hasDefaultSettings = parts.hasDefaultSettings;
     this.hasPlainMemory = parts.hasPlainMemory;
+    this.vcpus = parts.vcpus;
     this.#pid = child.pid;
     this.#pidfd = pidfd;
     this.exited = child.exited.then(() => {

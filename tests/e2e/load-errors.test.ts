@@ -119,6 +119,18 @@ describe.skipIf(skip)("fsl load refuses", () => {
       /RAMBlock pc\.ram: snapshot has 64 MiB, QEMU has 32 MiB; start QEMU with -m 64M/,
     ],
     [
+      "more vCPUs than were saved, by -smp",
+      () => ({ qemuArgs: ["-smp", "2"] }),
+      7,
+      /vCPUs: snapshot has 1, QEMU has 2; start QEMU with -smp 1$/m,
+    ],
+    [
+      "more vCPUs than were saved, which QEMU is asked for",
+      () => ({ argv: argvWith("-smp", "sockets=1,cores=2") }),
+      7,
+      /vCPUs: snapshot has 1, QEMU has 2; start QEMU with -smp 1$/m,
+    ],
+    [
       "another machine type",
       () => ({ argv: argvWith("-machine", "pc") }),
       7,

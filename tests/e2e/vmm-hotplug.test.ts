@@ -1,7 +1,7 @@
 /** Devices that are plugged into a real QEMU, and what `watchHotplug` tells of them. */
 import { afterAll, afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { connectQmp } from "../../src/vmm/qmp-connect.ts";
-import type { QmpClient } from "../../src/vmm/qmp.ts";
+import { connectSocket } from "../../src/vmm/qmp-connect.ts";
+import { QmpClient } from "../../src/vmm/qmp.ts";
 import { watchHotplug } from "../../src/vmm/hotplug-watch.ts";
 import { FakeMonitor, GREETING, guestArgv, OwnQemu, Scratch, until } from "../helpers/qemu-vmm.ts";
 
@@ -20,7 +20,7 @@ afterAll(() => scratch[Symbol.dispose]());
 
 async function start(...extra: string[]): Promise<QmpClient> {
   qemu = await OwnQemu.start(scratch, guestArgv("pc", ...extra));
-  qmp = connectQmp(qemu.qmpPath, { greetingTimeoutMs: 10_000 });
+  qmp = QmpClient.open(connectSocket(qemu.qmpPath), { peer: "QEMU", greetingTimeoutMs: 10_000 });
   await qmp.ready;
   return qmp;
 }

@@ -4,7 +4,7 @@
  * Many more kills with `npm run soak`.
  */
 import { describe, expect, test } from "bun:test";
-import { readdirSync, rmSync, utimesSync } from "node:fs";
+import { existsSync, readdirSync, rmSync, utimesSync } from "node:fs";
 import { join } from "node:path";
 import {
   PHASE_FINISHED,
@@ -71,9 +71,12 @@ async function whileDevicesLoad(on: Switch, paused: boolean): Promise<FaultRun> 
   return run;
 }
 
-/** For guest memory that cannot be lazy. */
+/** For guest memory that cannot be lazy, or a socket. */
 class FileOnDisk implements Disposable {
-  readonly path = join(import.meta.dir, `../../.cache/fsl-kill-${process.pid}`);
+  readonly path: string;
+  constructor(kind = "ram") {
+    this.path = join(import.meta.dir, `../../.cache/fsl-kill-${kind}-${process.pid}`);
+  }
   [Symbol.dispose](): void {
     rmSync(this.path, { force: true });
   }
@@ -134,6 +137,36 @@ describe.skipIf(reason !== null)("fsl killed", () => {
       utimesSync(join(runtime, left), new Date(0), new Date(0));
       await start();
       expect(readdirSync(runtime)).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "while RAM comes in, and its guest is then saved: refused at once, for QEMU would wait for pages too",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      using socket = new FileOnDisk("qmp");
+      const monitor = `unix:${socket.path},server=on,wait=off`;
+      const qemuArgs = ["-qmp", monitor];
+      await using run = await FaultRun.start(snapshot, { qemuArgs, flags: ["--eager-rate", "1M"] });
+      const pid = await run.qemuPid();
+      spinUntil(pid, ({ phase }) => phase === PHASE_RUNNING);
+      await run.fsl.kill();
+      const path = join(run.directory, "again.snap");
+      // As QEMU has it, too.
+      const save = ["save", path, "--qmp", monitor, "--then", "cont"];
+      const refused = await run.command(...save).end();
+      expect(refused.stderr).toContain(
+        `QEMU (pid ${pid}) waits for pages of a load whose fsl has died`,
+      );
+      expect(refused.stderr).toContain(`fsl resume --pid ${pid}`);
+      expect(refused.code).toBe(10);
+      expect(existsSync(path)).toBe(false);
+      expect(await run.qmp.execute<object>("query-status")).toMatchObject({ status: "running" });
+      expect((await (await run.resume()).end()).code).toBe(0);
+      const saved = await run.command(...save).end();
+      expect(saved.stderr).toContain(`saved ${path}`);
+      expect(saved.code).toBe(0);
     },
     TIMEOUT_MS,
   );

@@ -1,8 +1,17 @@
 import { describe, expect, test } from "bun:test";
+import { mkdirSync, mkdtempSync, realpathSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { ArgsDef } from "citty";
-import { byteSize, checkArguments, splitAtDashes, wholeNumber } from "../../src/cli/arguments.ts";
+import {
+  byteSize,
+  checkArguments,
+  socketPath,
+  splitAtDashes,
+  wholeNumber,
+} from "../../src/cli/arguments.ts";
 import { formatBytes, formatMs, formatTable } from "../../src/cli/format.ts";
+import { workingSet } from "../../src/cli/load.ts";
 import { exitCodeOf } from "../../src/cli/serve.ts";
 import { FslError } from "../../src/errors.ts";
 
@@ -85,6 +94,32 @@ describe("arguments.byteSize", () => {
     ["0x1000", 4096],
   ])("reads %s", (text, bytes) => {
     expect(byteSize(text, "rate")).toBe(bytes);
+  });
+
+  test.each([
+    ["a/qmp.sock", "a/qmp.sock"],
+    ["unix:/run/vm.qmp,server=on,wait=off", "/run/vm.qmp"],
+    ["unix:vm.qmp", "vm.qmp"],
+  ])("takes the socket %s for %s", (text, path) => {
+    expect(socketPath(text)).toBe(path);
+  });
+
+  test("has the default working set beside the file itself, and none where that is no place", () => {
+    const folder = mkdtempSync(join(tmpdir(), "fsl-cli-"));
+    try {
+      writeFileSync(join(folder, "vm.snap"), "");
+      mkdirSync(join(folder, "links"));
+      const link = join(folder, "links", "latest.snap");
+      symlinkSync("../vm.snap", link);
+      const beside = { workingSet: join(realpathSync(folder), "vm.snap.fslws") };
+      expect(workingSet(undefined, link)).toEqual(beside);
+      expect(workingSet(undefined, "/dev/null")).toEqual({});
+      expect(workingSet(undefined, join(folder, "none.snap"))).toEqual({});
+      expect(workingSet("none", link)).toEqual({});
+      expect(workingSet("own.fslws", link)).toEqual({ workingSet: "own.fslws" });
+    } finally {
+      rmSync(folder, { recursive: true });
+    }
   });
 
   test.each(["", "K", "1X", "1.5M", "-1", "1 M", "0x", "9999999999999T", "1e6"])(

@@ -32,6 +32,7 @@ beforeEach(() => {
     startsStopped: false,
     hasNoDiscards: false,
     hasPlainMemory: true,
+    vcpus: 1,
     hasDefaultSettings: false,
     identify: () => {},
     close: () => {},

@@ -56,6 +56,8 @@ interface PlanSpec {
   readonly blocks?: readonly BlockSpec[];
   readonly regions?: readonly GuestRegion[];
   readonly machine?: readonly [string, string | null];
+  /** Of the snapshot, and of QEMU. */
+  readonly vcpus?: readonly [number, number | undefined];
   readonly canDiscard?: boolean;
   readonly lazyDespiteDiscards?: boolean;
 }
@@ -64,13 +66,16 @@ function plan(spec: PlanSpec): LoadPlan {
   const specs = spec.blocks ?? [{}];
   const blocks = specs.map(block);
   const [machineType, running] = spec.machine ?? ["pc-q35-10.0", "pc-q35-10.0"];
-  const snapshot = { path: "vm.snap", machineType, blocks } as unknown as Snapshot;
+  const [saved, vcpus] = spec.vcpus ?? [1, 1];
+  const sections = Array.from({ length: saved }, () => ({ name: "cpu_common" }));
+  const snapshot = { path: "vm.snap", machineType, blocks, sections } as unknown as Snapshot;
   const info: TargetInfo = {
     readyAtMs: 0,
     version: "10.0.2",
     machineType: running,
     regions: spec.regions ?? [region()],
     canDiscard: spec.canDiscard ?? false,
+    ...(vcpus === undefined ? {} : { vcpus }),
     startsStopped: false,
   };
   const bitmaps = new Map(
@@ -100,6 +105,13 @@ const FITS_NOT = "QEMU does not fit the snapshot: ";
 const other: PlanSpec = { blocks: [{}, { idstr: "vga.vram", MiB: 8 }] };
 
 describe("plan.planLoad", () => {
+  test.each([
+    ["the snapshot does not tell", [0, 2]],
+    ["QEMU does not tell", [2, undefined]],
+  ] as const)("lets vCPUs be where %s", (_, vcpus) => {
+    expect(plan({ vcpus }).blocks.map(({ way }) => way)).toEqual(["lazy"]);
+  });
+
   test.each<[string, PlanSpec, string]>([
     [
       "more memory than the snapshot",
@@ -115,6 +127,16 @@ describe("plan.planLoad", () => {
       "another machine type",
       { machine: ["pc-q35-10.0", "pc-i440fx-10.0"] },
       "machine type: snapshot has pc-q35-10.0, QEMU runs pc-i440fx-10.0; start QEMU with -machine pc-q35-10.0",
+    ],
+    [
+      "more vCPUs than the snapshot",
+      { vcpus: [1, 2] },
+      "vCPUs: snapshot has 1, QEMU has 2; start QEMU with -smp 1",
+    ],
+    [
+      "fewer vCPUs than the snapshot",
+      { vcpus: [4, 1] },
+      "vCPUs: snapshot has 4, QEMU has 1; start QEMU with -smp 4",
     ],
     [
       "no such device's block",

@@ -30,6 +30,7 @@ beforeEach(() => {
     "qom-list": { return: [{ name: "type", type: "string" }] },
     "query-fdsets": { return: [] },
     "human-monitor-command": { return: "" },
+    "query-cpus-fast": { return: [{ "cpu-index": 0 }, { "cpu-index": 1 }] },
   });
   monitor.send(GREETING);
 });
@@ -41,11 +42,13 @@ afterEach(() => {
 
 describe("takeInventory", () => {
   test("learns what there is to know", async () => {
-    const { version, machineType, ramblocks, canDiscard, freeFdset } = await takeInventory(client);
-    expect({ version, machineType, canDiscard, freeFdset }).toEqual({
+    const { ramblocks, settings, hasHelpers, ...found } = await takeInventory(client);
+    expect([settings.constructor.name, hasHelpers]).toEqual(["MigrationSettings", false]);
+    expect(found).toEqual({
       version: { major: 10, minor: 0, micro: 2 },
       machineType: "pc-q35-10.0",
       canDiscard: false,
+      vcpus: 2,
       freeFdset: 64,
     });
     expect(ramblocks.map(({ idstr }) => idstr)).toEqual(["pc.ram"]);

@@ -67,8 +67,8 @@ describe("qemuCommandLine", () => {
 
 describe("readQemuCommand", () => {
   const [nothing, all] = [
-    { hasNoDiscards: false, hasDefaultSettings: false, hasPlainMemory: false },
-    { hasNoDiscards: true, hasDefaultSettings: true, hasPlainMemory: true },
+    { hasNoDiscards: false, hasDefaultSettings: false, hasPlainMemory: false, vcpus: null },
+    { hasNoDiscards: true, hasDefaultSettings: true, hasPlainMemory: true, vcpus: null },
   ];
   test.each([
     [["qemu", "-m", "1G", "-device", "virtio-net-pci"], all],
@@ -82,6 +82,13 @@ describe("readQemuCommand", () => {
     [["qemu", "-object", "memory-backend-ram,prealloc=on"], { ...all, hasPlainMemory: false }],
     [["qemu", "-readconfig", "guest.cfg"], nothing],
     [["qemu", "--set", "device.x.y=z"], nothing],
+    [["/usr/bin/qemu-system-x86_64", "-cpu", "max"], { ...all, vcpus: 1 }],
+    [["qemu-kvm", "-smp", "4,maxcpus=8"], { ...all, vcpus: 4 }],
+    [["qemu", "--smp", "cpus=2"], { ...all, vcpus: 2 }],
+    [["qemu-system-x86_64", "-smp", "cores=2,sockets=2"], all],
+    [["qemu-system-x86_64", "-smp", "2", "-smp", "4"], all],
+    [["qemu-system-x86_64", "-machine", "q35,smp.cpus=2"], all],
+    [["qemu-system-x86_64", "-device", "qemu64-x86_64-cpu,socket-id=1"], all],
   ])("%p → %p", (argv, expected) => {
     expect(readQemuCommand(argv)).toEqual(expected);
   });
