@@ -370,8 +370,10 @@ function summary(report: LoadReport): string {
     residentMs === null ? "" : `all RAM in after ${formatMs(residentMs)}`,
   ].filter(Boolean);
   if (mode === "copy") return times.join(", ");
+  const filled = report.blocks.filter(({ way }) => way === "fill");
+  const before = filled.reduce((sum, { dataBytes }) => sum + dataBytes, 0);
   return (
-    `${times.join(", ")}: ${formatBytes(bytes.fault + bytes.eager)}, ${pages.fault} pages by ` +
+    `${times.join(", ")}: ${before > 0 ? `${formatBytes(before)} before that; ` : ""}${formatBytes(bytes.fault + bytes.eager)}, ${pages.fault} pages by ` +
     `${report.faults} faults, ${pages.eager} by the eager load`
   );
 }
