@@ -139,6 +139,7 @@ export interface ResidentBlock {
 
 /** Writes data pages and zeros straight into a target's memory. */
 export class MemoryWriter {
+  readonly #pid: number;
   readonly #fd: number;
   readonly #zeros = Buffer.alloc(MiB);
 
@@ -147,6 +148,7 @@ export class MemoryWriter {
    * when it has ended
    */
   constructor(pid: number) {
+    this.#pid = pid;
     this.#fd = openProcessFile(pid, "mem", "r+");
   }
 
@@ -192,10 +194,16 @@ export class MemoryWriter {
     }
   }
 
-  /** @param diagnose the reader's error: EFAULT is about our side, EIO about the target's */
+  /**
+   * process_vm_writev(2) takes two thirds of the time, and a write to /proc/PID/mem tells what is wrong: EFAULT is
+   * about our side, EIO about the target's.
+   * @param diagnose the reader's error
+   */
   #write(localAddr: number, length: number, addr: number, diagnose?: () => FslError): void {
     for (let at = 0; at < length;) {
-      const done = sys.pwrite(this.#fd, localAddr + at, length - at, addr + at);
+      const quickly = sys.processVmWritev(this.#pid, addr + at, localAddr + at, length - at);
+      const done =
+        quickly > 0 ? quickly : sys.pwrite(this.#fd, localAddr + at, length - at, addr + at);
       if (done === -EFAULT && diagnose !== undefined) throw diagnose();
       if (done <= 0) {
         throw new FslError(
