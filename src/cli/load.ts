@@ -2,7 +2,7 @@
 import {
   closeSync,
   constants,
-  existsSync,
+  lstatSync,
   openSync,
   realpathSync,
   rmSync,
@@ -312,11 +312,13 @@ function checkFiles(snapshot: string, workingSet?: string, report?: string): voi
     refuse("report", report, "the working set");
   }
   try {
-    const isThere = existsSync(report);
+    const there = lstatSync(report, { throwIfNoEntry: false });
+    // Whoever reads it would take the end of this for the end of the report.
+    if (statSync(report, { throwIfNoEntry: false })?.isFIFO() === true) return;
     const flags = constants.O_WRONLY | constants.O_CREAT | constants.O_NONBLOCK;
     closeSync(openSync(report, flags, REPORT_MODE));
     // A load that fails leaves no empty one behind.
-    if (!isThere) rmSync(report);
+    if (there === undefined) rmSync(report);
   } catch (cause) {
     throw new FslError(
       "USAGE",
@@ -357,7 +359,14 @@ async function follow(handle: LoadHandle, run: Run): Promise<LoadReport> {
 /** The guest has its RAM by now: a disk that is full is worth a word, and no reason to fail. */
 function writeReport(path: string, report: LoadReport): void {
   try {
-    writeFileSync(path, `${JSON.stringify(report, null, 2)}\n`, { mode: REPORT_MODE });
+    // Of a FIFO without a reader this says so, and does not wait for one.
+    const { O_WRONLY, O_CREAT, O_TRUNC, O_NONBLOCK } = constants;
+    const fd = openSync(path, O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK, REPORT_MODE);
+    try {
+      writeFileSync(fd, `${JSON.stringify(report, null, 2)}\n`);
+    } finally {
+      closeSync(fd);
+    }
   } catch (error) {
     log.warn(`--report ${path}: cannot be written: ${(error as Error).message}`);
   }
@@ -372,8 +381,9 @@ function summary(report: LoadReport): string {
   if (mode === "copy") return times.join(", ");
   const filled = report.blocks.filter(({ way }) => way === "fill");
   const before = filled.reduce((sum, { dataBytes }) => sum + dataBytes, 0);
+  const filledText = before > 0 ? `${formatBytes(before)} before that; ` : "";
   return (
-    `${times.join(", ")}: ${before > 0 ? `${formatBytes(before)} before that; ` : ""}${formatBytes(bytes.fault + bytes.eager)}, ${pages.fault} pages by ` +
+    `${times.join(", ")}: ${filledText}${formatBytes(bytes.fault + bytes.eager)}, ${pages.fault} pages by ` +
     `${report.faults} faults, ${pages.eager} by the eager load`
   );
 }

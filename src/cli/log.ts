@@ -6,6 +6,18 @@
 import type { ConsolaInstance } from "consola";
 import { type Logger, printable } from "../index.ts";
 
+let isTolerant = false;
+
+/**
+ * stderr for remarks: one that cannot be written (a full disk, a reader that has gone) is lost, and the load
+ * goes on, for a guest waits for its pages.
+ */
+export function remarks(): NodeJS.WriteStream {
+  if (!isTolerant) process.stderr.on("error", () => {});
+  isTolerant = true;
+  return process.stderr;
+}
+
 let isQuiet = false;
 let instance: ConsolaInstance | undefined;
 
@@ -13,7 +25,7 @@ function consola(): ConsolaInstance {
   if (instance === undefined) {
     const { createConsola } = require("consola") as typeof import("consola");
     // stdout carries results only; consola would write `info` there.
-    instance = createConsola({ stdout: process.stderr, stderr: process.stderr });
+    instance = createConsola({ stdout: remarks(), stderr: remarks() });
   }
   return instance;
 }

@@ -3,6 +3,7 @@
  * elsewhere.
  */
 import { formatBytes, formatMs } from "./format.ts";
+import { remarks } from "./log.ts";
 
 const PERIOD_MS = 100;
 /** Where it cannot be redrawn, only each so-many-th is shown. */
@@ -32,16 +33,16 @@ export function startProgress(read: () => Progress | null): ProgressLine {
   const draw = (): void => {
     draws += 1;
     // Looked at late: the standard streams take 12 ms to set up, just when the guest begins to run.
-    isTerminal = process.stderr.isTTY === true;
+    isTerminal = remarks().isTTY === true;
     if (!isTerminal && draws % PLAIN_EVERY !== 0) return;
     const text = describe(read(), first, performance.now() - startedAtMs);
-    process.stderr.write(isTerminal ? `${ERASE}${text}` : `${text}\n`);
+    remarks().write(isTerminal ? `${ERASE}${text}` : `${text}\n`);
   };
   const timer = setInterval(draw, PERIOD_MS);
   return {
     end() {
       clearInterval(timer);
-      if (isTerminal) process.stderr.write(ERASE);
+      if (isTerminal) remarks().write(ERASE);
     },
   };
 }

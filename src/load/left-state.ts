@@ -6,7 +6,7 @@
  */
 import { closeSync, constants, fstatSync, openSync } from "node:fs";
 import { FslError, isFslError } from "../errors.ts";
-import { F_GET_SEALS, O_CLOEXEC } from "../sys/abi.ts";
+import { F_GET_SEALS, O_CLOEXEC, O_PATH } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { descriptorsOf } from "../vmm/process-links.ts";
 import { LoadState, STATE_SEALS } from "./state.ts";
@@ -25,10 +25,9 @@ export function openLeftState(pid: number): number | null {
   if (number === undefined) return null;
   let fd: number;
   try {
-    // The name tells nothing of what is behind it: a FIFO would keep whoever opens it waiting.
-    const flags = constants.O_RDWR | constants.O_NONBLOCK | constants.O_NOCTTY | O_CLOEXEC;
-    fd = openSync(`/proc/${pid}/fd/${number}`, flags);
+    fd = openMemoryFile(pid, number);
   } catch (error) {
+    if (isFslError(error)) throw error;
     const errno = (error as NodeJS.ErrnoException).code ?? String(error);
     if (errno === "ENOENT" || errno === "ESRCH") return null;
     throw refused(pid, `it cannot be opened (${errno})`, "run fsl as the user who began the load");
@@ -42,10 +41,27 @@ export function openLeftState(pid: number): number | null {
   }
 }
 
+/**
+ * The name tells nothing of what is behind it, and to open a device is to use it: it is looked at first.
+ * @throws FslError TARGET_MISMATCH for what is no regular file
+ */
+function openMemoryFile(pid: number, number: number): number {
+  const place = openSync(`/proc/${pid}/fd/${number}`, O_PATH | O_CLOEXEC);
+  try {
+    if (!fstatSync(place).isFile()) throw noMemoryFile(pid);
+    return openSync(`/proc/self/fd/${place}`, constants.O_RDWR | O_CLOEXEC);
+  } finally {
+    closeSync(place);
+  }
+}
+
+function noMemoryFile(pid: number): FslError {
+  return refused(pid, "it is no memory file", "that process is not to be trusted either");
+}
+
 function checkOrigin(fd: number, pid: number): void {
   const status = fstatSync(fd);
   const own = process.geteuid?.() ?? 0;
-  if (!status.isFile()) throw refused(pid, "it is no memory file", "end that process");
   if (status.uid !== own && status.uid !== 0) {
     throw refused(
       pid,

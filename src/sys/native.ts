@@ -12,7 +12,7 @@
  * `FSL_TRACE_FFI=1` logs each call with its arguments, result and time to stderr.
  */
 import { dlopen, FFIType, type Pointer, ptr, toArrayBuffer } from "bun:ffi";
-import { writeSync } from "node:fs";
+import { existsSync, readFileSync, writeSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { ABI_TABLE, findAbiMismatch, MFD_CLOEXEC } from "./abi.ts";
 import { ARCHITECTURE, shimBytes } from "./embedded.ts";
@@ -158,13 +158,15 @@ function loadablePath(): string {
   return `/proc/self/fd/${fd}`;
 }
 
+/**
+ * The one that this process runs on: a name that the loader does not know already, Bun would look for in the
+ * working directory, and run what is there.
+ */
 function openLibc(): { memfd_create(name: Uint8Array, flags: number): number } {
   const symbols = { memfd_create: { args: [pointer, i32], returns: i32 } } as const;
-  try {
-    return dlopen("libc.so.6", symbols).symbols;
-  } catch {
-    return dlopen(`libc.musl-${ARCHITECTURE}.so.1`, symbols).symbols;
-  }
+  const musl = `/lib/ld-musl-${ARCHITECTURE}.so.1`;
+  const isMusl = existsSync(musl) && readFileSync("/proc/self/maps", "latin1").includes(musl);
+  return dlopen(isMusl ? musl : "libc.so.6", symbols).symbols;
 }
 
 type AnyFunction = (...args: (number | Memory | null)[]) => number;

@@ -10,6 +10,8 @@
 import {
   closeSync,
   constants,
+  fchmodSync,
+  fchownSync,
   fstatSync,
   fsync,
   fsyncSync,
@@ -82,6 +84,9 @@ const SETTLE_CHECK_MS = 2;
 /** How long QEMU may take to end after `quit`. */
 const QUIT_TIMEOUT_MS = 30_000;
 
+/** S_ISVTX and S_IWOTH. */
+const STICKY_AND_WRITABLE = 0o1002;
+
 /** Run states in which a guest can be saved. @source QEMU qapi/run-state.json RunState */
 const SAVABLE_STATES = ["running", "paused", "prelaunch", "suspended", "watchdog", "io-error"];
 /** States of a migration in which nothing is under way. */
@@ -144,7 +149,7 @@ class SaveFile {
   static create(path: string): SaveFile {
     checkReplaceable(path);
     const finalPath = followLink(resolve(path));
-    const name = `.${basename(finalPath).slice(0, 200)}.fsl-${randomHex(12)}`;
+    const name = `.${shortName(basename(finalPath))}.fsl-${randomHex(12)}`;
     const temporaryPath = join(dirname(finalPath), name);
     const { O_CREAT, O_EXCL, O_RDWR, O_NOFOLLOW } = constants;
     try {
@@ -168,6 +173,7 @@ class SaveFile {
   /** Gives the file its name. After `toDisk`. */
   commit(): void {
     try {
+      this.#takeMode();
       renameSync(this.path, this.#finalPath);
       this.#isCommitted = true;
       const directory = openSync(dirname(this.#finalPath), "r");
@@ -181,11 +187,28 @@ class SaveFile {
     }
   }
 
+  /** Who could read the file that is replaced can read the new one; only its owner may have said so. */
+  #takeMode(): void {
+    const old = lstatSync(this.#finalPath, { throwIfNoEntry: false });
+    if (old?.isFile() !== true || old.uid !== process.geteuid?.()) return;
+    try {
+      fchownSync(this.fd, old.uid, old.gid);
+    } catch {
+      return; // Not one of our groups: what the mode gives was meant for that one.
+    }
+    fchmodSync(this.fd, old.mode & 0o777);
+  }
+
   /** Removes what was not committed. */
   close(): void {
     closeSync(this.fd);
     if (!this.#isCommitted) rmSync(this.path, { force: true });
   }
+}
+
+/** So much of it that a file system has room for what is added: bytes, not letters, and no half letter. */
+function shortName(name: string): string {
+  return new TextDecoder().decode(Buffer.from(name).subarray(0, 200), { stream: true });
 }
 
 /** One save: what it changed in QEMU, and how to put that back. */
@@ -567,8 +590,24 @@ function kindOf(status: Stats): string {
   return "a device";
 }
 
-/** A symbolic link stays; the file that it points to is replaced. */
+/**
+ * A symbolic link stays; the file that it points to is replaced. Not by another user's link in a folder where
+ * everybody can make one, whatever fs.protected_symlinks says.
+ * @source proc_sys_fs(5) protected_symlinks
+ * @throws FslError USAGE for such a link
+ */
 function followLink(path: string): string {
+  const link = lstatSync(path, { throwIfNoEntry: false });
+  const folder = statSync(dirname(path), { throwIfNoEntry: false });
+  if (link?.isSymbolicLink() === true && folder !== undefined) {
+    const isOpenToAll = (folder.mode & STICKY_AND_WRITABLE) === STICKY_AND_WRITABLE;
+    if (isOpenToAll && link.uid !== process.geteuid?.() && link.uid !== folder.uid) {
+      const found = `found a symbolic link of user ${link.uid} in a folder that everybody can write to`;
+      throw new FslError("USAGE", `save: ${path}: expected a file, ${found}; name another place`, {
+        path,
+      });
+    }
+  }
   try {
     return realpathSync(path);
   } catch {

@@ -205,6 +205,24 @@ describe.skipIf((whyNoExecutable() ?? whyNoGuests()) !== null)("fsl save", () =>
   );
 
   test(
+    "gives a file that it replaces its mode back, and any name room",
+    async () => {
+      await using run = await startRun();
+      const folder = join(run.directory, "own");
+      mkdirSync(folder);
+      const path = join(folder, "é".repeat(127));
+      writeFileSync(path, "", { mode: 0o640 });
+      const first = await run.run("save", path, "--qmp", run.qmpPath, "--then", "cont");
+      expect([first.code, lstatSync(path).mode & 0o777]).toEqual([0, 0o640]);
+      const other = join(folder, "new.snap");
+      const second = await run.run("save", other, "--qmp", run.qmpPath, "--then", "cont");
+      expect([second.code, lstatSync(other).mode & 0o777]).toEqual([0, 0o600]);
+      expect(readdirSync(folder).length).toBe(2);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "says that it waits while QEMU does not answer, and nothing of faults",
     async () => {
       await using run = await startRun();

@@ -11,12 +11,15 @@ import {
   test,
 } from "bun:test";
 import {
+  chmodSync,
   existsSync,
+  lchownSync,
   lstatSync,
   mkdirSync,
   readFileSync,
   readdirSync,
   readlinkSync,
+  rmSync,
   statSync,
   symlinkSync,
   writeFileSync,
@@ -277,6 +280,25 @@ describe("saveSnapshot that fails", () => {
     expectRefusal(error, "USAGE", new RegExp(`^save ${path}: it is ${what}; name a file`));
     expect(lstatSync(path)).toMatchObject({ ino, mode });
     await expectUndone(["guest.snap"]);
+  });
+
+  test("follows no link of another user in a folder where everybody can make one", async () => {
+    const shared = join(directory, "shared");
+    mkdirSync(shared);
+    chmodSync(shared, 0o1777);
+    const precious = join(directory, "precious");
+    writeFileSync(precious, "precious");
+    const link = join(shared, "guest.snap");
+    symlinkSync(precious, link);
+    lchownSync(link, 65_534, 65_534);
+    const qmpPath = join(directory, "never asked");
+    const error = await refusalOf(save({ path: link, qmpPath }));
+    expectRefusal(error, "USAGE", /found a symbolic link of user 65534 in a folder that everybody/);
+    expect(readFileSync(precious, "utf8")).toBe("precious");
+    expect(readdirSync(shared)).toEqual(["guest.snap"]);
+    rmSync(shared, { recursive: true });
+    rmSync(precious);
+    await expectUndone();
   });
 
   test.each([

@@ -150,6 +150,24 @@ describe.skipIf(reason !== null)("a limit", () => {
   );
 
   test(
+    "of the disk, full where remarks go: they are lost, and the guest loads all the same",
+    async () => {
+      const snapshot = await snapshotOf(BARE);
+      const prefix = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh"];
+      const flags = ["--eager-rate", "20M"];
+      await using run = await FaultRun.start(snapshot, { prefix, flags });
+      const pid = await run.qemuPid();
+      await run.serial.waitForNext(/^tick \d+ ok/);
+      // Lines of progress come once a second, and the last remark when all RAM is in.
+      while ((await run.status()) !== null) await Bun.sleep(100);
+      expect(await differencesOfBareGuest(snapshot, { pid, qmp: run.qmp })).toEqual([]);
+      await run.qmp.execute("quit");
+      expect(await run.fsl.exited).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "of the disk, full beside the snapshot: the guest loads all the same",
     async () => {
       const snapshot = await snapshotOf(BARE);

@@ -130,6 +130,22 @@ describe("dist/fsl", () => {
     expect(JSON.parse(run([join(ROOT, "dist/fsl"), "doctor", "--json"], {}, foreign))).toBeObject();
   });
 
+  test("loads no library of the folder that it is started in, also where it cannot load its own", () => {
+    const foreign = join(folder, "libraries");
+    mkdirSync(foreign);
+    for (const name of ["libc.so.6", "libc.musl-x86_64.so.1", "libc.musl-aarch64.so.1"]) {
+      writeFileSync(join(foreign, name), "no library, which would be said");
+    }
+    // Nothing can be loaded without it.
+    const env = { ...process.env, BUN_JSC_useJIT: "0" };
+    const command = [join(ROOT, "dist/fsl"), "doctor", "--json"];
+    const { stdout, stderr } = Bun.spawnSync(command, { cwd: foreign, env });
+    const said = `${stdout}${stderr}`;
+    expect(said).toContain("shim: cannot be loaded");
+    expect(said).not.toContain(foreign);
+    expect(said).not.toContain("musl");
+  });
+
   test("starts at once and writes no temporary file", () => {
     const path = join(ROOT, "dist/fsl");
     if (!existsSync(path)) throw new Error("dist/fsl is not there; run: npm run build");
