@@ -2,6 +2,7 @@
 import { defineCommand } from "citty";
 import { checkHost, EXIT_CODES, findQemus } from "../index.ts";
 import { formatTable } from "./format.ts";
+import { print } from "./output.ts";
 
 /** The first release that knows mapped-ram. */
 const QEMU_VERSION_MIN = 9;
@@ -29,15 +30,15 @@ export const doctorCommand = defineCommand({
     const problems = [...host.problems, ...qemuProblem];
     const works = host.works && qemuOk;
     if (flags.json) {
-      console.log(JSON.stringify({ ...host, works, qemus, problems }));
+      print(JSON.stringify({ ...host, works, qemus, problems }));
     } else {
       const rows = [
         ...host.facts.map(({ name, value }) => [name, value]),
         ...qemus.map(({ path, version }) => ["QEMU", `${version ?? "version unknown"} (${path})`]),
       ];
-      console.log(formatTable(rows));
-      for (const { problem, fix } of problems) console.log(`\n${problem}\n  ${fix}`);
-      console.log(works ? "\nfsl load can work here" : "\nfsl load cannot work here");
+      print(formatTable(rows));
+      for (const { problem, fix } of problems) print(`\n${problem}\n  ${fix}`);
+      print(works ? "\nfsl load can work here" : "\nfsl load cannot work here");
     }
     process.exitCode = works ? 0 : EXIT_CODES.HOST_UNSUPPORTED;
   },

@@ -9,6 +9,7 @@ import {
 } from "../index.ts";
 import { byteSize } from "./arguments.ts";
 import { formatBytes, formatTable } from "./format.ts";
+import { print } from "./output.ts";
 
 export const inspectCommand = defineCommand({
   meta: { name: "inspect", description: "Shows what is in a snapshot file" },
@@ -25,7 +26,7 @@ export const inspectCommand = defineCommand({
     const offset = flags.offset === undefined ? {} : { offset: byteSize(flags.offset, "offset") };
     using snapshot = openSnapshot(flags.snapshot, offset);
     const description = describe(snapshot);
-    console.log(flags.json ? JSON.stringify(description) : render(description));
+    print(flags.json ? JSON.stringify(description) : render(description));
   },
 });
 

@@ -7,6 +7,7 @@ import { bugReport } from "./bug.ts";
 import { doctorCommand } from "./doctor.ts";
 import { inspectCommand } from "./inspect.ts";
 import { LOAD_EXAMPLES, LOAD_USAGE, loadCommand } from "./load.ts";
+import { print } from "./output.ts";
 import { resumeCommand } from "./resume.ts";
 import { saveCommand } from "./save.ts";
 import { statusCommand } from "./status.ts";
@@ -112,7 +113,7 @@ async function main(argv: readonly string[]): Promise<number> {
   try {
     if (name === "--version" || name === "-V") {
       refuseSurplus(argv.slice(1));
-      console.log(packageJson.version);
+      print(packageJson.version);
       return 0;
     }
     if (name === undefined || name === "--help" || name === "-h" || name === "help") {

@@ -4,6 +4,7 @@ import { allocatedBytes, openSnapshot, refuseUnserved, saveSnapshot } from "../i
 import { socketPath, wholeNumber } from "./arguments.ts";
 import { formatBytes, formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
+import { print } from "./output.ts";
 import { type Progress, startProgress } from "./progress.ts";
 import { CAUGHT_SIGNALS } from "./serve.ts";
 
@@ -82,7 +83,7 @@ export const saveCommand = defineCommand({
     const complete = snapshot.layout.isVerifiedComplete ? true : null;
     if (flags.json) {
       const { path, fileLength } = snapshot;
-      console.log(JSON.stringify({ path, fileLength, bytesOnDisk, savedMs, complete }));
+      print(JSON.stringify({ path, fileLength, bytesOnDisk, savedMs, complete }));
       return;
     }
     const figures = `${formatBytes(bytesOnDisk)} on disk, ${formatMs(savedMs)}`;

@@ -3,6 +3,7 @@ import { defineCommand } from "citty";
 import { findLoads, findUnbegun, type FoundLoad, unbegunLoad } from "../index.ts";
 import { formatBytes, formatTable } from "./format.ts";
 import { log } from "./log.ts";
+import { print } from "./output.ts";
 
 export const statusCommand = defineCommand({
   meta: {
@@ -15,17 +16,17 @@ export const statusCommand = defineCommand({
     const unbegun = (await findUnbegun()).filter((pid) => begun.every((load) => load.pid !== pid));
     const loads = [...begun, ...unbegun.map(unbegunLoad)];
     if (flags.json) {
-      console.log(JSON.stringify(loads));
+      print(JSON.stringify(loads));
       return;
     }
     if (loads.length === 0) {
-      console.log("no load is going on");
+      print("no load is going on");
       return;
     }
     const header = ["QEMU", "state", "served", "RAM in", "faults", "unreadable", "snapshot"];
-    console.log(formatTable([header, ...loads.map(row)], [0, 4, 5]));
+    print(formatTable([header, ...loads.map(row)], [0, 4, 5]));
     for (const { pid, served, phase } of loads) {
-      if (!served) console.log(`\nQEMU ${pid} ${WHAT_NOW[phase]}`.replaceAll("PID", String(pid)));
+      if (!served) print(`\nQEMU ${pid} ${WHAT_NOW[phase]}`.replaceAll("PID", String(pid)));
     }
   },
 });

@@ -189,7 +189,7 @@ class SaveFile {
 
   /** Who could read the file that is replaced can read the new one; only its owner may have said so. */
   #takeMode(): void {
-    const old = lstatSync(this.#finalPath, { throwIfNoEntry: false });
+    const old = statusBy(lstatSync, this.#finalPath);
     if (old?.isFile() !== true || old.uid !== process.geteuid?.()) return;
     try {
       fchownSync(this.fd, old.uid, old.gid);
@@ -572,14 +572,16 @@ function checkReplaceable(path: string): void {
 
 /** Of what is at the path, links followed; of a link itself when it leads nowhere. Null: nothing. */
 function statusOfFile(path: string): Stats | null {
-  for (const look of [statSync, lstatSync]) {
-    try {
-      return look(path);
-    } catch {
-      // What cannot be looked at is not written to either, and creating the new file says why.
-    }
+  return statusBy(statSync, path) ?? statusBy(lstatSync, path);
+}
+
+/** Null: what cannot be looked at is not written to either, and creating the new file says why. */
+function statusBy(look: (path: string) => Stats, path: string): Stats | null {
+  try {
+    return look(path);
+  } catch {
+    return null;
   }
-  return null;
 }
 
 function kindOf(status: Stats): string {
@@ -597,9 +599,9 @@ function kindOf(status: Stats): string {
  * @throws FslError USAGE for such a link
  */
 function followLink(path: string): string {
-  const link = lstatSync(path, { throwIfNoEntry: false });
-  const folder = statSync(dirname(path), { throwIfNoEntry: false });
-  if (link?.isSymbolicLink() === true && folder !== undefined) {
+  const link = statusBy(lstatSync, path);
+  const folder = statusBy(statSync, dirname(path));
+  if (link?.isSymbolicLink() === true && folder !== null) {
     const isOpenToAll = (folder.mode & STICKY_AND_WRITABLE) === STICKY_AND_WRITABLE;
     if (isOpenToAll && link.uid !== process.geteuid?.() && link.uid !== folder.uid) {
       const found = `found a symbolic link of user ${link.uid} in a folder that everybody can write to`;

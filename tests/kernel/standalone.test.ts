@@ -130,6 +130,20 @@ describe("dist/fsl", () => {
     expect(JSON.parse(run([join(ROOT, "dist/fsl"), "doctor", "--json"], {}, foreign))).toBeObject();
   });
 
+  test.each(["--version", "status", "doctor --json"])(
+    "%s: a result that cannot be written is an error, one that nobody reads on is none",
+    (line) => {
+      const fsl = [join(ROOT, "dist/fsl"), ...line.split(" ")];
+      const to = (where: string): string => {
+        const command = ["sh", "-c", `"$0" "$@" ${where}`, ...fsl];
+        const { exitCode, stderr } = Bun.spawnSync(command, { stderr: "pipe" });
+        return `${exitCode} ${stderr}`;
+      };
+      expect(to(">/dev/full")).toContain("2 fsl: standard output cannot be written (ENOSPC)");
+      expect(to("| true")).toBe("0 ");
+    },
+  );
+
   test("loads no library of the folder that it is started in, also where it cannot load its own", () => {
     const foreign = join(folder, "libraries");
     mkdirSync(foreign);
