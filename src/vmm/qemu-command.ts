@@ -81,13 +81,16 @@ export function readQemuCommand(argv: readonly string[]): {
   };
 }
 
-/** Null where it depends on more than a number behind `-smp`. */
+/**
+ * Null where it depends on more than a number behind `-smp`: other architectures have machines with more vCPUs
+ * by default, or beside those.
+ */
 function vcpusOf(argv: readonly string[]): number | null {
+  if (!/(x86_64|i386|kvm)$/.test(argv[0] ?? "")) return null;
   if (argv.some((argument) => /smp\.|"smp"|\w-cpu\b/.test(argument))) return null;
   const places = argv.keys().filter((index) => optionName(argv[index] ?? "") === "smp");
   const [place, second] = [...places];
-  // Other architectures have machines with more of them by default.
-  if (place === undefined) return /(x86_64|i386|kvm)$/.test(argv[0] ?? "") ? 1 : null;
+  if (place === undefined) return 1;
   const number = /^(?:cpus=)?([1-9]\d{0,4})(?:,|$)/.exec(argv[place + 1] ?? "");
   return second === undefined && number !== null ? Number(number[1]) : null;
 }
