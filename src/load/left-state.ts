@@ -48,15 +48,13 @@ export function openLeftState(pid: number): number | null {
 function openMemoryFile(pid: number, number: number): number {
   const place = openSync(`/proc/${pid}/fd/${number}`, O_PATH | O_CLOEXEC);
   try {
-    if (!fstatSync(place).isFile()) throw noMemoryFile(pid);
+    if (!fstatSync(place).isFile()) {
+      throw refused(pid, "it is no memory file", "that process is not to be trusted either");
+    }
     return openSync(`/proc/self/fd/${place}`, constants.O_RDWR | O_CLOEXEC);
   } finally {
     closeSync(place);
   }
-}
-
-function noMemoryFile(pid: number): FslError {
-  return refused(pid, "it is no memory file", "that process is not to be trusted either");
 }
 
 function checkOrigin(fd: number, pid: number): void {

@@ -107,7 +107,7 @@ function compareMachine(snapshot: Snapshot, info: TargetInfo, differences: strin
 /** A QEMU with more of them takes the state without a word; with fewer, it names a section. */
 function compareVcpus(snapshot: Snapshot, info: TargetInfo, differences: string[]): void {
   const saved = snapshot.sections.filter(({ name }) => name === VCPU_SECTION).length;
-  if (saved === 0 || info.vcpus === undefined || info.vcpus === saved) return;
+  if (saved === 0 || info.vcpus === null || info.vcpus === saved) return;
   differences.push(
     `vCPUs: snapshot has ${saved}, QEMU has ${info.vcpus}; start QEMU with -smp ${saved}`,
   );

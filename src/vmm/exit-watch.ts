@@ -62,8 +62,7 @@ export function watchExit(pidfd: number, pid: number): ExitWatch {
   return { exited: promise, hint, stop };
 }
 
-/** By the kernel's word, now. */
-export function hasEnded(pidfd: number): boolean {
+function hasEnded(pidfd: number): boolean {
   const revents = new Int32Array(1);
   return native.poll(Int32Array.of(pidfd), revents, 1, POLLIN, 0) > 0;
 }

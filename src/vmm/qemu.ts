@@ -291,7 +291,7 @@ export class QemuTarget implements Target {
       machineType: known.machineType,
       regions,
       canDiscard: known.canDiscard,
-      ...(known.vcpus === null ? {} : { vcpus: known.vcpus }),
+      vcpus: known.vcpus,
       startsStopped: this.#process.startsStopped,
     };
   }

@@ -5,7 +5,7 @@
 import { constants } from "node:os";
 import { FslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
-import { type ExitWatch, hasEnded, watchExit } from "./exit-watch.ts";
+import { type ExitWatch, watchExit } from "./exit-watch.ts";
 import { Control } from "./control.ts";
 import { dropLeftSeeds } from "./fdset.ts";
 import { watchHotplugOf } from "./hotplug-watch.ts";
@@ -137,9 +137,9 @@ class ReattachedQemu implements FoundTarget {
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
-    this.#watch.stop();
     // Whoever closes this may have learned of QEMU's end before the watch has.
-    if (hasEnded(this.pidfd)) this.#removeControl();
+    this.#watch.hint();
+    this.#watch.stop();
     this.#control.close();
     native.close(this.pidfd);
   }

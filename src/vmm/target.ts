@@ -52,8 +52,8 @@ export interface TargetInfo {
    * virtio-mem).
    */
   readonly canDiscard: boolean;
-  /** vCPUs; absent when the target cannot say. */
-  readonly vcpus?: number;
+  /** vCPUs; null when the target cannot say. */
+  readonly vcpus: number | null;
   /** Whoever started the target wants its guest to stay stopped (`-S`). */
   readonly startsStopped: boolean;
 }

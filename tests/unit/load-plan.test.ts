@@ -57,7 +57,7 @@ interface PlanSpec {
   readonly regions?: readonly GuestRegion[];
   readonly machine?: readonly [string, string | null];
   /** Of the snapshot, and of QEMU. */
-  readonly vcpus?: readonly [number, number | undefined];
+  readonly vcpus?: readonly [number, number | null];
   readonly canDiscard?: boolean;
   readonly lazyDespiteDiscards?: boolean;
 }
@@ -75,7 +75,7 @@ function plan(spec: PlanSpec): LoadPlan {
     machineType: running,
     regions: spec.regions ?? [region()],
     canDiscard: spec.canDiscard ?? false,
-    ...(vcpus === undefined ? {} : { vcpus }),
+    vcpus,
     startsStopped: false,
   };
   const bitmaps = new Map(
@@ -107,7 +107,7 @@ const other: PlanSpec = { blocks: [{}, { idstr: "vga.vram", MiB: 8 }] };
 describe("plan.planLoad", () => {
   test.each([
     ["the snapshot does not tell", [0, 2]],
-    ["QEMU does not tell", [2, undefined]],
+    ["QEMU does not tell", [2, null]],
   ] as const)("lets vCPUs be where %s", (_, vcpus) => {
     expect(plan({ vcpus }).blocks.map(({ way }) => way)).toEqual(["lazy"]);
   });
