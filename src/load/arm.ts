@@ -13,12 +13,20 @@ import { alignDown, alignUp, MiB } from "../pages.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
-import { countRange, nextBit, setRange, testBit, wordsOf } from "./bits.ts";
+import { nextBit, setRange, testBit, wordsOf } from "./bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
 import { BlockFiller } from "./fill.ts";
+import { fillInPlace, type InPlaceOptions, type InPlaceRun } from "./in-place.ts";
 import type { PageReader } from "./page-reader.ts";
 import type { BlockPlan } from "./plan.ts";
-import { type AddressRange, MemoryWriter, pagesOf, residentRanges } from "./resident.ts";
+import {
+  type AddressRange,
+  MemoryWriter,
+  pagesOf,
+  type PageSpan,
+  residentRanges,
+  spansOf,
+} from "./resident.ts";
 import { add, type BlockState, C_EAGER_PAGES, type LoadState, MAIN_THREAD } from "./state.ts";
 import { SUPPLIED, type Supply } from "./supply.ts";
 
@@ -34,6 +42,9 @@ export interface ZeroRun {
   readonly first: number;
   readonly end: number;
 }
+
+/** Less than that is written before a helper has been told of it. */
+const IN_PLACE_MIN = 4 * MiB;
 
 /**
  * Runs of clear bits that may hold a whole seam. Needs no target: it is done while the target
@@ -145,8 +156,16 @@ export function releaseZeroExtents(
   }
 }
 
+/** Pages of a block that were in memory before it was registered. */
+interface ResidentPages {
+  readonly block: BlockState;
+  /** By address; none touches another. */
+  readonly runs: readonly PageSpan[];
+}
+
 /**
  * Corrects pages that were in memory before the ranges were registered, and counts them.
+ * @param inPlace helpers that can do much of it at once
  * @returns bytes corrected
  */
 export async function correctResident(
@@ -154,36 +173,65 @@ export async function correctResident(
   reader: PageReader,
   plans: readonly BlockPlan[],
   state: LoadState,
+  inPlace?: InPlaceOptions,
 ): Promise<number> {
-  let corrected = 0;
-  let writer: MemoryWriter | undefined;
+  const resident = plans.map(({ block, region }, index): ResidentPages => {
+    const blockState = state.blocks[index];
+    if (blockState === undefined) throw new FslError("INTERNAL", `no state for block ${index}`);
+    const ranges = residentRanges(pid, region.hostAddr, block.usedLength);
+    if (region.backing === "shmem" || region.backing === "hugetlb") {
+      ranges.push(...contentRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
+    }
+    return { block: blockState, runs: spansOf(ranges, { ...block, hostAddr: region.hostAddr }) };
+  });
+  const lengthOf = ({ block, runs }: ResidentPages): number =>
+    runs.reduce((sum, { first, end }) => sum + (end - first) * block.block.pageSize, 0);
+  const length = resident.reduce((sum, pages) => sum + lengthOf(pages), 0);
+  const isQuick = inPlace !== undefined && length >= IN_PLACE_MIN;
+  if (!(isQuick && (await fillInPlace(contentsOf(resident), inPlace)))) {
+    await writeResident(pid, reader, resident);
+  }
+  for (const { block, runs } of resident) {
+    for (const { first, end } of runs) setRange(block.done, first, end);
+  }
+  return length;
+}
+
+async function writeResident(
+  pid: number,
+  reader: PageReader,
+  resident: readonly ResidentPages[],
+): Promise<void> {
+  if (resident.every(({ runs }) => runs.length === 0)) return;
+  const writer = new MemoryWriter(pid);
   try {
-    for (const [index, { block, region }] of plans.entries()) {
-      const blockState = state.blocks[index];
-      if (blockState === undefined) throw new FslError("INTERNAL", `no state for block ${index}`);
-      const ranges = residentRanges(pid, region.hostAddr, block.usedLength);
-      if (region.backing === "shmem" || region.backing === "hugetlb") {
-        ranges.push(...contentRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
-      }
-      for (const range of ranges) {
-        const { first, end } = pagesOf(
-          range.startAddr,
-          range.endAddr,
-          region.hostAddr,
-          block.pageSize,
-          block.pageCount,
-        );
-        writer ??= new MemoryWriter(pid);
-        await writer.writePages(reader, blockState.block, blockState.data, first, end);
-        const newPages = end - first - countRange(blockState.done, first, end);
-        setRange(blockState.done, first, end);
-        corrected += newPages * block.pageSize;
+    for (const { block, runs } of resident) {
+      for (const { first, end } of runs) {
+        await writer.writePages(reader, block.block, block.data, first, end);
       }
     }
   } finally {
-    writer?.close();
+    writer.close();
   }
-  return corrected;
+}
+
+/** Their bytes in the snapshot; zeros for clear bits. */
+function* contentsOf(resident: readonly ResidentPages[]): Generator<InPlaceRun> {
+  for (const { block, runs } of resident) {
+    const { hostAddr, pageSize, pagesOffset } = block.block;
+    for (const { first, end } of runs) {
+      for (let page = first; page < end;) {
+        const hasData = testBit(block.data, page);
+        const runEnd = nextBit(block.data, page, end, !hasData);
+        yield {
+          addr: hostAddr + page * pageSize,
+          length: (runEnd - page) * pageSize,
+          offset: hasData ? pagesOffset + page * pageSize : null,
+        };
+        page = runEnd;
+      }
+    }
+  }
 }
 
 /**

@@ -59,6 +59,7 @@ import {
 } from "./order.ts";
 import { planStaging, STAGED_CHUNKS, Staging } from "./staging.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
+import type { InPlaceOptions } from "./in-place.ts";
 import type { AddressRange } from "./resident.ts";
 import { makeSeed, makeSeedFrom, runsFromSeed } from "./seed-file.ts";
 import { eagerWidth, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
@@ -503,17 +504,17 @@ class Load {
       );
     this.#state = state;
     for (const { bitmap, block } of lazy) this.#dataBytes += bitmap.dataPages * block.pageSize;
+    // The Worker gets ready, if it is not, and the target takes its copies while we go on here.
+    const serving = begun?.serving ?? this.#makeServing(prepared, state, uffd);
+    this.#serving = serving;
+    const served = begun?.served ?? this.#serve(prepared, serving, state);
     const { pid } = this.#target;
-    const corrected = await correctResident(pid, reader, lazy, state);
+    const corrected = await correctResident(pid, reader, lazy, state, this.#inPlace(prepared));
     if (corrected > 0) {
       this.#options.logger?.info(
         `${corrected} bytes were in QEMU's memory already and were corrected`,
       );
     }
-    // The Worker gets ready, if it is not, and the target takes its copies while we go on here.
-    const serving = begun?.serving ?? this.#makeServing(prepared, state, uffd);
-    this.#serving = serving;
-    const served = begun?.served ?? this.#serve(prepared, serving, state);
     const kept = this.#keepState(fd);
     kept.catch(() => {});
     await fillBlocks(pid, reader, fill);
@@ -523,6 +524,13 @@ class Load {
     if (this.#options.source !== undefined) await kept;
     this.#times.armedMs = this.#now();
     return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
+  }
+
+  /** By helpers that have nothing to do before the guest runs; their pages come from the file. */
+  #inPlace({ snapshot }: Prepared): InPlaceOptions | undefined {
+    const helpers = this.#helpers.slice(0, eagerWidth(this.#options));
+    if (helpers.length === 0 || this.#staging !== undefined) return undefined;
+    return { helpers, fileFd: snapshot.fd, cancel: this.#options.cancel };
   }
 
   /**

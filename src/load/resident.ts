@@ -3,9 +3,8 @@
  * what the guest sees: they are looked for after the ranges are registered (nothing can appear
  * unnoticed from then on) and corrected before the state is handed over. Runs on the main thread.
  *
- * Writing goes through /proc/PID/mem: it never blocks (EIO on a missing page), where
- * process_vm_writev would wait for the page that only we can bring. @source Linux fs/proc/base.c
- * mem_rw, fs/proc/task_mmu.c pagemap_read
+ * Of `MemoryWriter` only for pages that were found present: process_vm_writev would wait for a missing one, which
+ * only we can bring. @source Linux fs/proc/base.c mem_rw, fs/proc/task_mmu.c pagemap_read, mm/process_vm_access.c
  */
 import { closeSync, openSync, readSync } from "node:fs";
 import { FslError } from "../errors.ts";
@@ -216,6 +215,27 @@ export class MemoryWriter {
   }
 }
 
+/** Half-open range of page indexes. */
+export interface PageSpan {
+  readonly first: number;
+  readonly end: number;
+}
+
+/** The pages of a block that ranges cover, by address; those that touch or overlap are one. */
+export function spansOf(
+  ranges: readonly AddressRange[],
+  { hostAddr, pageSize, pageCount }: ResidentBlock & { readonly pageCount: number },
+): PageSpan[] {
+  const spans: PageSpan[] = [];
+  for (const { startAddr, endAddr } of ranges.toSorted((a, b) => a.startAddr - b.startAddr)) {
+    const { first, end } = pagesOf(startAddr, endAddr, hostAddr, pageSize, pageCount);
+    const last = spans.at(-1);
+    if (last === undefined || first > last.end) spans.push({ first, end });
+    else spans[spans.length - 1] = { first: last.first, end: Math.max(last.end, end) };
+  }
+  return spans;
+}
+
 /**
  * The host-page-aligned half-open page range that covers [startAddr, endAddr), clipped to a block.
  */
@@ -225,7 +245,7 @@ export function pagesOf(
   hostAddr: number,
   pageSize: number,
   pageCount: number,
-): { first: number; end: number } {
+): PageSpan {
   const first = Math.max(0, alignDown(startAddr - hostAddr, pageSize) / pageSize);
   const end = Math.min(pageCount, Math.ceil((endAddr - hostAddr) / pageSize));
   return { first, end };

@@ -1,0 +1,143 @@
+/**
+ * RAM that is there already gets its bytes in place: the target's helper tasks read them from the snapshot straight
+ * into it, each a packet at a time, and zeros from /dev/zero. That is what an ordinary load does, on as many CPUs as
+ * there are helpers. Runs on the main thread, and lets its events through meanwhile.
+ *
+ * Whoever asks has another way (`MemoryWriter`), which also knows to say what is wrong: here there is only "all has
+ * come" or not.
+ */
+import { closeSync, openSync } from "node:fs";
+import { MiB } from "../pages.ts";
+import { HELPER_CALLS_MAX, POLLIN } from "../sys/abi.ts";
+import { type HelperRecord, HelperTask } from "../sys/helper-task.ts";
+import * as sys from "../sys/native.ts";
+
+/** A run of bytes in the target's memory. All of it is present. */
+export interface InPlaceRun {
+  readonly addr: number;
+  readonly length: number;
+  /** Where the snapshot has its bytes; null = zeros. */
+  readonly offset: number | null;
+}
+
+/** What one call reads: a helper that is told to stop does so between two of them. */
+const CALL_LENGTH = MiB;
+/** What one packet reads, some 2 ms: at the end one helper waits for the other for so long at most. */
+const PACKET_LENGTH = 8 * MiB;
+/** Longest wait in one go, ms: so long may signals and messages be kept waiting. */
+const WAIT_MS = 5;
+/** How long a helper may take to stop, ms. */
+const PATIENCE_MS = 500;
+
+export interface InPlaceOptions {
+  /** Nobody else uses them meanwhile. */
+  readonly helpers: readonly HelperRecord[];
+  /** The snapshot, in this process. */
+  readonly fileFd: number;
+  readonly cancel?: AbortSignal | undefined;
+}
+
+/**
+ * Fills the runs, in order as they come. @returns false when not all of it could be: a page that cannot be read, a
+ * helper that has ended
+ * @throws the reason of `cancel`
+ */
+export async function fillInPlace(
+  runs: Iterable<InPlaceRun>,
+  options: InPlaceOptions,
+): Promise<boolean> {
+  const zeroFd = openSync("/dev/zero", "r");
+  const fillers: Filler[] = [];
+  try {
+    const calls = callsOf(runs);
+    for (const record of options.helpers) fillers.push(new Filler(record, options.fileFd, zeroFd));
+    return await fillAll(calls, fillers, options.cancel);
+  } finally {
+    for (const filler of fillers) filler.end();
+    closeSync(zeroFd);
+  }
+}
+
+async function fillAll(
+  calls: Iterator<InPlaceRun, undefined>,
+  fillers: readonly Filler[],
+  cancel: AbortSignal | undefined,
+): Promise<boolean> {
+  const fds = new Int32Array(fillers.length);
+  const revents = new Int32Array(fillers.length);
+  while (fillers.every((filler) => filler.isRight)) {
+    for (const filler of fillers) if (!filler.isRunning) filler.send(calls);
+    if (!fillers.some((filler) => filler.isRunning)) return fillers.every(({ isRight }) => isRight);
+    for (const [index, { isRunning, fd }] of fillers.entries()) fds[index] = isRunning ? fd : -1;
+    sys.poll(fds, revents, fds.length, POLLIN, WAIT_MS);
+    for (const [index, filler] of fillers.entries()) if (revents[index] !== 0) filler.take();
+    await new Promise<void>((resolve) => setImmediate(resolve));
+    cancel?.throwIfAborted();
+  }
+  return false;
+}
+
+function* callsOf(runs: Iterable<InPlaceRun>): Generator<InPlaceRun, undefined> {
+  for (const { addr, length, offset } of runs) {
+    for (let at = 0; at < length; at += CALL_LENGTH) {
+      const from = offset === null ? null : offset + at;
+      yield { addr: addr + at, length: Math.min(CALL_LENGTH, length - at), offset: from };
+    }
+  }
+}
+
+/** One helper. */
+class Filler {
+  readonly #helper: HelperTask;
+  readonly #fileFd: number;
+  readonly #zeroFd: number;
+  #calls = 0;
+  isRunning = false;
+  /** All that it was told to fill has come. */
+  isRight: boolean;
+
+  constructor(record: HelperRecord, fileFd: number, zeroFd: number) {
+    this.#helper = new HelperTask(record, PATIENCE_MS);
+    this.#fileFd = this.#helper.openFile(fileFd);
+    this.#zeroFd = this.#fileFd < 0 ? -1 : this.#helper.sendDescriptor(zeroFd);
+    this.isRight = this.#zeroFd >= 0;
+  }
+
+  get fd(): number {
+    return this.#helper.record.fd;
+  }
+
+  /** Starts the next packet, if there is one. */
+  send(calls: Iterator<InPlaceRun, undefined>): void {
+    this.#helper.begin(true);
+    this.#calls = 0;
+    for (let length = 0; this.#calls < HELPER_CALLS_MAX && length < PACKET_LENGTH;) {
+      const run = calls.next().value;
+      if (run === undefined) break;
+      const fd = run.offset === null ? this.#zeroFd : this.#fileFd;
+      this.#helper.preadInto(fd, run.addr, run.length, run.offset ?? 0);
+      this.#calls += 1;
+      length += run.length;
+    }
+    if (this.#calls === 0) return;
+    this.isRunning = this.#helper.start() >= 0;
+    this.isRight &&= this.isRunning;
+  }
+
+  take(): void {
+    this.isRunning = false;
+    this.isRight &&= this.#helper.finish() === this.#calls;
+  }
+
+  /** It makes no call any more: it has ended what it was doing, or was killed. */
+  end(): void {
+    if (this.isRunning) {
+      this.#helper.stop();
+      this.take();
+    }
+    if (this.#zeroFd < 0 || this.#helper.isGone) return;
+    this.#helper.begin();
+    this.#helper.closeDescriptor(this.#zeroFd);
+    this.#helper.run();
+  }
+}
