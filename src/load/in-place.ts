@@ -6,10 +6,10 @@
  * Whoever asks has another way (`MemoryWriter`), which also knows to say what is wrong: here there is only "all has
  * come" or not.
  */
-import { closeSync, openSync } from "node:fs";
+import { FslError } from "../errors.ts";
 import { MiB } from "../pages.ts";
-import { HELPER_CALLS_MAX, POLLIN } from "../sys/abi.ts";
-import { type HelperRecord, HelperTask } from "../sys/helper-task.ts";
+import { HELPER_CALLS_MAX, O_CLOEXEC, O_RDONLY, POLLIN } from "../sys/abi.ts";
+import { type HelperRecord, HelperTask, reapHelper } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
 
 /** A run of bytes in the target's memory. All of it is present. */
@@ -40,22 +40,27 @@ export interface InPlaceOptions {
 /**
  * Fills the runs, in order as they come. @returns false when not all of it could be: a page that cannot be read, a
  * helper that has ended
- * @throws the reason of `cancel`
+ * @throws the reason of `cancel`; FslError TARGET_LOST when a helper can be neither stopped nor ended
  */
 export async function fillInPlace(
   runs: Iterable<InPlaceRun>,
   options: InPlaceOptions,
 ): Promise<boolean> {
-  const zeroFd = openSync("/dev/zero", "r");
+  const zeroFd = openZeros();
   const fillers: Filler[] = [];
   try {
     const calls = callsOf(runs);
     for (const record of options.helpers) fillers.push(new Filler(record, options.fileFd, zeroFd));
     return await fillAll(calls, fillers, options.cancel);
   } finally {
-    for (const filler of fillers) filler.end();
-    closeSync(zeroFd);
+    for (const filler of fillers) await filler.end();
+    sys.close(zeroFd);
   }
+}
+
+/** A container may have no /dev/zero: then -1, which no helper takes. */
+function openZeros(): number {
+  return sys.open("/dev/zero", O_RDONLY | O_CLOEXEC, 0);
 }
 
 async function fillAll(
@@ -67,14 +72,14 @@ async function fillAll(
   const revents = new Int32Array(fillers.length);
   while (fillers.every((filler) => filler.isRight)) {
     for (const filler of fillers) if (!filler.isRunning) filler.send(calls);
-    if (!fillers.some((filler) => filler.isRunning)) return fillers.every(({ isRight }) => isRight);
+    if (!fillers.some((filler) => filler.isRunning)) break;
     for (const [index, { isRunning, fd }] of fillers.entries()) fds[index] = isRunning ? fd : -1;
     sys.poll(fds, revents, fds.length, POLLIN, WAIT_MS);
     for (const [index, filler] of fillers.entries()) if (revents[index] !== 0) filler.take();
     await new Promise<void>((resolve) => setImmediate(resolve));
     cancel?.throwIfAborted();
   }
-  return false;
+  return fillers.every(({ isRight }) => isRight) && calls.next().done === true;
 }
 
 function* callsOf(runs: Iterable<InPlaceRun>): Generator<InPlaceRun, undefined> {
@@ -129,11 +134,25 @@ class Filler {
     this.isRight &&= this.#helper.finish() === this.#calls;
   }
 
-  /** It makes no call any more: it has ended what it was doing, or was killed. */
-  end(): void {
+  /**
+   * Writes nothing any more from here on: it has ended what it was doing, or was killed.
+   * @throws FslError TARGET_LOST when it cannot be
+   */
+  async end(): Promise<void> {
+    const { pid } = this.#helper.record;
     if (this.isRunning) {
       this.#helper.stop();
       this.take();
+    }
+    // What it still read would land in a guest that runs.
+    if (this.#helper.isGone && !(await reapHelper(pid))) {
+      throw new FslError(
+        "TARGET_LOST",
+        `helper task ${pid} does not end; end QEMU and load again`,
+        {
+          pid,
+        },
+      );
     }
     if (this.#zeroFd < 0 || this.#helper.isGone) return;
     this.#helper.begin();

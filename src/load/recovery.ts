@@ -171,17 +171,19 @@ export function findEarlier(pid: number): TargetRecord | null {
 }
 
 /**
- * A guest that waits for pages which nobody brings cannot be saved: QEMU would wait for them, too.
+ * A guest that waits for pages which nobody brings cannot be saved: QEMU would wait for them, too. Nor can one that has
+ * no state yet.
  * @throws FslError SAVE_FAILED for such a process
  */
 export function refuseUnserved(pid: number): void {
   const load = lookAt(pid);
   if (load === null || load.served || load.phase === "finished") return;
-  throw new FslError(
-    "SAVE_FAILED",
-    `save: QEMU (pid ${pid}) waits for pages of a load whose fsl has died; bring them first: fsl resume --pid ${pid}`,
-    { pid, snapshot: load.snapshotPath },
-  );
+  const what =
+    load.phase === "armed"
+      ? "has no guest: its fsl has died before it gave it a state; end it and load again"
+      : `waits for pages of a load whose fsl has died; bring them first: fsl resume --pid ${pid}`;
+  const details = { pid, snapshot: load.snapshotPath };
+  throw new FslError("SAVE_FAILED", `save: QEMU (pid ${pid}) ${what}`, details);
 }
 
 /** Of a state that another version of fsl has made, or has not finished. */

@@ -361,7 +361,7 @@ export class HelperTask {
 }
 
 /** Ends a helper that nobody uses: closes its socket, and waits for its pid on the side. */
-export function endHelper(record: HelperRecord): Promise<void> {
+export function endHelper(record: HelperRecord): Promise<boolean> {
   native.close(record.fd);
   return reapHelper(record.pid);
 }
@@ -371,17 +371,19 @@ export function endHelper(record: HelperRecord): Promise<void> {
  * call that it is in; after 0.1 s it is killed. Does not keep the event loop alive.
  * @param pid as the helper's record has it; of no use when QEMU has another pid namespace, so only
  * a child of this process with the helper's name is touched
+ * @returns false when it has not ended after a second
  */
-export async function reapHelper(pid: number): Promise<void> {
-  if (!isHelper(pid)) return;
+export async function reapHelper(pid: number): Promise<boolean> {
+  if (!isHelper(pid)) return true;
   const status = new Int32Array(1);
   for (let attempt = 0; attempt < REAP_TRIES; attempt += 1) {
-    if (native.waitpid(pid, WNOHANG | WALL, status) !== 0) return;
+    if (native.waitpid(pid, WNOHANG | WALL, status) !== 0) return true;
     if (attempt === SIGKILL_AFTER_TRIES) killChild(pid);
     await new Promise<void>((resolve) => {
       setTimeout(resolve, REAP_PAUSE_MS).unref();
     });
   }
+  return false;
 }
 
 function isHelper(pid: number): boolean {

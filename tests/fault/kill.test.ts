@@ -22,6 +22,7 @@ import {
   someoneWaits,
   waitingThreads,
 } from "../helpers/fault-runs.ts";
+import { refuseUnserved } from "../../src/load/recovery.ts";
 import { FAULTY_SOURCE, faultyProgram, Switch } from "../helpers/fault-switch.ts";
 import {
   type GuestSnapshot,
@@ -204,6 +205,9 @@ describe.skipIf(reason !== null)("fsl killed", () => {
         expect(stderr).toContain("before the state was handed over, so nothing is lost");
         expect(code).toBe(8);
         expect(await run.status()).toMatchObject({ pid, served: false });
+        expect(() => refuseUnserved(pid)).toThrow(
+          "before it gave it a state; end it and load again",
+        );
         return;
       }
     },

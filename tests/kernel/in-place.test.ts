@@ -89,9 +89,10 @@ describe("in-place.fillInPlace", () => {
     TIMEOUT_MS,
   );
 
-  test("nothing to do is done", async () => {
-    const { options } = await start();
+  test("nothing to do is done, and without helpers nothing is", async () => {
+    const { it, options } = await start();
     expect(await fillInPlace([], options)).toBe(true);
+    expect(await fillInPlace([run(it, 0, 1)], { ...options, helpers: [] })).toBe(false);
   });
 
   test(
