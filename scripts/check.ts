@@ -84,8 +84,8 @@ function linesThatMatch(
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   cli: ["index"],
   index: ["load", "snapshot", "source", "vmm", "uffd", "errors", "pages", "text"],
-  load: ["snapshot", "source", "vmm", "uffd", "sys", "errors", "pages"],
-  snapshot: ["errors", "pages"],
+  load: ["snapshot", "source", "vmm", "uffd", "sys", "bits", "errors", "pages"],
+  snapshot: ["bits", "errors", "pages"],
   source: ["sys", "errors", "pages"],
   vmm: ["sys", "errors", "pages"],
   uffd: ["sys", "errors", "pages"],
@@ -93,6 +93,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   pages: ["errors"],
   errors: ["text"],
   text: [],
+  bits: [],
 };
 
 /** What a type-only import may reach beside that. */

@@ -13,7 +13,7 @@ import { alignDown, alignUp, MiB } from "../pages.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
-import { nextBit, setRange, testBit, wordsOf } from "./bits.ts";
+import { nextBit, setRange, testBit } from "../bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
 import { BlockFiller } from "./fill.ts";
 import { fillInPlace, type InPlaceOptions, type InPlaceRun } from "./in-place.ts";
@@ -51,8 +51,7 @@ const IN_PLACE_MIN = 4 * MiB;
  * starts, because its cost grows with the guest.
  */
 export function findZeroRuns(bitmap: PageBitmap, pageSize: number): ZeroRun[] {
-  const words = wordsOf(bitmap);
-  const { pageCount } = bitmap;
+  const { pageCount, words } = bitmap;
   const runs: ZeroRun[] = [];
   let first = nextBit(words, 0, pageCount, false);
   while (first < pageCount) {
@@ -243,7 +242,7 @@ export function clearBrought(pid: number, plans: readonly BlockPlan[]): void {
   try {
     for (const { block, region, bitmap } of plans) {
       const { pageSize, pageCount } = block;
-      const words = wordsOf(bitmap);
+      const { words } = bitmap;
       for (const range of residentRanges(pid, region.hostAddr, block.usedLength)) {
         const { startAddr, endAddr } = range;
         const { first, end } = pagesOf(startAddr, endAddr, region.hostAddr, pageSize, pageCount);
@@ -272,7 +271,7 @@ export async function fillBlocks(
   const filler = new BlockFiller(pid, reader);
   for (const { block, region, bitmap } of plans) {
     const place = { ...block, hostAddr: region.hostAddr };
-    const words = wordsOf(bitmap);
+    const { words } = bitmap;
     // Looked for before the data is there too.
     const occupied = residentRanges(pid, region.hostAddr, block.usedLength);
     if (region.backing !== "anonymous") {

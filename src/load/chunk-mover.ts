@@ -12,7 +12,7 @@
  */
 import { HelperTask, type HelperRecord } from "../sys/helper-task.ts";
 import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
-import { nextBit } from "./bits.ts";
+import { nextBit } from "../bits.ts";
 import { type BlockState, CHUNK_LENGTH } from "./state.ts";
 
 /**

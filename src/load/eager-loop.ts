@@ -12,7 +12,7 @@ import * as sys from "../sys/native.ts";
 import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { alignDown } from "../pages.ts";
-import { nextMissing } from "./bits.ts";
+import { nextMissing } from "../bits.ts";
 import type { ChunkMover } from "./chunk-mover.ts";
 import { ChunkQueue } from "./chunk-queue.ts";
 import {

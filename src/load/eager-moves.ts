@@ -13,7 +13,7 @@ import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
-import { nextMissing } from "./bits.ts";
+import { nextMissing } from "../bits.ts";
 import { ChunkMover } from "./chunk-mover.ts";
 import { ChunkQueue } from "./chunk-queue.ts";
 import { Priority, raise } from "./priority.ts";

@@ -15,7 +15,7 @@ import type { PageSource } from "../source/page-source.ts";
 import { EVENT_PAGEFAULT, EVENT_REMOVE, type Uffd, UffdEvents } from "../uffd/uffd.ts";
 import { FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
-import { nextBit, nextMissing, runStart, setRange, testBit } from "./bits.ts";
+import { nextBit, nextMissing, runStart, setRange, testBit } from "../bits.ts";
 import {
   add,
   type BlockState,

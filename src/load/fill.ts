@@ -9,7 +9,7 @@ import { hex, MiB } from "../pages.ts";
 import type { RAMBlock } from "../snapshot/mapped-ram.ts";
 import { EFAULT, ESRCH, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
-import { nextBit } from "./bits.ts";
+import { nextBit } from "../bits.ts";
 import { type PageReader, PIECE_LENGTH } from "./page-reader.ts";
 
 const ZEROS_LENGTH = MiB;

@@ -8,7 +8,7 @@ import { readFileSync } from "node:fs";
 import { EAGAIN, MADV_COLLAPSE } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import type { ServedTarget } from "../vmm/target.ts";
-import { nextBit } from "./bits.ts";
+import { nextBit } from "../bits.ts";
 import { residentRanges } from "./resident.ts";
 import { type BlockState, CHUNK_DONE, CHUNK_LENGTH, type LoadState } from "./state.ts";
 

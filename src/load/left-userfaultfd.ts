@@ -9,7 +9,7 @@ import { REGISTER_MISSING } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { descriptorsOf, linkOf } from "../vmm/process-links.ts";
 import { readWatchedAreas, type WatchedArea } from "../vmm/process-maps.ts";
-import { countMissing } from "./bits.ts";
+import { countMissing } from "../bits.ts";
 import { type LoadState, PHASE_FINISHED } from "./state.ts";
 
 const UFFD_LINK = "anon_inode:[userfaultfd]";

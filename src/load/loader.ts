@@ -41,7 +41,6 @@ import {
   releaseZeroExtents,
   type ZeroRun,
 } from "./arm.ts";
-import { wordsOf } from "./bits.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { SnapshotGuard } from "./guard.ts";
 import { PageReader } from "./page-reader.ts";
@@ -500,7 +499,7 @@ class Load {
       this.#makeState(
         prepared,
         layout,
-        lazy.map(({ bitmap }) => wordsOf(bitmap)),
+        lazy.map(({ bitmap }) => bitmap.words),
       );
     this.#state = state;
     for (const { bitmap, block } of lazy) this.#dataBytes += bitmap.dataPages * block.pageSize;
@@ -964,7 +963,7 @@ function prepare(
     seededWithout.add(block.idstr);
     zeroRuns.set(block.idstr, findZeroRuns(bitmap, block.pageSize));
     const { idstr, pageSize, pageCount, pagesOffset } = block;
-    lazy.push({ idstr, pageSize, pageCount, pagesOffset, data: wordsOf(bitmap) });
+    lazy.push({ idstr, pageSize, pageCount, pagesOffset, data: bitmap.words });
   }
   const blocks = alignBlocks(lazy);
   const seedFd = seedsNow ? makeSeed(snapshot, seededWithout, seedFile) : -1;

@@ -1,5 +1,5 @@
 /** The order in which chunks are brought that nobody has asked for. */
-import { nextBit } from "./bits.ts";
+import { nextBit } from "../bits.ts";
 import { type BlockState, CHUNK_LENGTH } from "./state.ts";
 
 /** What of a block the order depends on. */

@@ -10,7 +10,7 @@ import { makeSource } from "../source/make-source.ts";
 import type { PageBytes, PageSource, PageSourceSpec, SourceBlock } from "../source/page-source.ts";
 import { EFAULT, POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
-import { nextBit } from "./bits.ts";
+import { nextBit } from "../bits.ts";
 
 /** Bytes asked for at once: to write them takes some 2 ms. */
 export const PIECE_LENGTH = 8 * MiB;

@@ -26,7 +26,7 @@ import {
   PHASE_RUNNING,
   PHASE_STATE_LOADED,
 } from "./state.ts";
-import { testBit } from "./bits.ts";
+import { testBit } from "../bits.ts";
 import { Crew } from "./workers.ts";
 
 const LOCK_TRIES = 10;

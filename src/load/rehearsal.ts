@@ -24,7 +24,7 @@ import * as sys from "../sys/native.ts";
 import { createPageSource } from "../source/snapshot-source.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import { alignUp } from "../pages.ts";
-import { setRange } from "./bits.ts";
+import { setRange } from "../bits.ts";
 import { EagerMoves } from "./eager-moves.ts";
 import { FaultLoop } from "./fault-loop.ts";
 import {

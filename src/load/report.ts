@@ -2,7 +2,7 @@
  * The figures of a load, from the counters of the Workers. The names of `LoadReport` are a contract
  * (README.md).
  */
-import { countMissing } from "./bits.ts";
+import { countMissing } from "../bits.ts";
 import {
   C_CHUNK_FAULTS,
   C_EAGER_PAGES,

@@ -12,7 +12,7 @@ import { EFAULT, EINVAL, ENOTTY } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { alignDown, hex, MiB } from "../pages.ts";
 import { processFileError } from "../vmm/process-maps.ts";
-import { nextBit } from "./bits.ts";
+import { nextBit } from "../bits.ts";
 import type { PageReader } from "./page-reader.ts";
 
 const HOST_PAGE = 4096;

@@ -15,7 +15,6 @@ import type { Snapshot } from "../snapshot/snapshot.ts";
 import { EFAULT } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { newSeedFile } from "../vmm/fdset.ts";
-import { wordsOf } from "./bits.ts";
 import type { PageReader } from "./page-reader.ts";
 
 /**
@@ -52,7 +51,7 @@ export async function makeSeedFrom(
     for (const { idstr, pageCount, pageSize, pagesOffset } of snapshot.blocks) {
       const bitmap = bitmaps.get(idstr);
       if (bitmap === undefined || without.has(idstr)) continue;
-      await reader.each(idstr, wordsOf(bitmap), 0, pageCount, (address, page, pages) => {
+      await reader.each(idstr, bitmap.words, 0, pageCount, (address, page, pages) => {
         const offset = pagesOffset + page * pageSize;
         for (let at = 0; at < pages * pageSize;) {
           const done = sys.pwrite(fd, address + at, pages * pageSize - at, offset + at);

@@ -14,7 +14,7 @@ import { releaseProgramText } from "../sys/program-text.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { hasEnded, type ServedTarget } from "../vmm/target.ts";
-import { countMissing, setRange, testBit } from "./bits.ts";
+import { countMissing, setRange, testBit } from "../bits.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { SnapshotGuard } from "./guard.ts";
 import { orderChunks } from "./order.ts";

@@ -10,7 +10,7 @@
  */
 import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
 import { type HelperRecord, HelperTask } from "../sys/helper-task.ts";
-import { nextBit } from "./bits.ts";
+import { nextBit } from "../bits.ts";
 import { RUNS_MAX } from "./chunk-mover.ts";
 import type { AlignedBlock } from "./order.ts";
 import { raise, readIdly } from "./priority.ts";

@@ -16,7 +16,7 @@ import { fchmodSync } from "node:fs";
 import { assert, FslError } from "../errors.ts";
 import { alignDown, alignUp, hex } from "../pages.ts";
 import type { HotplugWants, TargetRecord } from "../vmm/target.ts";
-import { countBits } from "./bits.ts";
+import { countBits } from "../bits.ts";
 import * as sys from "../sys/native.ts";
 import {
   F_ADD_SEALS,

@@ -28,7 +28,7 @@ import {
   type Uffd,
 } from "../uffd/uffd.ts";
 import { FslError } from "../errors.ts";
-import { nextMissing, setRange } from "./bits.ts";
+import { nextMissing, setRange } from "../bits.ts";
 import { residentRanges } from "./resident.ts";
 import { add, type BlockState, C_REDUNDANT_PAGES, C_RETRIES, type LoadState } from "./state.ts";
 

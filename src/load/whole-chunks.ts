@@ -5,7 +5,7 @@
 import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import type { Uffd } from "../uffd/uffd.ts";
-import { countRange, nextBit, setRange } from "./bits.ts";
+import { countRange, nextBit, setRange } from "../bits.ts";
 import { canMove, type ChunkMover } from "./chunk-mover.ts";
 import type { Priority } from "./priority.ts";
 import {

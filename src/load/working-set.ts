@@ -25,7 +25,7 @@ import {
 import { FslError, isFslError } from "../errors.ts";
 import { randomHex } from "../sys/random.ts";
 import type { LoadState } from "./state.ts";
-import { testBit } from "./bits.ts";
+import { testBit } from "../bits.ts";
 
 const MAGIC = Buffer.from([0x46, 0x53, 0x4c, 0x57, 0x53, 0, 0, 1]);
 const HEADER_LENGTH = 16;

@@ -7,6 +7,7 @@
  * 32-bit words in host order (x86_64, arm64) hold page i in bit i & 31 of word i >> 5. Bits past the last page mean
  * nothing and are masked.
  */
+import { countBits, nextBit } from "../bits.ts";
 import { assert } from "../errors.ts";
 
 /** Half-open run of page indexes. */
@@ -20,7 +21,7 @@ export class PageBitmap {
   /** Number of pages of the block. */
   readonly pageCount: number;
   /** Page i is bit i & 31 of words[i >> 5]; bits past pageCount are clear. ceil(pageCount / 32) words. */
-  readonly words: Uint32Array;
+  readonly words: Int32Array;
   #dataPages = -1;
 
   /**
@@ -66,48 +67,34 @@ export class PageBitmap {
    * @returns null when only zero pages remain
    */
   nextDataRun(fromIndex: number, out?: PageRun): PageRun | null {
-    const startIndex = this.#find(fromIndex, 0);
+    const startIndex = this.#find(fromIndex, true);
     if (startIndex === this.pageCount) return null;
-    return fillRun(out, startIndex, this.#find(startIndex, ~0));
+    return fillRun(out, startIndex, this.#find(startIndex, false));
   }
 
   /** The same for zero pages; null when only data pages remain. */
   nextZeroRun(fromIndex: number, out?: PageRun): PageRun | null {
-    const startIndex = this.#find(fromIndex, ~0);
+    const startIndex = this.#find(fromIndex, false);
     if (startIndex === this.pageCount) return null;
-    return fillRun(out, startIndex, this.#find(startIndex, 0));
+    return fillRun(out, startIndex, this.#find(startIndex, true));
   }
 
-  /** First page at or after `fromIndex` whose bit differs from the bits of `flip` (0 or ~0); pageCount when none. */
-  #find(fromIndex: number, flip: number): number {
+  #find(fromIndex: number, value: boolean): number {
     assert(
       fromIndex >= 0 && fromIndex <= this.pageCount,
       `page index ${fromIndex} of ${this.pageCount}`,
     );
-    const { words, pageCount } = this;
-    const wordCount = words.length;
-    let wordIndex = fromIndex >>> 5;
-    if (wordIndex >= wordCount) return pageCount;
-    // The bits below fromIndex in its word do not count.
-    let word = ((words[wordIndex] ?? 0) ^ flip) & (~0 << (fromIndex & 31));
-    while (word === 0) {
-      wordIndex += 1;
-      if (wordIndex >= wordCount) return pageCount;
-      word = (words[wordIndex] ?? 0) ^ flip;
-    }
-    const lowestBit = 31 - Math.clz32(word & -word);
-    // The masked tail reads as zero pages: a search for one may end past the block.
-    return Math.min(wordIndex * 32 + lowestBit, pageCount);
+    return nextBit(this.words, fromIndex, this.pageCount, value);
   }
 }
 
-function wordsOf(bytes: Uint8Array, wordCount: number): Uint32Array {
+function wordsOf(bytes: Uint8Array, wordCount: number): Int32Array {
   if (bytes.byteOffset % 4 === 0 && bytes.length >= wordCount * 4) {
-    return new Uint32Array(bytes.buffer, bytes.byteOffset, wordCount);
+    return new Int32Array(bytes.buffer, bytes.byteOffset, wordCount);
   }
   const copy = new Uint8Array(wordCount * 4);
   copy.set(bytes.subarray(0, wordCount * 4));
-  return new Uint32Array(copy.buffer);
+  return new Int32Array(copy.buffer);
 }
 
 function fillRun(out: PageRun | undefined, startIndex: number, endIndex: number): PageRun {
@@ -115,18 +102,4 @@ function fillRun(out: PageRun | undefined, startIndex: number, endIndex: number)
   out.startIndex = startIndex;
   out.endIndex = endIndex;
   return out;
-}
-
-function countBits(words: Uint32Array): number {
-  let total = 0;
-  for (let index = 0; index < words.length; index++) {
-    let word = words[index] ?? 0;
-    if (word === 0) continue;
-    // Sums of 1, 2, 4 bits, then all bytes at once (Hacker's Delight, 5-1).
-    word -= (word >>> 1) & 0x55555555;
-    word = (word & 0x33333333) + ((word >>> 2) & 0x33333333);
-    word = (word + (word >>> 4)) & 0x0f0f0f0f;
-    total += Math.imul(word, 0x01010101) >>> 24;
-  }
-  return total;
 }

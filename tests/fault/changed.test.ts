@@ -21,7 +21,7 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { PHASE_RUNNING } from "../../src/load/state.ts";
-import { testBit } from "../../src/load/bits.ts";
+import { testBit } from "../../src/bits.ts";
 import { SnapshotGuard } from "../../src/load/guard.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
 import { O_NONBLOCK, O_WRONLY } from "../../src/sys/abi.ts";

@@ -3,7 +3,7 @@
  * once: when it was read, its pages must be marked, by whichever fsl comes next.
  */
 import { describe, expect, test } from "bun:test";
-import { nextBit } from "../../src/load/bits.ts";
+import { nextBit } from "../../src/bits.ts";
 import { FaultLoop } from "../../src/load/fault-loop.ts";
 import { EVENTS_MAX, type LoadState } from "../../src/load/state.ts";
 import { BASE, FakeSource, FakeUffd, makeState, PAGE } from "../helpers/load-states.ts";

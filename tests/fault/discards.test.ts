@@ -4,7 +4,7 @@
  */
 import { describe, expect, test } from "bun:test";
 import { closeSync, openSync, readSync } from "node:fs";
-import { nextBit, testBit } from "../../src/load/bits.ts";
+import { nextBit, testBit } from "../../src/bits.ts";
 import { PHASE_RUNNING } from "../../src/load/state.ts";
 import {
   FaultRun,

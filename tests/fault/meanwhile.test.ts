@@ -3,7 +3,7 @@ import { describe, expect, test } from "bun:test";
 import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { testBit } from "../../src/load/bits.ts";
+import { testBit } from "../../src/bits.ts";
 import { PHASE_RUNNING } from "../../src/load/state.ts";
 import { biggestOf, FaultRun, openLoadState, PresentPages } from "../helpers/fault-runs.ts";
 import { gdb, whyNoGdb } from "../helpers/gdb.ts";

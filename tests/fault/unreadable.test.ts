@@ -5,7 +5,7 @@
 import { describe, expect, test } from "bun:test";
 import { readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
-import { countMissing } from "../../src/load/bits.ts";
+import { countMissing } from "../../src/bits.ts";
 import { PHASE_HANDING_OVER, PHASE_RUNNING } from "../../src/load/state.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
 import { FaultyDisk, whyNoFaultyDisk } from "../helpers/fault-disk.ts";

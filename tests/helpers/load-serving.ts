@@ -4,7 +4,7 @@
  */
 import { join } from "node:path";
 import { BUILD, compileProgram, modifiedMs, ROOT } from "../../scripts/build-shim.ts";
-import { setRange } from "../../src/load/bits.ts";
+import { setRange } from "../../src/bits.ts";
 import { latencyOf, reportOf, type LoadReport } from "../../src/load/report.ts";
 import { Serving, type ServingOptions } from "../../src/load/serving.ts";
 import { LoadState, type StateMetadata } from "../../src/load/state.ts";

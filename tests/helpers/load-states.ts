@@ -3,7 +3,7 @@
  * by a script and keeps its own account of what is in memory, independent of the load state; the
  * loops run on it in the test's own thread.
  */
-import { setRange } from "../../src/load/bits.ts";
+import { setRange } from "../../src/bits.ts";
 import { LoadState, type StateBlock, type StateMetadata } from "../../src/load/state.ts";
 import type { PageBytes, PageSource } from "../../src/source/page-source.ts";
 import { EAGAIN, EFD_NONBLOCK } from "../../src/sys/abi.ts";

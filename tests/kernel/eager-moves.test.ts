@@ -3,7 +3,7 @@
  * while the loop serves faults.
  */
 import { afterEach, describe, expect, test } from "bun:test";
-import { countMissing, setRange } from "../../src/load/bits.ts";
+import { countMissing, setRange } from "../../src/bits.ts";
 import { EagerMoves } from "../../src/load/eager-moves.ts";
 import { orderChunks } from "../../src/load/order.ts";
 import { FaultLoop } from "../../src/load/fault-loop.ts";

@@ -6,7 +6,7 @@
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { heapStats } from "bun:jsc";
-import { setRange } from "../../src/load/bits.ts";
+import { setRange } from "../../src/bits.ts";
 import { FaultLoop } from "../../src/load/fault-loop.ts";
 import { SUPPLIED, Supply } from "../../src/load/supply.ts";
 import type { PageBytes, PageSource } from "../../src/source/page-source.ts";

@@ -3,7 +3,7 @@
  * target with a real userfaultfd.
  */
 import { afterEach, describe, expect, test } from "bun:test";
-import { nextBit, setRange } from "../../src/load/bits.ts";
+import { nextBit, setRange } from "../../src/bits.ts";
 import { ChunkMover } from "../../src/load/chunk-mover.ts";
 import {
   C_EAGER_PAGES,

@@ -1,6 +1,6 @@
 import { describe, expect, test } from "bun:test";
 import { findZeroRuns, planRegistration } from "../../src/load/arm.ts";
-import { setRange } from "../../src/load/bits.ts";
+import { setRange } from "../../src/bits.ts";
 import { PageBitmap } from "../../src/snapshot/page-bitmap.ts";
 import { MiB } from "../../src/pages.ts";
 

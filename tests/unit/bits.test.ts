@@ -7,7 +7,7 @@ import {
   runStart,
   setRange,
   testBit,
-} from "../../src/load/bits.ts";
+} from "../../src/bits.ts";
 
 function words(bits: string): Int32Array {
   const result = new Int32Array(Math.ceil(bits.length / 32));
@@ -78,6 +78,34 @@ describe("bits.nextBit", () => {
 
   test("finds bit 31", () => {
     expect(nextBit(new Int32Array([1 << 31]), 0, 32, true)).toBe(31);
+  });
+
+  test.each([true, false])("is right wherever it begins and ends: %p", (value) => {
+    // Whole words of either kind, and words of both, at every distance from one another.
+    const bitmap = new Int32Array([0, -1, 0, 0, 5, -1, -1, 1 << 31, 0, 0x7fffffff]);
+    const { length } = bitmap;
+    for (let start = 0; start <= 32 * length; start += 1) {
+      let expected = 32 * length;
+      for (let at = 32 * length - 1; at >= start; at -= 1) {
+        if (testBit(bitmap, at) === value) expected = at;
+      }
+      for (const end of [start, start + 1, start + 33, 32 * length - 1, 32 * length]) {
+        if (end > 32 * length) continue;
+        const found = nextBit(bitmap, start, end, value);
+        expect([start, end, found]).toEqual([
+          start,
+          end,
+          start < end ? Math.min(expected, end) : end,
+        ]);
+      }
+    }
+  });
+
+  test("behind the last word all bits are clear", () => {
+    expect(nextBit(new Int32Array([0]), 0, 96, true)).toBe(96);
+    expect(nextBit(new Int32Array([-1]), 0, 96, false)).toBe(32);
+    expect(nextBit(new Int32Array([-1]), 40, 96, false)).toBe(40);
+    expect(nextBit(new Int32Array([-1]), 40, 96, true)).toBe(96);
   });
 });
 

@@ -1,5 +1,5 @@
 import { afterEach, describe, expect, test } from "bun:test";
-import { setRange } from "../../src/load/bits.ts";
+import { setRange } from "../../src/bits.ts";
 import { EagerLoop } from "../../src/load/eager-loop.ts";
 import type { PageFailure } from "../../src/load/fault-loop.ts";
 import { orderChunks } from "../../src/load/order.ts";

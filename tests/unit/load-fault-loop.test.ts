@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, describe, expect, test } from "bun:test";
-import { setRange, testBit } from "../../src/load/bits.ts";
+import { setRange, testBit } from "../../src/bits.ts";
 import { FaultLoop, type PageFailure } from "../../src/load/fault-loop.ts";
 import {
   C_EAGER_PAGES,

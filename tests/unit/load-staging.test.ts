@@ -1,5 +1,5 @@
 import { describe, expect, test } from "bun:test";
-import { setRange } from "../../src/load/bits.ts";
+import { setRange } from "../../src/bits.ts";
 import { alignBlocks, orderChunks, type SnapshotBlock } from "../../src/load/order.ts";
 import { planStaging } from "../../src/load/staging.ts";
 

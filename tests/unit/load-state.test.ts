@@ -1,7 +1,7 @@
 import { afterEach, beforeEach, describe, expect, test } from "bun:test";
 import { closeSync, fstatSync, ftruncateSync, openSync, readSync, writeSync } from "node:fs";
 import { FslError } from "../../src/errors.ts";
-import { setRange, testBit } from "../../src/load/bits.ts";
+import { setRange, testBit } from "../../src/bits.ts";
 import { LoadState, PHASE_ARMED, PHASE_RUNNING, WORKERS_MAX } from "../../src/load/state.ts";
 import { MFD_CLOEXEC } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";

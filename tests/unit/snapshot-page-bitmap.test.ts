@@ -34,7 +34,7 @@ describe("PageBitmap.has", () => {
     expect(bitmap.dataPages).toBe(33);
     expect(bitmap.nextZeroRun(0)).toBeNull();
     expect(bitmap.nextDataRun(0)).toEqual({ startIndex: 0, endIndex: 33 });
-    expect(Array.from(bitmap.words)).toEqual([0xffffffff, 1]);
+    expect(Array.from(bitmap.words)).toEqual([-1, 1]);
   });
 
   test("reads an unaligned view", () => {

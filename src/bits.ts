@@ -1,12 +1,7 @@
 /**
- * Page bitmaps of the load state: 32-bit words, page i = bit (i mod 32) of word i div 32. Several
- * Workers share them, so bits are set by atomic OR; scans may see a bit late, never early.
+ * Page bitmaps, of a snapshot and of the load state: 32-bit words, page i = bit (i mod 32) of word i div 32. Several
+ * Workers share the state's, so bits are set by atomic OR; scans may see a bit late, never early.
  */
-
-/** The words of a snapshot's bitmap, as the functions here take them. */
-export function wordsOf({ words }: { readonly words: Uint32Array }): Int32Array {
-  return new Int32Array(words.buffer, words.byteOffset, words.length);
-}
 
 /** Index of the lowest set bit of a word that is not 0. */
 function lowestBit(word: number): number {
@@ -53,16 +48,25 @@ export function nextMissing(
   return end;
 }
 
-/** First index in [start, end) whose bit equals `value`, else `end`. */
+/**
+ * First index in [start, end) whose bit equals `value`, else `end`. Bitmaps are long, and mostly looked at by code that
+ * is not compiled yet: words without such a bit are passed over by as little of it as can be.
+ */
 export function nextBit(words: Int32Array, start: number, end: number, value: boolean): number {
-  let index = start;
-  while (index < end) {
-    const word = words[index >>> 5] ?? 0;
-    const bits = (value ? word : ~word) & (-1 << (index & 31));
-    if (bits !== 0) return Math.min(end, (index & ~31) + lowestBit(bits));
-    index = (index & ~31) + 32;
+  if (start >= end) return end;
+  const passed = value ? 0 : -1;
+  let at = start >>> 5;
+  let bits = ((words[at] ?? 0) ^ passed) & (-1 << (start & 31));
+  if (bits === 0) {
+    const last = (end - 1) >>> 5;
+    do at += 1;
+    while (at <= last && words[at] === passed);
+    if (at > last) return end;
+    bits = (words[at] ?? 0) ^ passed;
+    // Behind the last word all bits are clear.
+    if (bits === 0) return end;
   }
-  return end;
+  return Math.min(end, at * 32 + lowestBit(bits));
 }
 
 /**
@@ -84,7 +88,13 @@ function popCount(value: number): number {
 /** How many bits are set in `words`. */
 export function countBits(words: Int32Array): number {
   let count = 0;
-  for (let word = 0; word < words.length; word += 1) count += popCount(words[word] ?? 0);
+  const { length } = words;
+  for (let at = 0; at < length; at += 1) {
+    const word = words[at] ?? 0;
+    // Most are one of these two, and a call costs more than both, see `nextBit`.
+    if (word === 0) continue;
+    count += word === -1 ? 32 : popCount(word);
+  }
   return count;
 }
 
