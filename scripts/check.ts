@@ -140,6 +140,41 @@ export function layerProblems(path: string, text: string): string[] {
   });
 }
 
+// -- exports ------------------------------------------------------------------------------------
+
+/** What files take from others: names in the braces of an import or re-export, `namespace.name`. */
+function importedNames(files: readonly SourceFile[]): ReadonlySet<string> {
+  const names = new Set<string>();
+  for (const { text } of files) {
+    for (const [, list = ""] of text.matchAll(/\{([^{}]*)\}\s*(?:from\b|= await import\()/g)) {
+      for (const [name] of list.matchAll(/\w+/g)) names.add(name);
+    }
+    for (const [, space] of text.matchAll(/^import \* as (\w+)/gm)) {
+      const members = text.matchAll(new RegExp(`\\b${space}\\.(\\w+)`, "g"));
+      for (const [, name = ""] of members) names.add(name);
+    }
+  }
+  return names;
+}
+
+/** A type is of use without an import where an exported function of its own file names it. */
+export function exportProblems(
+  files: readonly SourceFile[],
+  importers: readonly SourceFile[],
+): string[] {
+  const imported = importedNames(importers);
+  const declaration =
+    /^export (?:async |abstract )*(const|let|function\*?|class|interface|type) (\w+)/gm;
+  return files.flatMap(({ path, text }) =>
+    [...text.matchAll(declaration)].flatMap(([, kind = "", name = ""]) => {
+      const isType = kind === "interface" || kind === "type";
+      const uses = text.match(new RegExp(`\\b${name}\\b`, "g"))?.length ?? 0;
+      if (imported.has(name) || (isType && uses > 1)) return [];
+      return [`${path}: nobody imports ${name}: ${uses > 1 ? "do not export it" : "delete it"}`];
+    }),
+  );
+}
+
 // -- tidy rules ---------------------------------------------------------------------------------
 
 /** Where a thing belongs, and nowhere else. */
@@ -200,6 +235,7 @@ export async function runChecks(): Promise<CheckResult[]> {
     { name: "lint", problems: lint },
     { name: "types", problems: types },
     { name: "layers", problems: source.flatMap(({ path, text }) => layerProblems(path, text)) },
+    { name: "exports", problems: exportProblems(source, typescript) },
     ...CONFINED.map(({ what, pattern, home, instead }) => ({
       name: `${what} only where it belongs`,
       problems: linesThatMatch(

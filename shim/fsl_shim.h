@@ -40,15 +40,13 @@ FSL_EXPORT int32_t fsl_uffd_register(fd_t uffd, num_t addr, num_t length, int32_
                                      uint64_t *out);
 FSL_EXPORT int32_t fsl_uffd_unregister(fd_t uffd, num_t addr, num_t length);
 /*
- * COPY, ZEROPAGE, CONTINUE, POISON: the kernel's *signed* result field decides. Bytes done (> 0,
+ * COPY, ZEROPAGE, POISON: the kernel's *signed* result field decides. Bytes done (> 0,
  * maybe fewer than length), or -errno when nothing was done: EEXIST EAGAIN ENOENT ESRCH EFAULT
  * ENOMEM.
  */
 FSL_EXPORT num_t fsl_uffd_copy(fd_t uffd, num_t dst, num_t src, num_t length, int32_t mode);
 FSL_EXPORT num_t fsl_uffd_zeropage(fd_t uffd, num_t addr, num_t length, int32_t mode);
-FSL_EXPORT num_t fsl_uffd_continue(fd_t uffd, num_t addr, num_t length, int32_t mode);
 FSL_EXPORT num_t fsl_uffd_poison(fd_t uffd, num_t addr, num_t length, int32_t mode);
-FSL_EXPORT int32_t fsl_uffd_writeprotect(fd_t uffd, num_t addr, num_t length, int32_t mode);
 FSL_EXPORT int32_t fsl_uffd_wake(fd_t uffd, num_t addr, num_t length);
 
 /* ---- descriptors ---- */
@@ -79,8 +77,6 @@ FSL_EXPORT num_t fsl_pread(fd_t fd, num_t buffer_addr, num_t length, num_t offse
 /* What can be had without waiting for a disk: preadv2(2), RWF_NOWAIT. */
 FSL_EXPORT num_t fsl_pread_at_hand(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
 FSL_EXPORT num_t fsl_pwrite(fd_t fd, num_t buffer_addr, num_t length, num_t offset);
-FSL_EXPORT num_t fsl_copy_file_range(fd_t in, num_t in_offset, fd_t out, num_t out_offset,
-                                     num_t length);
 /*
  * poll(2) on up to 16 descriptors; negative ones are skipped. fds[i] in, revents[i] out; `events` is
  * the same for all (1 = POLLIN). timeout -1 = none.
@@ -103,7 +99,6 @@ FSL_EXPORT int32_t fsl_unix_connect(const char *path);
  */
 FSL_EXPORT int32_t fsl_unix_is_bound(const char *path);
 FSL_EXPORT int32_t fsl_unix_accept(fd_t listener);
-FSL_EXPORT int32_t fsl_shutdown(fd_t socket, int32_t how);
 /*
  * sendmsg(2) of one buffer and up to 16 descriptors (fd_count may be 0), never with SIGPIPE. Returns
  * bytes sent.
@@ -148,7 +143,6 @@ FSL_EXPORT int32_t fsl_set_mempolicy(int32_t mode, const void *nodes, num_t node
 /* prlimit64(2): {soft, hard} pairs; either pointer may be null. */
 FSL_EXPORT int32_t fsl_prlimit(int32_t pid, int32_t resource, const uint64_t *limit,
                                uint64_t *old_limit);
-FSL_EXPORT int32_t fsl_prctl(int32_t option, num_t a, num_t b, num_t c, num_t d);
 /* rt_sigaction SIG_IGN. */
 FSL_EXPORT int32_t fsl_ignore_signal(int32_t signal);
 FSL_EXPORT int32_t fsl_waitpid(int32_t pid, int32_t options, int32_t *status);
@@ -162,7 +156,6 @@ FSL_EXPORT num_t fsl_mmap(num_t addr, num_t length, int32_t prot, int32_t flags,
 FSL_EXPORT int32_t fsl_munmap(num_t addr, num_t length);
 FSL_EXPORT int32_t fsl_madvise(num_t addr, num_t length, int32_t advice);
 FSL_EXPORT int32_t fsl_mincore(num_t addr, num_t length, void *vector);
-FSL_EXPORT int32_t fsl_mlock(num_t addr, num_t length);
 
 /* ---- one system call inside another process, by ptrace (shim/remote.c) ---- */
 

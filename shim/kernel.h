@@ -35,7 +35,6 @@
 #define NR_close BY_ARCH(3, 57)
 #define NR_close_range BY_ARCH(436, 436) /* Linux 5.9 */
 #define NR_connect BY_ARCH(42, 203)
-#define NR_copy_file_range BY_ARCH(326, 285)
 #define NR_eventfd2 BY_ARCH(290, 19)
 #define NR_exit BY_ARCH(60, 93)
 #define NR_exit_group BY_ARCH(231, 94)
@@ -55,7 +54,6 @@
 #define NR_madvise BY_ARCH(28, 233)
 #define NR_memfd_create BY_ARCH(319, 279)
 #define NR_mincore BY_ARCH(27, 232)
-#define NR_mlock BY_ARCH(149, 228)
 #define NR_mmap BY_ARCH(9, 222)
 #define NR_mprotect BY_ARCH(10, 226)
 #define NR_munmap BY_ARCH(11, 215)
@@ -86,7 +84,6 @@
 #define NR_sendmsg BY_ARCH(46, 211)
 #define NR_set_mempolicy BY_ARCH(238, 237)
 #define NR_setpriority BY_ARCH(141, 140)
-#define NR_shutdown BY_ARCH(48, 210)
 #define NR_socket BY_ARCH(41, 198)
 #define NR_socketpair BY_ARCH(53, 199)
 #define NR_tgkill BY_ARCH(234, 131)
@@ -180,15 +177,11 @@ struct uffdio_copy {
   uint64_t dst, src, len, mode;
   int64_t copy;
 };
-/* ZEROPAGE, CONTINUE and POISON share one shape: range, mode, signed bytes done. */
+/* ZEROPAGE and POISON share one shape: range, mode, signed bytes done. */
 struct uffdio_fill {
   struct uffdio_range range;
   uint64_t mode;
   int64_t done;
-};
-struct uffdio_writeprotect {
-  struct uffdio_range range;
-  uint64_t mode;
 };
 struct uffdio_move {
   uint64_t dst, src, len, mode;
@@ -204,12 +197,6 @@ struct uffd_msg {
       uint32_t ptid;
     } pagefault;
     struct {
-      uint32_t ufd;
-    } fork;
-    struct {
-      uint64_t from, to, len;
-    } remap;
-    struct {
       uint64_t start, end;
     } remove;
   } arg;
@@ -223,8 +210,6 @@ struct uffd_msg {
 #define UFFDIO_COPY 0xc028aa03ul
 #define UFFDIO_ZEROPAGE 0xc020aa04ul
 #define UFFDIO_MOVE 0xc028aa05ul /* Linux 6.8 */
-#define UFFDIO_WRITEPROTECT 0xc018aa06ul
-#define UFFDIO_CONTINUE 0xc020aa07ul
 #define UFFDIO_POISON 0xc020aa08ul /* Linux 6.6 */
 #define USERFAULTFD_IOC_NEW 0xaa00ul /* on /dev/userfaultfd, Linux 6.1 */
 
@@ -321,7 +306,6 @@ _Static_assert(offsetof(struct uffd_msg, arg.pagefault.ptid) == 24, "uffd_msg.pt
 _Static_assert(sizeof(struct uffdio_copy) == 40, "uffdio_copy");
 _Static_assert(sizeof(struct uffdio_fill) == 32, "uffdio_zeropage");
 _Static_assert(sizeof(struct uffdio_register) == 32, "uffdio_register");
-_Static_assert(sizeof(struct uffdio_writeprotect) == 24, "uffdio_writeprotect");
 _Static_assert(sizeof(struct uffdio_move) == 40, "uffdio_move");
 _Static_assert(sizeof(struct uffdio_api) == 24, "uffdio_api");
 _Static_assert(sizeof(struct msghdr64) == 56, "msghdr");

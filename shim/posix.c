@@ -77,11 +77,6 @@ num_t fsl_pwrite(fd_t fd, num_t buffer_addr, num_t length, num_t offset) {
   return (num_t)sys(NR_pwrite64, fd, (uint64_t)buffer_addr, (uint64_t)length, (int64_t)offset);
 }
 
-num_t fsl_copy_file_range(fd_t in, num_t in_offset, fd_t out, num_t out_offset, num_t length) {
-  int64_t from = (int64_t)in_offset, to = (int64_t)out_offset;
-  return (num_t)sys(NR_copy_file_range, in, &from, out, &to, (uint64_t)length, 0);
-}
-
 int32_t fsl_poll(const int32_t *fds, int32_t *revents, int32_t count, int32_t events,
                  int32_t timeout_ms) {
   struct pollfd32 polled[FD_COUNT_MAX];
@@ -158,10 +153,6 @@ int32_t fsl_unix_is_bound(const char *path) {
 
 int32_t fsl_unix_accept(fd_t listener) {
   return (int32_t)sys(NR_accept4, listener, 0, 0, SOCK_CLOEXEC);
-}
-
-int32_t fsl_shutdown(fd_t socket, int32_t how) {
-  return (int32_t)sys(NR_shutdown, socket, how);
 }
 
 /* Room for the control message that carries the most descriptors. */
@@ -300,10 +291,6 @@ int32_t fsl_prlimit(int32_t pid, int32_t resource, const uint64_t *limit, uint64
   return (int32_t)sys(NR_prlimit64, pid, resource, limit, old_limit);
 }
 
-int32_t fsl_prctl(int32_t option, num_t a, num_t b, num_t c, num_t d) {
-  return (int32_t)sys(NR_prctl, option, (int64_t)a, (int64_t)b, (int64_t)c, (int64_t)d);
-}
-
 int32_t fsl_ignore_signal(int32_t signal) {
   struct kernel_sigaction action = {.handler = SIG_IGN};
   return (int32_t)sys(NR_rt_sigaction, signal, &action, 0, sizeof(action.mask));
@@ -345,8 +332,4 @@ int32_t fsl_madvise(num_t addr, num_t length, int32_t advice) {
 
 int32_t fsl_mincore(num_t addr, num_t length, void *vector) {
   return (int32_t)sys(NR_mincore, (uint64_t)addr, (uint64_t)length, vector);
-}
-
-int32_t fsl_mlock(num_t addr, num_t length) {
-  return (int32_t)sys(NR_mlock, (uint64_t)addr, (uint64_t)length);
 }

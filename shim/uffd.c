@@ -1,7 +1,7 @@
 /*
  * uffd.c: userfaultfd(2) and ioctl_userfaultfd(2), one function per call.
  *
- * COPY, ZEROPAGE, CONTINUE and POISON answer with the signed field of their argument and not with
+ * COPY, ZEROPAGE and POISON answer with the signed field of their argument and not with
  * errno: after partial progress the ioctl fails with EAGAIN although `copy` is positive (measured
  * on Linux 6.18), and when nothing was done the field holds -errno. The field is preset so that a
  * kernel that fails before it writes the field (EINVAL, EBADF, ENOTTY, an ESRCH of an address space
@@ -77,16 +77,6 @@ num_t fsl_uffd_zeropage(fd_t uffd, num_t addr, num_t length, int32_t mode) {
   return fill(uffd, UFFDIO_ZEROPAGE, addr, length, mode);
 }
 
-num_t fsl_uffd_continue(fd_t uffd, num_t addr, num_t length, int32_t mode) {
-  return fill(uffd, UFFDIO_CONTINUE, addr, length, mode);
-}
-
 num_t fsl_uffd_poison(fd_t uffd, num_t addr, num_t length, int32_t mode) {
   return fill(uffd, UFFDIO_POISON, addr, length, mode);
-}
-
-int32_t fsl_uffd_writeprotect(fd_t uffd, num_t addr, num_t length, int32_t mode) {
-  struct uffdio_writeprotect request = {.range = {(uint64_t)addr, (uint64_t)length},
-                                        .mode = (uint64_t)mode};
-  return (int32_t)sys(NR_ioctl, uffd, UFFDIO_WRITEPROTECT, &request);
 }

@@ -10,7 +10,13 @@ export {
   type ResumeOptions,
   unbegunLoad,
 } from "./load/recovery.ts";
-export type { EagerOptions, Logger, OnError, ServingOptions } from "./load/serving.ts";
+export {
+  type EagerOptions,
+  helperTasksFor,
+  type Logger,
+  type OnError,
+  type ServingOptions,
+} from "./load/serving.ts";
 export type { PageFailure } from "./load/fault-loop.ts";
 export type { BlockPlan, LoadPlan, LoadWay } from "./load/plan.ts";
 export type {

@@ -2,7 +2,7 @@
 import { type BackgroundRole, startBackground } from "../index.ts";
 import { formatMs } from "./format.ts";
 import { log, setQuiet } from "./log.ts";
-import { SIGNALS } from "./serve.ts";
+import { CAUGHT_SIGNALS } from "./serve.ts";
 
 /** What the process in the background says when the guest runs. */
 interface Announcement {
@@ -14,7 +14,7 @@ interface Announcement {
 export async function loadInBackground(): Promise<number> {
   const background = startBackground();
   const pass = (signal: NodeJS.Signals): void => background.signal(signal);
-  for (const signal of SIGNALS) process.on(signal, pass);
+  for (const signal of CAUGHT_SIGNALS) process.on(signal, pass);
   try {
     const announced = (await background.announced) as Announcement | null;
     // What was printed before is read before it is let go.
@@ -27,7 +27,7 @@ export async function loadInBackground(): Promise<number> {
     );
     return 0;
   } finally {
-    for (const signal of SIGNALS) process.off(signal, pass);
+    for (const signal of CAUGHT_SIGNALS) process.off(signal, pass);
   }
 }
 

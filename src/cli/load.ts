@@ -16,6 +16,7 @@ import {
   type BackgroundRole,
   EXIT_CODES,
   FslError,
+  helperTasksFor,
   isFslError,
   type LoadHandle,
   type LoadOptions,
@@ -176,8 +177,8 @@ function placeOf({ qmp, pid }: PlaceFlags, behind: readonly string[] | null): Pl
 /** Starts QEMU, and stays until it has ended; in the background until all RAM is in. */
 async function loadSpawned(run: Run, qemu: readonly string[]): Promise<number> {
   const { options, background } = run;
-  // One for the fault loop beside those of the eager load; QEMU's own load has no use for any.
-  const helperTasks = options.mode === "copy" ? 0 : (options.eager?.workers ?? 2) + 1;
+  // QEMU's own load has no use for any.
+  const helperTasks = options.mode === "copy" ? 0 : helperTasksFor(options);
   const forwarding = forwardSignals(run.grace);
   try {
     const target = spawnQemu({ argv: qemu, helperTasks, detached: background !== null });

@@ -44,7 +44,7 @@ export const servingArgs = {
   "eager-workers": {
     type: "string",
     valueHint: "1..8",
-    description: "chunks brought in at a time that no one has asked for; default: CPUs, at most 2",
+    description: "threads that bring in what no one has asked for; default: CPUs, at most 2",
   },
   "eager-rate": {
     type: "string",
@@ -56,7 +56,7 @@ export const servingArgs = {
     valueHint: "ms",
     default: GRACE_MS_DEFAULT as string,
     description:
-      "after SIGTERM, SIGINT, SIGHUP or SIGQUIT: how long QEMU may take before it is killed",
+      "after SIGTERM, SIGINT, SIGHUP or SIGQUIT: how long a QEMU that fsl started may take before it is killed",
   },
   quiet: { type: "boolean", alias: "q", description: "no progress, no remarks; errors only" },
 } satisfies ArgsDef;
@@ -229,10 +229,10 @@ export function leave(signal: NodeJS.Signals, pid: number, supplyFailed: boolean
 }
 
 /** Who presses keys, stops services or closes terminals sends these. */
-export const SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"] as const;
+const SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"] as const;
 
 /** The others that would end a process and can be caught. A guest must not wait for ever because of them. */
-export const OTHER_SIGNALS = [
+const OTHER_SIGNALS = [
   "SIGUSR1",
   "SIGUSR2",
   "SIGALRM",

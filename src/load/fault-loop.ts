@@ -26,7 +26,6 @@ import {
   C_EAGER_PAGES,
   C_FAULT_PAGES,
   C_FAULTS,
-  C_PENDING,
   C_REMOVED_PAGES,
   C_ZERO_PAGES,
   EVENTS_MAX,
@@ -481,7 +480,7 @@ export class FaultLoop {
   }
 
   /**
-   * The registered range around a page, as page indexes: zero extents are not registered, fills are
+   * The range around a page that stays registered, as page indexes: zero extents do not, fills are
    * clipped.
    */
   #rangeStart = 0;
@@ -632,9 +631,8 @@ export class FaultLoop {
   }
 
   #countWaiting(): void {
-    const { state, counters } = this.#options;
-    state.failedPages = this.#waiting.filter((w) => w.reason === FAILED).length;
-    counters[C_PENDING] = this.#waiting.length;
+    const failed = this.#waiting.filter(({ reason }) => reason === FAILED);
+    this.#options.state.failedPages = failed.length;
   }
 }
 

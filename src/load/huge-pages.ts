@@ -21,7 +21,7 @@ const TRIES_MAX = 3;
  * False where an ordinary load would not have had huge pages either. @source
  * Documentation/admin-guide/mm/transhuge.rst
  */
-export function hostGivesHugePages(path = "/sys/kernel/mm/transparent_hugepage/enabled"): boolean {
+function hostGivesHugePages(path = "/sys/kernel/mm/transparent_hugepage/enabled"): boolean {
   try {
     return !readFileSync(path, "utf8").includes("[never]");
   } catch {

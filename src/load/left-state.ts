@@ -9,9 +9,8 @@ import { FslError, isFslError } from "../errors.ts";
 import { F_GET_SEALS, O_CLOEXEC, O_PATH } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { descriptorsOf } from "../vmm/process-links.ts";
+import { KEPT_STATE_LINK } from "../vmm/target.ts";
 import { LoadState, STATE_SEALS } from "./state.ts";
-
-const STATE_LINK = "/memfd:fsl-state (deleted)";
 
 /**
  * Opens the load state that a process holds.
@@ -21,7 +20,7 @@ const STATE_LINK = "/memfd:fsl-state (deleted)";
  * others can write to or cut short
  */
 export function openLeftState(pid: number): number | null {
-  const [number] = descriptorsOf(pid, STATE_LINK);
+  const [number] = descriptorsOf(pid, KEPT_STATE_LINK);
   if (number === undefined) return null;
   let fd: number;
   try {

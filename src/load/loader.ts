@@ -27,6 +27,7 @@ import {
   type GuestRegion,
   hasEnded,
   type HotplugWants,
+  KEPT_STATE,
   type StateLoad,
   type Target,
   type TargetInfo,
@@ -61,7 +62,7 @@ import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./repo
 import type { InPlaceOptions } from "./in-place.ts";
 import type { AddressRange } from "./resident.ts";
 import { makeSeed, makeSeedFrom, runsFromSeed } from "./seed-file.ts";
-import { eagerWidth, KEPT_STATE, Serving, type ServingOptions } from "./serving.ts";
+import { eagerWidth, Serving, type ServingOptions } from "./serving.ts";
 import {
   type BlockState,
   C_EAGER_PAGES,

@@ -13,18 +13,16 @@ import * as sys from "../sys/native.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
-import { hasEnded, type ServedTarget } from "../vmm/target.ts";
+import { hasEnded, KEPT_STATE, type ServedTarget } from "../vmm/target.ts";
 import { countMissing, setRange, testBit } from "../bits.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import type { SnapshotGuard } from "./guard.ts";
 import { orderChunks } from "./order.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { StallWatch } from "./stalls.ts";
-import { EAGER_MOVES, type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
+import { EAGER_MOVES, FAULT_WORKER, type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
 import { Crew, type CrewEnd } from "./workers.ts";
 
-/** Name under which the target keeps a copy of the load state. */
-export const KEPT_STATE = "fsl-state";
 /**
  * An eager pass that leaves pages behind (a Worker died with a chunk in hand) is followed by
  * another one.
@@ -47,7 +45,7 @@ export interface Logger {
 
 export interface EagerOptions {
   /**
-   * How many chunks are brought at a time, 1..8: eager Workers, or helper tasks of one of them.
+   * How many bring chunks at a time, 1..8: helper tasks, or eager Workers where pages have to be copied.
    * Default: the host's CPUs, at most 2.
    */
   readonly workers?: number;
@@ -103,6 +101,11 @@ interface KnownFailure {
 export function eagerWidth(options: ServingOptions): number {
   const wanted = options.eager?.workers ?? Math.min(2, availableParallelism());
   return Math.max(1, Math.min(wanted, WORKERS_MAX - 1));
+}
+
+/** How many helper tasks a load makes use of: the fault loop has one beside those of the eager load. */
+export function helperTasksFor(options: ServingOptions): number {
+  return eagerWidth(options) + 1;
 }
 
 export class Serving {
@@ -235,7 +238,7 @@ export class Serving {
       handle: this.#state.handle,
       source: this.#state.metadata.source as PageSourceSpec,
       uffdFd: this.#uffd.fd,
-      workerIndex: 0,
+      workerIndex: FAULT_WORKER,
       stopFd: this.#stopFd,
       pidfd: this.#target.pidfd,
       clusterPages: this.#options.clusterPages ?? 16,

@@ -15,7 +15,7 @@
 import { fchmodSync } from "node:fs";
 import { assert, FslError } from "../errors.ts";
 import { alignDown, alignUp, hex } from "../pages.ts";
-import type { HotplugWants, TargetRecord } from "../vmm/target.ts";
+import { type HotplugWants, KEPT_STATE, type TargetRecord } from "../vmm/target.ts";
 import { countBits } from "../bits.ts";
 import * as sys from "../sys/native.ts";
 import {
@@ -28,6 +28,7 @@ import {
   MFD_CLOEXEC,
   PROT_READ,
   PROT_WRITE,
+  UFFD_MSG,
 } from "../sys/abi.ts";
 
 const MAGIC = 0x314c5346; // "FSL1", little-endian
@@ -42,7 +43,6 @@ const METADATA_LENGTH_MAX = 0x10000;
 const EVENTS_OFFSET = 0x11000;
 /** How many events one read may return: a batch, not a limit on the number of faulting threads. */
 export const EVENTS_MAX = 256;
-export const EVENT_LENGTH = 32;
 const COUNTERS_OFFSET = 0x13000;
 const COUNTERS_LENGTH = 0x2000;
 /** One fault Worker and up to eight eager Workers. */
@@ -125,7 +125,6 @@ export const C_LATENCY_SUM = 6;
 export const C_LATENCY_MAX = 7;
 export const C_REMOVED_PAGES = 8;
 export const C_BATCHES = 9;
-export const C_PENDING = 10;
 /** Chunks that came as a whole; faults that waited for such a one. */
 export const C_MOVED_CHUNKS = 11;
 export const C_CHUNK_FAULTS = 12;
@@ -158,7 +157,9 @@ export interface StateMetadata {
   readonly snapshotPath: string;
   readonly snapshotIdentity: Readonly<Record<string, string | number>>;
   readonly blocks: readonly StateBlock[];
-  /** Half-open address ranges that are registered: [start, end, start, end, …]. */
+  /**
+   * Half-open address ranges that stay registered once the zero extents are let go: [start, end, start, end, …].
+   */
   readonly registered: readonly number[];
   /** EVENT_REMOVE was asked for: the guest can give memory back. */
   readonly canDiscard: boolean;
@@ -315,7 +316,7 @@ export class LoadState {
     const length = stateLength(metadata.blocks);
     const text = encodeMetadata(metadata);
     const fd = sys.check(
-      sys.memfdCreate("fsl-state", MFD_CLOEXEC | MFD_ALLOW_SEALING),
+      sys.memfdCreate(KEPT_STATE, MFD_CLOEXEC | MFD_ALLOW_SEALING),
       "memfd_create of the load state",
     );
     // Not to be opened by QEMU's user: a later fsl believes what it says (left-state.ts).
@@ -431,7 +432,7 @@ export class LoadState {
     return this.#place.address + EVENTS_OFFSET;
   }
   eventsView(): DataView<ArrayBuffer> {
-    return new DataView(this.#buffer, EVENTS_OFFSET, EVENTS_MAX * EVENT_LENGTH);
+    return new DataView(this.#buffer, EVENTS_OFFSET, EVENTS_MAX * UFFD_MSG.BYTES);
   }
   /** Events in the buffer that are not served yet. */
   get eventCount(): number {
@@ -447,9 +448,6 @@ export class LoadState {
   }
   stop(): void {
     Atomics.store(this.#header, H_STOP, 1);
-  }
-  clearStop(): void {
-    Atomics.store(this.#header, H_STOP, 0);
   }
 
   /** The fault loop says where it serves; an eager Worker takes that, once. -1 = nothing new. */

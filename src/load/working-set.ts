@@ -34,7 +34,7 @@ const JSON_LENGTH_MAX = 65_536;
  * Bounds the file, and what is brought in before anything else: to plan it takes less than a
  * millisecond, and to copy it three. One load records a quarter of it at most.
  */
-export const WORKING_SET_PAGES_MAX = 1024;
+const WORKING_SET_PAGES_MAX = 1024;
 const BLOCKS_MAX = 256;
 /** A set is written anew when a load has found so many pages that are not in it. */
 const GROWTH_PAGES = 2;

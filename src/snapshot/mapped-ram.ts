@@ -60,7 +60,7 @@ export interface BlockRecordFormat {
 }
 
 /** @source migration/ram.c RAM_SAVE_FLAG_MEM_SIZE */
-export const RAM_FLAG_MEM_SIZE = 0x004;
+const RAM_FLAG_MEM_SIZE = 0x004;
 /** @source migration/ram.c RAM_SAVE_FLAG_EOS */
 export const RAM_FLAG_EOS = 0x010;
 /** Low bits of a RAM word that are flags, the rest is a length. @source ram.c parse: TARGET_PAGE_MASK of 4 KiB pages */

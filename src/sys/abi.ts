@@ -21,7 +21,6 @@ export const EIO = 5;
 export const ENXIO = 6;
 export const ENOEXEC = 8;
 export const EBADF = 9;
-export const ECHILD = 10;
 export const EAGAIN = 11;
 export const ENOMEM = 12;
 export const EACCES = 13;
@@ -30,22 +29,17 @@ export const EBUSY = 16;
 export const EEXIST = 17;
 export const EINVAL = 22;
 export const ENOTTY = 25;
-export const ENOSPC = 28;
 export const EPIPE = 32;
 export const ENAMETOOLONG = 36;
 export const ENOSYS = 38;
 export const ENODATA = 61;
-export const ENOPROTOOPT = 92;
 export const EOPNOTSUPP = 95;
 export const ECONNRESET = 104;
-export const ETIMEDOUT = 110;
 export const ECONNREFUSED = 111;
 export const ESTALE = 116;
 
 // ---- userfaultfd(2), ioctl_userfaultfd(2) ----
 
-/** Device number for UFFDIO_API. */
-export const UFFD_API = 0xaa;
 export const USERFAULTFD_IOC_NEW = 0xaa00;
 /** Never used by fsl: system calls and KVM would get EFAULT instead of waiting. */
 export const UFFD_USER_MODE_ONLY = 1;
@@ -73,29 +67,17 @@ export const UFFD_FEATURES = {
   MOVE: 1 << 16, // 6.8
 } as const;
 
-/** The one that the loader asks for: the guest can give memory back. */
-export const UFFD_FEATURE_EVENT_REMOVE = UFFD_FEATURES.EVENT_REMOVE;
-
 export type UffdFeature = keyof typeof UFFD_FEATURES;
 
 /** `mode` of UFFDIO_REGISTER. */
 export const REGISTER_MISSING = 1;
-export const REGISTER_WP = 2;
-export const REGISTER_MINOR = 4;
-/** `mode` of UFFDIO_COPY, ZEROPAGE, CONTINUE, POISON: do not wake who waits. */
+/** `mode` of UFFDIO_COPY, ZEROPAGE, POISON, MOVE: do not wake who waits. */
 export const MODE_DONTWAKE = 1;
 
 /** Bit numbers in the ioctl masks of UFFDIO_API and UFFDIO_REGISTER. */
-export const UFFDIO_WAKE_BIT = 2n;
 export const UFFDIO_COPY_BIT = 3n;
 export const UFFDIO_ZEROPAGE_BIT = 4n;
 export const UFFDIO_MOVE_BIT = 5n;
-export const UFFDIO_WRITEPROTECT_BIT = 6n;
-export const UFFDIO_CONTINUE_BIT = 7n;
-export const UFFDIO_POISON_BIT = 8n;
-
-/** `mode` of UFFDIO_MOVE beside MODE_DONTWAKE: source pages that are not there are skipped. */
-export const MOVE_ALLOW_SRC_HOLES = 2;
 
 /** struct uffd_msg, 32 bytes, host byte order. */
 export const UFFD_MSG = {
@@ -104,41 +86,26 @@ export const UFFD_MSG = {
   FAULT_FLAGS: 8, // u64
   FAULT_ADDRESS: 16, // u64
   FAULT_TID: 24, // u32, with feature THREAD_ID
-  FORK_FD: 8, // u32
   REMOVE_START: 8, // u64; UNMAP too
   REMOVE_END: 16, // u64, exclusive
-  REMAP_FROM: 8, // u64
-  REMAP_TO: 16, // u64
-  REMAP_LENGTH: 24, // u64
 } as const;
 
 export const UFFD_EVENT_PAGEFAULT = 0x12;
-export const UFFD_EVENT_FORK = 0x13;
-export const UFFD_EVENT_REMAP = 0x14;
 export const UFFD_EVENT_REMOVE = 0x15;
 export const UFFD_EVENT_UNMAP = 0x16;
 
 /** Bits of `flags` in a page fault event. */
 export const UFFD_PAGEFAULT_FLAG_WRITE = 1;
-export const UFFD_PAGEFAULT_FLAG_WP = 2;
-export const UFFD_PAGEFAULT_FLAG_MINOR = 4;
 
-// ---- open(2), fcntl(2), lseek(2), memfd_create(2), fallocate(2) ----
+// ---- open(2), fcntl(2), lseek(2), memfd_create(2) ----
 
 export const O_RDONLY = 0;
 export const O_WRONLY = 1;
 export const O_RDWR = 2;
 export const O_CREAT = 0o100;
-export const O_EXCL = 0o200;
-export const O_TRUNC = 0o1000;
-export const O_APPEND = 0o2000;
 export const O_NONBLOCK = 0o4000;
 export const O_CLOEXEC = 0o2000000;
 export const O_PATH = 0o10000000;
-export const O_DIRECTORY = byArch(0o200000, 0o40000);
-export const O_NOFOLLOW = byArch(0o400000, 0o100000);
-export const O_DIRECT = byArch(0o40000, 0o200000);
-export const O_TMPFILE = 0o20000000 | O_DIRECTORY;
 
 export const F_GETFD = 1;
 export const F_SETFD = 2;
@@ -147,42 +114,27 @@ export const F_SETFL = 4;
 export const FD_CLOEXEC = 1;
 /** Signal that tells of a lease break; 0 = SIGIO. */
 export const F_SETSIG = 10;
-export const F_SETOWN = 8;
 export const F_SETLEASE = 1024;
 export const F_GETLEASE = 1025;
-export const F_DUPFD_CLOEXEC = 1030;
 export const F_ADD_SEALS = 1033;
 export const F_GET_SEALS = 1034;
 /** Arguments of F_SETLEASE. */
 export const F_RDLCK = 0;
-export const F_WRLCK = 1;
 export const F_UNLCK = 2;
 export const F_SEAL_SEAL = 1;
 export const F_SEAL_SHRINK = 2;
 export const F_SEAL_GROW = 4;
-export const F_SEAL_WRITE = 8;
 
 export const LOCK_SH = 1;
 export const LOCK_EX = 2;
 export const LOCK_NB = 4;
-export const LOCK_UN = 8;
 
-export const SEEK_SET = 0;
-export const SEEK_CUR = 1;
-export const SEEK_END = 2;
 export const SEEK_DATA = 3;
 export const SEEK_HOLE = 4;
 
 export const MFD_CLOEXEC = 1;
 export const MFD_ALLOW_SEALING = 2;
-export const MFD_HUGETLB = 4;
 
-export const FALLOC_FL_KEEP_SIZE = 1;
-export const FALLOC_FL_PUNCH_HOLE = 2;
-
-export const POSIX_FADV_RANDOM = 1;
-export const POSIX_FADV_SEQUENTIAL = 2;
-export const POSIX_FADV_WILLNEED = 3;
 export const POSIX_FADV_DONTNEED = 4;
 
 export const EFD_CLOEXEC = O_CLOEXEC;
@@ -191,107 +143,48 @@ export const EFD_NONBLOCK = O_NONBLOCK;
 // ---- poll(2) ----
 
 export const POLLIN = 1;
-export const POLLPRI = 2;
-export const POLLOUT = 4;
 export const POLLERR = 8;
 export const POLLHUP = 16;
-export const POLLNVAL = 32;
 /** Most descriptors of one `poll`, and of one `send` or `recv`. */
 export const FD_COUNT_MAX = 16;
 
 // ---- sockets ----
 
 export const SOCK_STREAM = 1;
-export const SOCK_DGRAM = 2;
 export const SOCK_SEQPACKET = 5;
-export const MSG_PEEK = 2;
 export const MSG_CTRUNC = 8;
-export const MSG_TRUNC = 0x20;
 export const MSG_DONTWAIT = 0x40;
 export const MSG_NOSIGNAL = 0x4000;
-export const SHUT_RD = 0;
-export const SHUT_WR = 1;
-export const SHUT_RDWR = 2;
-/** Longest path of a unix socket in bytes, with its final NUL. */
-export const UNIX_PATH_BYTES_MAX = 108;
 
-// ---- mmap(2), madvise(2), mincore(2) ----
+// ---- mmap(2), madvise(2) ----
 
-export const PROT_NONE = 0;
 export const PROT_READ = 1;
 export const PROT_WRITE = 2;
 export const MAP_SHARED = 1;
 export const MAP_PRIVATE = 2;
-export const MAP_FIXED = 0x10;
 export const MAP_ANONYMOUS = 0x20;
-export const MAP_NORESERVE = 0x4000;
-export const MAP_POPULATE = 0x8000;
-export const MAP_HUGETLB = 0x40000;
-/** log2 of the huge page size goes into the flags from this bit on. */
-export const MAP_HUGE_SHIFT = 26;
 
 /** sched_setscheduler(2). */
 export const SCHED_OTHER = 0;
 export const SCHED_IDLE = 5;
 
-export const MADV_NORMAL = 0;
 export const MADV_RANDOM = 1;
-export const MADV_SEQUENTIAL = 2;
 export const MADV_WILLNEED = 3;
 export const MADV_DONTNEED = 4;
-export const MADV_REMOVE = 9;
-export const MADV_HUGEPAGE = 14;
-export const MADV_NOHUGEPAGE = 15;
-export const MADV_DONTDUMP = 16;
-export const MADV_COLD = 20; // 5.4
-export const MADV_PAGEOUT = 21; // 5.4
-export const MADV_POPULATE_READ = 22; // 5.14
-export const MADV_POPULATE_WRITE = 23; // 5.14
 export const MADV_COLLAPSE = 25; // 6.1
-
-// ---- /proc/PID/pagemap: one u64 per page ----
-
-export const PAGEMAP_PRESENT_BIT = 63;
-export const PAGEMAP_SWAPPED_BIT = 62;
 
 // ---- processes ----
 
-export const SIGHUP = 1;
-export const SIGINT = 2;
-export const SIGTRAP = 5;
-export const SIGBUS = 7;
 export const SIGKILL = 9;
-export const SIGUSR1 = 10;
-export const SIGUSR2 = 12;
-export const SIGPIPE = 13;
-export const SIGTERM = 15;
-export const SIGCHLD = 17;
-export const SIGCONT = 18;
-export const SIGSTOP = 19;
 export const SIGXFSZ = 25;
-export const SIGIO = 29;
-/** First realtime signal of the kernel; a libc keeps the first two or three for itself. */
-export const SIGRTMIN = 32;
 
 export const WNOHANG = 1;
 /** Children of any kind, also those whose end sends no SIGCHLD. */
 export const WALL = 0x40000000;
 
-export const PR_SET_PDEATHSIG = 1;
-export const PR_SET_DUMPABLE = 4;
-export const PR_SET_NAME = 15;
-export const PR_SET_TIMERSLACK = 29;
-export const PR_SET_PTRACER = 0x59616d61; // Yama
-/** prctl(PR_CAPBSET_READ) */
-export const PR_CAPBSET_READ = 23;
 export const CAP_SYS_PTRACE = 19;
-export const CAP_SYS_ADMIN = 21;
-export const CAP_IPC_LOCK = 14;
-export const CAP_LEASE = 28;
 
-export const RLIMIT_FSIZE = 1;
 export const RLIMIT_NOFILE = 7;
-export const RLIMIT_MEMLOCK = 8;
 
 export const MPOL_DEFAULT = 0;
 export const MPOL_PREFERRED = 1;
@@ -340,18 +233,12 @@ export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
   ["uffd_msg.pagefault.flags", UFFD_MSG.FAULT_FLAGS],
   ["uffd_msg.pagefault.address", UFFD_MSG.FAULT_ADDRESS],
   ["uffd_msg.pagefault.ptid", UFFD_MSG.FAULT_TID],
-  ["uffd_msg.fork.ufd", UFFD_MSG.FORK_FD],
   ["uffd_msg.remove.start", UFFD_MSG.REMOVE_START],
   ["uffd_msg.remove.end", UFFD_MSG.REMOVE_END],
-  ["uffd_msg.remap.from", UFFD_MSG.REMAP_FROM],
-  ["uffd_msg.remap.to", UFFD_MSG.REMAP_TO],
-  ["uffd_msg.remap.len", UFFD_MSG.REMAP_LENGTH],
-  ["UFFD_API", UFFD_API],
   ["USERFAULTFD_IOC_NEW", USERFAULTFD_IOC_NEW],
   ["O_NONBLOCK", O_NONBLOCK],
   ["O_CLOEXEC", O_CLOEXEC],
   ["FD_COUNT_MAX", FD_COUNT_MAX],
-  ["sizeof(sockaddr_un.sun_path)", UNIX_PATH_BYTES_MAX],
   ["SYS_userfaultfd", SYS_USERFAULTFD],
   ["SYS_ioctl", SYS_IOCTL],
   ["SYS_close", SYS_CLOSE],

@@ -172,8 +172,7 @@ export class HelperTask {
    *   EEXIST  the first page of the destination is present; nobody was woken
    *   EAGAIN  the address space is changing (an event waits to be read), or a page of the source
    *           was busy for a moment: read events, try again
-   *   ENOENT  a page of the source is not there (and no MOVE_ALLOW_SRC_HOLES), or the destination
-   *           is not mapped any more
+   *   ENOENT  a page of the source is not there, or the destination is not mapped any more
    *   EINVAL  never for this memory: shared or file memory, not registered, locked (mlockall) where
    *           the source is not, other protection, or a helper of another address space
    *   EBUSY   a page of the source is shared with a forked child
@@ -185,7 +184,7 @@ export class HelperTask {
    * What a failed move leaves in the source stays there: discard it before it is filled again.
    * (Measured on Linux 6.18.)
    *
-   * @param mode MODE_DONTWAKE, MOVE_ALLOW_SRC_HOLES
+   * @param mode 0 or MODE_DONTWAKE
    * @param stopOnError anything but the whole length ends the batch
    * @source Linux mm/userfaultfd.c move_pages, fs/userfaultfd.c
    */

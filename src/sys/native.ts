@@ -31,9 +31,7 @@ const SYMBOLS = {
   fsl_uffd_unregister: { args: [i32, f64, f64], returns: i32 },
   fsl_uffd_copy: { args: [i32, f64, f64, f64, i32], returns: f64 },
   fsl_uffd_zeropage: { args: [i32, f64, f64, i32], returns: f64 },
-  fsl_uffd_continue: { args: [i32, f64, f64, i32], returns: f64 },
   fsl_uffd_poison: { args: [i32, f64, f64, i32], returns: f64 },
-  fsl_uffd_writeprotect: { args: [i32, f64, f64, i32], returns: i32 },
   fsl_uffd_wake: { args: [i32, f64, f64], returns: i32 },
   fsl_open: { args: [pointer, i32, i32], returns: i32 },
   fsl_close: { args: [i32], returns: i32 },
@@ -52,14 +50,12 @@ const SYMBOLS = {
   fsl_pread: { args: [i32, f64, f64, f64], returns: f64 },
   fsl_pread_at_hand: { args: [i32, f64, f64, f64], returns: f64 },
   fsl_pwrite: { args: [i32, f64, f64, f64], returns: f64 },
-  fsl_copy_file_range: { args: [i32, f64, i32, f64, f64], returns: f64 },
   fsl_poll: { args: [pointer, pointer, i32, i32, i32], returns: i32 },
   fsl_socketpair: { args: [i32, pointer], returns: i32 },
   fsl_unix_listen: { args: [pointer, i32], returns: i32 },
   fsl_unix_connect: { args: [pointer], returns: i32 },
   fsl_unix_is_bound: { args: [pointer], returns: i32 },
   fsl_unix_accept: { args: [i32], returns: i32 },
-  fsl_shutdown: { args: [i32, i32], returns: i32 },
   fsl_send: { args: [i32, pointer, f64, pointer, i32, i32], returns: f64 },
   fsl_recv: { args: [i32, pointer, f64, pointer, i32, pointer, i32], returns: f64 },
   fsl_peer_credentials: { args: [i32, pointer], returns: i32 },
@@ -79,7 +75,6 @@ const SYMBOLS = {
   fsl_sched_getaffinity: { args: [i32, pointer, f64], returns: i32 },
   fsl_set_mempolicy: { args: [i32, pointer, f64], returns: i32 },
   fsl_prlimit: { args: [i32, i32, pointer, pointer], returns: i32 },
-  fsl_prctl: { args: [i32, f64, f64, f64, f64], returns: i32 },
   fsl_ignore_signal: { args: [i32], returns: i32 },
   fsl_waitpid: { args: [i32, i32, pointer], returns: i32 },
   fsl_clock_ns: { args: [], returns: f64 },
@@ -87,7 +82,6 @@ const SYMBOLS = {
   fsl_munmap: { args: [f64, f64], returns: i32 },
   fsl_madvise: { args: [f64, f64, i32], returns: i32 },
   fsl_mincore: { args: [f64, f64, pointer], returns: i32 },
-  fsl_mlock: { args: [f64, f64], returns: i32 },
   fsl_remote_syscall: { args: [i32, i32, pointer, pointer, i32], returns: i32 },
 } as const;
 
@@ -281,18 +275,9 @@ export function uffdZeropage(uffd: number, addr: number, length: number, mode: n
   return lib.fsl_uffd_zeropage(uffd, addr, length, mode);
 }
 
-/** UFFDIO_CONTINUE (minor faults); answers like `uffdCopy`. */
-export function uffdContinue(uffd: number, addr: number, length: number, mode: number): number {
-  return lib.fsl_uffd_continue(uffd, addr, length, mode);
-}
-
 /** UFFDIO_POISON, Linux 6.6; answers like `uffdCopy`. */
 export function uffdPoison(uffd: number, addr: number, length: number, mode: number): number {
   return lib.fsl_uffd_poison(uffd, addr, length, mode);
-}
-
-export function uffdWriteprotect(uffd: number, addr: number, length: number, mode: number): number {
-  return lib.fsl_uffd_writeprotect(uffd, addr, length, mode);
 }
 
 export function uffdWake(uffd: number, addr: number, length: number): number {
@@ -387,16 +372,6 @@ export function pwrite(fd: number, bufferAddr: number, length: number, offset: n
   return lib.fsl_pwrite(fd, bufferAddr, length, offset);
 }
 
-export function copyFileRange(
-  inFd: number,
-  inOffset: number,
-  outFd: number,
-  outOffset: number,
-  length: number,
-): number {
-  return lib.fsl_copy_file_range(inFd, inOffset, outFd, outOffset, length);
-}
-
 /**
  * poll(2) on up to 16 descriptors, all for the same `events`; negative ones are skipped. -EINTR is
  * returned.
@@ -435,10 +410,6 @@ export function unixIsBound(path: string): number {
 
 export function unixAccept(listener: number): number {
   return lib.fsl_unix_accept(listener);
-}
-
-export function shutdown(socket: number, how: number): number {
-  return lib.fsl_shutdown(socket, how);
 }
 
 /** sendmsg(2) of one buffer and up to 16 descriptors, never with SIGPIPE. Bytes sent. */
@@ -574,10 +545,6 @@ export function prlimit(
   return lib.fsl_prlimit(pid, resource, limit, oldLimit);
 }
 
-export function prctl(option: number, a: number, b: number, c: number, d: number): number {
-  return lib.fsl_prctl(option, a, b, c, d);
-}
-
 /** SIG_IGN for one signal of this process. */
 export function ignoreSignal(signal: number): number {
   return lib.fsl_ignore_signal(signal);
@@ -618,10 +585,6 @@ export function madvise(addr: number, length: number, advice: number): number {
 /** One byte per page into `vector`. */
 export function mincore(addr: number, length: number, vector: Memory): number {
   return lib.fsl_mincore(addr, length, vector);
-}
-
-export function mlock(addr: number, length: number): number {
-  return lib.fsl_mlock(addr, length);
 }
 
 // ---- one system call in another process ----

@@ -28,8 +28,8 @@ const BUNDLES: Readonly<Record<WorkerName, string>> = {
 };
 
 /** Starts a Worker. Errors, also those of its start, come as `error` events of the Worker. */
-export function startWorker(name: WorkerName, options?: WorkerOptions): Worker {
-  return new Worker(workerUrl(name), options);
+export function startWorker(name: WorkerName): Worker {
+  return new Worker(workerUrl(name));
 }
 
 /** Where a Worker's code is. */

@@ -78,7 +78,7 @@ export interface HostFact {
 export interface HostSupport extends HostProbe {
   /** `fsl load` can start a QEMU and load into it. */
   readonly works: boolean;
-  /** `fsl attach` can reach a QEMU of the same user that somebody else started. */
+  /** `fsl load --qmp` can reach a QEMU of the same user that somebody else started. */
   readonly canAttach: boolean;
   readonly facts: readonly HostFact[];
   readonly problems: readonly HostProblem[];
@@ -92,7 +92,7 @@ export function checkHost(): HostSupport {
 const UNKNOWN = "unknown";
 const CANNOT_ATTACH = "fsl cannot reach a QEMU that it did not start";
 
-export function probeHost(): HostProbe {
+function probeHost(): HostProbe {
   const shim = shimProblem();
   const ask = (question: () => number): Refusal => (shim === null ? refusal(question()) : UNKNOWN);
   const flags = O_CLOEXEC | O_NONBLOCK;

@@ -21,15 +21,10 @@ import {
   ENOENT,
   ENOMEM,
   ESRCH,
-  F_GETFL,
-  F_SETFL,
   MODE_DONTWAKE,
   O_CLOEXEC,
-  O_NONBLOCK,
   O_RDWR,
-  UFFD_EVENT_FORK,
   UFFD_EVENT_PAGEFAULT,
-  UFFD_EVENT_REMAP,
   UFFD_EVENT_REMOVE,
   UFFD_EVENT_UNMAP,
   UFFD_MSG,
@@ -38,14 +33,12 @@ import { grantDevice } from "../sys/device-access.ts";
 import * as sys from "../sys/native.ts";
 
 export const EVENT_PAGEFAULT = UFFD_EVENT_PAGEFAULT;
-export const EVENT_FORK = UFFD_EVENT_FORK;
-export const EVENT_REMAP = UFFD_EVENT_REMAP;
 export const EVENT_REMOVE = UFFD_EVENT_REMOVE;
 export const EVENT_UNMAP = UFFD_EVENT_UNMAP;
 
 /**
- * What `copy`, `zeropage`, `continueRange` and `poison` answer when nothing was done; else the
- * bytes done (> 0). They are the negative errno, so that an unexpected one keeps its number.
+ * What `copy`, `zeropage` and `poison` answer when nothing was done; else the bytes done (> 0).
+ * They are the negative errno, so that an unexpected one keeps its number.
  */
 /** The first page is there already. Wake the range: a waiter of a lost race may still sleep. */
 export const COPY_EXISTS = -EEXIST;
@@ -87,11 +80,6 @@ export class UffdEvents {
     this.#data = data;
   }
 
-  /** Most events that fit. */
-  get capacity(): number {
-    return Math.floor(this.#data.byteLength / UFFD_MSG.BYTES);
-  }
-
   /** One of EVENT_*. */
   type(index: number): number {
     return this.#data.getUint8(index * UFFD_MSG.BYTES);
@@ -125,23 +113,6 @@ export class UffdEvents {
   /** REMOVE and UNMAP: end, exclusive. */
   removeEnd(index: number): number {
     return this.#u64(index * UFFD_MSG.BYTES + UFFD_MSG.REMOVE_END);
-  }
-
-  /** FORK: the userfaultfd of the child, a new descriptor of this process. */
-  forkFd(index: number): number {
-    return this.#data.getUint32(index * UFFD_MSG.BYTES + UFFD_MSG.FORK_FD, true);
-  }
-
-  remapFrom(index: number): number {
-    return this.#u64(index * UFFD_MSG.BYTES + UFFD_MSG.REMAP_FROM);
-  }
-
-  remapTo(index: number): number {
-    return this.#u64(index * UFFD_MSG.BYTES + UFFD_MSG.REMAP_TO);
-  }
-
-  remapLength(index: number): number {
-    return this.#u64(index * UFFD_MSG.BYTES + UFFD_MSG.REMAP_LENGTH);
   }
 
   #u64(offset: number): number {
@@ -183,7 +154,7 @@ export class Uffd {
   /**
    * Makes page faults in a range events of this descriptor.
    * @param addr bytes, a multiple of the range's page size; `length` likewise
-   * @param mode bits of REGISTER_MISSING, REGISTER_WP, REGISTER_MINOR
+   * @param mode REGISTER_MISSING
    * @returns mask of the ioctls that the range accepts, `1n << UFFDIO_COPY_BIT` …
    * @throws FslError TARGET_LOST when the target has ended, HOST_UNSUPPORTED for memory that cannot
    * be registered
@@ -246,11 +217,6 @@ export class Uffd {
     return sys.uffdZeropage(this.#fd, addr, length, mode);
   }
 
-  /** UFFDIO_CONTINUE: maps the page that the page cache has (minor faults). Answers like `copy`. */
-  continueRange(addr: number, length: number, mode: number): number {
-    return sys.uffdContinue(this.#fd, addr, length, mode);
-  }
-
   /** UFFDIO_POISON (Linux 6.6): touching the range gives SIGBUS. Answers like `copy`. */
   poison(addr: number, length: number, mode: number): number {
     return sys.uffdPoison(this.#fd, addr, length, mode);
@@ -263,17 +229,6 @@ export class Uffd {
    */
   wake(addr: number, length: number): boolean {
     return sys.uffdWake(this.#fd, addr, length) >= 0;
-  }
-
-  /**
-   * Makes reads return at once. A receiver of a copy may have cleared O_NONBLOCK (QEMU does, with
-   * every descriptor it is handed), and the flag belongs to the open file that all copies share;
-   * poll(2) answers POLLERR then.
-   * @source Linux fs/userfaultfd.c userfaultfd_poll
-   */
-  setNonblocking(): void {
-    const flags = sys.fcntl(this.fd, F_GETFL, 0);
-    if (flags >= 0) sys.fcntl(this.fd, F_SETFL, flags | O_NONBLOCK);
   }
 
   /** Closes this descriptor. See the module comment for what that means while pages are missing. */

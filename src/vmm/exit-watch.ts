@@ -72,7 +72,7 @@ function hasEnded(pidfd: number): boolean {
  * waited for, and in /proc before.
  * @returns both members null where it does not tell
  */
-export function readExitStatus(pidfd: number, pid: number): ExitStatus {
+function readExitStatus(pidfd: number, pid: number): ExitStatus {
   const info = new BigUint64Array(INFO_LENGTH / 8);
   info[0] = PIDFD_INFO_EXIT;
   const result = native.ioctl(pidfd, PIDFD_GET_INFO, native.ptrOf(info));
@@ -100,7 +100,7 @@ function readZombieStatus(pid: number): ExitStatus {
 const UNKNOWN: ExitStatus = { exitCode: null, signal: null };
 
 /** @param status as wait(2) gives it: the exit code in bits 8 to 15, or a signal in bits 0 to 6 */
-export function parseWaitStatus(status: number): ExitStatus {
+function parseWaitStatus(status: number): ExitStatus {
   const signal = status & 0x7f;
   if (signal === 0) return { exitCode: (status >> 8) & 0xff, signal: null };
   return { exitCode: null, signal: signalName(signal) };

@@ -6,17 +6,18 @@
  */
 import { type FslError, isFslError } from "../errors.ts";
 import type { Control } from "./control.ts";
-import { type QmpClient, isRecord } from "./qmp.ts";
+import {
+  DEVICE_LISTS,
+  deviceTypes,
+  hasHelpedNetwork,
+  isBalloon,
+  isHelped,
+} from "./lazy-breakers.ts";
+import type { QmpClient } from "./qmp.ts";
 import type { HotplugWants } from "./target.ts";
 
 /** How often QEMU is asked, ms: well within what a driver needs. Two or three questions of 0.2 ms each. */
 const PERIOD_MS = 40;
-const BALLOON = /^child<(.*-balloon\b.*)>$/;
-const HELPED = /^child<((?:vhost|vfio)-user.*)>$/;
-/** A line of `info network`. @source QEMU net/net.c hmp_info_network */
-const HELPED_NETWORK = /\btype=vhost-user\b/;
-/** Where QEMU keeps devices: with an id, and without. */
-const LISTS = ["/machine/peripheral", "/machine/peripheral-anon"] as const;
 
 /**
  * Asks until something is found, the connection ends, or it is stopped. Does not keep this process
@@ -98,16 +99,10 @@ async function ask(qmp: QmpClient, wants: HotplugWants): Promise<string | null> 
     wants.helpers
       ? qmp.execute("human-monitor-command", { "command-line": "info network" }, patience)
       : null,
-    ...LISTS.map((path) => qmp.execute("qom-list", { path }, patience)),
+    ...DEVICE_LISTS.map((path) => qmp.execute("qom-list", { path }, patience)),
   ]);
-  for (const list of lists) {
-    if (list?.ok !== true || !Array.isArray(list.value)) continue;
-    for (const entry of list.value) {
-      const type = isRecord(entry) ? String(entry["type"]) : "";
-      const device =
-        (wants.balloons ? BALLOON.exec(type) : null) ?? (wants.helpers ? HELPED.exec(type) : null);
-      if (device?.[1] !== undefined) return device[1];
-    }
-  }
-  return network?.ok === true && HELPED_NETWORK.test(String(network.value)) ? "vhost-user" : null;
+  const type = lists
+    .flatMap((list) => deviceTypes(list) ?? [])
+    .find((one) => (wants.balloons && isBalloon(one)) || (wants.helpers && isHelped(one)));
+  return type ?? (hasHelpedNetwork(network ?? null) ? "vhost-user" : null);
 }

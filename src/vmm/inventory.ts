@@ -10,6 +10,13 @@ import { readFileSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { alignUp } from "../pages.ts";
 import { freeFdset } from "./fdset.ts";
+import {
+  canDiscard,
+  DEVICE_LISTS,
+  deviceTypes,
+  hasHelpedNetwork,
+  isHelped,
+} from "./lazy-breakers.ts";
 import { MigrationSettings } from "./migration-settings.ts";
 import { readNodePolicies } from "./node-policies.ts";
 import {
@@ -42,12 +49,6 @@ export interface Inventory {
 const VERSION_MAJOR_MIN = 9;
 /** Smallest page of this host, bytes; QEMU reports it for ordinary memory. */
 export const HOST_PAGE_LENGTH = readHostPageLength();
-/** QMP types of devices that hand guest memory back to the host. */
-const DISCARDING_DEVICE = /^child<(?:virtio-(?:balloon|mem)|.*-balloon)\b/;
-
-/** Devices and network back ends whose work another process does, in guest memory. */
-const HELPED = /vhost-user|vfio-user/;
-
 /** What is known of a QEMU without asking. */
 export interface KnownBefore {
   /** It was started with `-incoming defer` just now. */
@@ -90,17 +91,15 @@ export async function takeInventory(
     version,
     machineType: machineTypeOf(type),
     ramblocks: parseRamblocks(await ramblockText(qmp, table)),
-    canDiscard: lists.some(hasDiscardingDevice),
+    // A list that QEMU does not give counts as one with such a device.
+    canDiscard: lists.some((list) => deviceTypes(list)?.some(canDiscard) ?? true),
     vcpus: cpus?.ok === true && Array.isArray(cpus.value) ? cpus.value.length : known.vcpus,
     hasHelpers:
-      lists.some(hasHelperDevice) || (network?.ok === true && HELPED.test(String(network.value))),
+      lists.some((list) => deviceTypes(list)?.some(isHelped)) || hasHelpedNetwork(network),
     settings,
     freeFdset: fdsets === null ? null : freeFdset(fdsets),
   };
 }
-
-/** Where QEMU keeps the devices of the command line: with an id, and without. */
-const DEVICE_LISTS = ["/machine/peripheral", "/machine/peripheral-anon"] as const;
 
 function askForList(qmp: QmpClient, path: string): Promise<QmpReply> {
   return qmp.execute("qom-list", { path });
@@ -176,7 +175,7 @@ function hasHelperProcesses(pid: number): boolean {
   try {
     const commandLine = readFileSync(`/proc/${pid}/cmdline`, "latin1");
     // A file of options may name some too.
-    return HELPED.test(commandLine) || hasOptionFile(commandLine.split("\0"));
+    return isHelped(commandLine) || hasOptionFile(commandLine.split("\0"));
   } catch {
     return true;
   }
@@ -230,17 +229,4 @@ function machineTypeOf(reply: QmpReply): string | null {
   if (!reply.ok || typeof reply.value !== "string") return null;
   const match = /^([\x21-\x7e]{1,255})-machine$/.exec(reply.value);
   return match?.[1] ?? null;
-}
-
-function hasHelperDevice(reply: QmpReply): boolean {
-  if (!reply.ok || !Array.isArray(reply.value)) return false;
-  return reply.value.some((entry) => isRecord(entry) && HELPED.test(String(entry["type"])));
-}
-
-/** A list that QEMU does not give counts as one with such a device. */
-function hasDiscardingDevice(reply: QmpReply): boolean {
-  if (!reply.ok || !Array.isArray(reply.value)) return true;
-  return reply.value.some(
-    (entry) => isRecord(entry) && DISCARDING_DEVICE.test(String(entry["type"])),
-  );
 }

@@ -5,7 +5,7 @@
 import { FslError } from "../errors.ts";
 
 /** Every id that fsl gives to an object inside QEMU begins with this. */
-export const FSL_ID_PREFIX = "fsl-";
+const FSL_ID_PREFIX = "fsl-";
 
 /** Options that cannot go together with fsl's own, and why. QEMU takes one dash or two. */
 const REFUSED_OPTIONS: Readonly<Record<string, string>> = {

@@ -33,15 +33,18 @@ import {
 import { linksOf } from "./process-links.ts";
 import { ProcessMaps } from "./process-maps.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
-import type {
-  ExitStatus,
-  GuestRegion,
-  HotplugWants,
-  StateLoad,
-  Target,
-  TargetGuess,
-  TargetInfo,
-  TargetRecord,
+import {
+  EXIT_NOTICE_MS,
+  type ExitStatus,
+  type GuestRegion,
+  type HotplugWants,
+  KEPT_STATE,
+  KEPT_STATE_LINK,
+  type StateLoad,
+  type Target,
+  type TargetGuess,
+  type TargetInfo,
+  type TargetRecord,
 } from "./target.ts";
 import {
   DEVICE_NAME,
@@ -115,13 +118,11 @@ export interface QemuTargetOptions {
 export const USERFAULTFD_NAME = "fsl-uffd";
 
 /** What a dead fsl can have left under a name in a QEMU that still waits for its state. */
-const LEFT_NAMES = [USERFAULTFD_NAME, "fsl-state", DEVICE_NAME, PROBE_NAME];
+const LEFT_NAMES = [USERFAULTFD_NAME, KEPT_STATE, DEVICE_NAME, PROBE_NAME];
 
-/** How long an exit may lag behind the end of the QMP connection. */
-const EXIT_NOTICE_MS = 1_000;
 /**
- * And behind the first sign of it anywhere else. Of somebody else's QEMU it is looked for every
- * 250 ms.
+ * How long an exit may lag behind another sign of it than the end of the QMP connection. Of somebody else's QEMU it is
+ * looked for every 250 ms.
  */
 const EXIT_LAG_MS = 400;
 /**
@@ -667,7 +668,7 @@ export class QemuTarget implements Target {
     if (this.#earlier === null) return known;
     await MigrationSettings.changedBefore(this.#qmp, parseUndo(this.#earlier.undo)).restore();
     const settings = await MigrationSettings.read(this.#qmp);
-    if (!linksOf(this.pid).includes(LEFT_STATE_LINK)) return { ...known, settings };
+    if (!linksOf(this.pid).includes(KEPT_STATE_LINK)) return { ...known, settings };
     throw new FslError(
       "TARGET_MISMATCH",
       `${this.description} holds an earlier load, made through another QMP socket: ` +
@@ -894,14 +895,11 @@ const PHASE_WORDS: Readonly<Record<Phase, string>> = {
 };
 
 /** `with exit code 1` or `by SIGSEGV` */
-export function formatExit(exit: ExitStatus): string {
+function formatExit(exit: ExitStatus): string {
   return exit.signal === null
     ? `with exit code ${exit.exitCode ?? "unknown"}`
     : `by ${exit.signal}`;
 }
-
-/** Link text of the state that a load leaves in its target, in /proc/PID/fd. */
-const LEFT_STATE_LINK = "/memfd:fsl-state (deleted)";
 
 /** Shared memory that is a named file is not in such a snapshot. */
 const IGNORE_SHARED = "x-ignore-shared";

@@ -56,11 +56,11 @@ export interface QmpOpenOptions {
 }
 
 /** A QEMU that builds a machine with TiB of preallocated RAM takes its time before it greets. */
-export const GREETING_TIMEOUT_MS = 600_000;
+const GREETING_TIMEOUT_MS = 600_000;
 /** Answers come within a millisecond, unless QEMU's main loop has something long to do. */
-export const COMMAND_TIMEOUT_MS = 60_000;
+const COMMAND_TIMEOUT_MS = 60_000;
 /** Commands under way: beyond this somebody waits for nothing and asks for more. */
-export const PENDING_COMMANDS_MAX = 256;
+const PENDING_COMMANDS_MAX = 256;
 
 /** Short numbers: see above. */
 const ID_START_MAX = 100_000;

@@ -7,6 +7,7 @@
  * the private directory.
  */
 import { openSync, readdirSync, statSync, writeSync } from "node:fs";
+import { availableParallelism } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
 import { F_GETFD, FD_CLOEXEC, MFD_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
@@ -46,7 +47,7 @@ export interface SpawnOptions {
   readonly userfaultfdWay?: UserfaultfdWay;
   /**
    * Helper tasks to be made in QEMU, with the preloaded library only: one more than the eager load's
-   * `workers`, at most 9; 3 when left out.
+   * `workers` (`helperTasksFor`), at most 9; as many as a load has by default when left out.
    */
   readonly helperTasks?: number;
   /** How long QEMU may take to greet, milliseconds. */
@@ -67,7 +68,7 @@ export type StandardStream = "inherit" | "ignore" | number;
  */
 const INHERITED_FD_MAX = 255;
 const NO_FD = -1;
-const HELPER_TASKS = 3;
+const HELPER_TASKS = Math.min(2, availableParallelism()) + 1;
 /** Chunks of 2 MiB that each helper can read ahead while QEMU starts: only what is read takes memory. */
 const STAGING_SLOTS = 24;
 

@@ -244,8 +244,13 @@ export interface FoundTarget extends ServedTarget {
   close(): void;
 }
 
+/** Name under which the target keeps a copy of the load state; its memfd has it too. */
+export const KEPT_STATE = "fsl-state";
+/** Link text of that copy in /proc/PID/fd. */
+export const KEPT_STATE_LINK = `/memfd:${KEPT_STATE} (deleted)`;
+
 /** How long an exit may lag behind the end of a connection, ms. */
-const EXIT_NOTICE_MS = 1_000;
+export const EXIT_NOTICE_MS = 1_000;
 
 /** Whether a target that does not answer as it should has ended. Waits a moment for that. */
 export async function hasEnded({ exited }: ServedTarget): Promise<boolean> {

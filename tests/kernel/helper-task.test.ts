@@ -15,7 +15,7 @@ import {
   SYS_GETPID,
   SYS_IOCTL,
   SYS_MADVISE,
-  UFFD_FEATURE_EVENT_REMOVE,
+  UFFD_FEATURES,
 } from "../../src/sys/abi.ts";
 import {
   CALL_NOT_MADE,
@@ -203,7 +203,7 @@ describe("HelperTask.move", () => {
   test(
     "EAGAIN: the target gives memory back, and the event has not been read",
     async () => {
-      const it = await start("thp", 4, 1, UFFD_FEATURE_EVENT_REMOVE);
+      const it = await start("thp", 4, 1, UFFD_FEATURES.EVENT_REMOVE);
       expect(it.bring(0).moved).toBe(HUGE);
       const discard = it.target.job("d", 0, HUGE_PAGES);
       await until(() => (it.hasFault() ? true : null), 5000, "an event");

@@ -1,5 +1,5 @@
 import { describe, expect, test } from "bun:test";
-import { layerProblems } from "../../scripts/check.ts";
+import { exportProblems, layerProblems } from "../../scripts/check.ts";
 
 describe("check.layerProblems", () => {
   test.each([
@@ -23,5 +23,26 @@ describe("check.layerProblems", () => {
     ["an unknown layer", "src/new/a.ts", ""],
   ])("refuses: %s", (_, path, text) => {
     expect(layerProblems(path, text)).toHaveLength(1);
+  });
+});
+
+describe("check.exportProblems", () => {
+  const file = (path: string, text: string) => ({ path, text, lines: text.split("\n") });
+  const made = file("src/vmm/a.ts", "export const x = 1;\nexport interface Y {}\nconst z: Y = {};");
+
+  test.each([
+    ["an import", 'import { x } from "../vmm/a.ts";'],
+    ["a re-export", 'export { type Z, x } from "../vmm/a.ts";'],
+    ["a namespace", 'import * as a from "../vmm/a.ts";\na.x;'],
+    ["a dynamic import", 'const { x } = await import("../vmm/a.ts");'],
+  ])("finds a use: %s", (_, text) => {
+    expect(exportProblems([made], [made, file("src/load/b.ts", text)])).toEqual([]);
+  });
+
+  test("tells what nobody imports", () => {
+    const other = file("src/load/b.ts", "const x = 2; // x");
+    expect(exportProblems([made], [made, other])).toEqual([
+      "src/vmm/a.ts: nobody imports x: delete it",
+    ]);
   });
 });
