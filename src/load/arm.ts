@@ -15,18 +15,11 @@ import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
 import { nextBit, setRange, testBit } from "../bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
-import { BlockFiller } from "./fill.ts";
 import { fillInPlace, type InPlaceOptions, type InPlaceRun } from "./in-place.ts";
+import { MemoryWriter } from "./memory-writer.ts";
 import type { PageReader } from "./page-reader.ts";
 import type { BlockPlan } from "./plan.ts";
-import {
-  type AddressRange,
-  MemoryWriter,
-  pagesOf,
-  type PageSpan,
-  residentRanges,
-  spansOf,
-} from "./resident.ts";
+import { type AddressRange, type PageSpan, residentRanges, spansOf } from "./resident.ts";
 import { add, type BlockState, C_EAGER_PAGES, type LoadState, MAIN_THREAD } from "./state.ts";
 import { SUPPLIED, type Supply } from "./supply.ts";
 
@@ -237,18 +230,18 @@ function* contentsOf(resident: readonly ResidentPages[]): Generator<InPlaceRun> 
  * Makes the pages that the snapshot has and the target holds zero again: whoever gives the target a state after us may
  * leave zero pages alone, as QEMU's own load of a mapped-ram file does.
  */
-export function clearBrought(pid: number, plans: readonly BlockPlan[]): void {
+export async function clearBrought(pid: number, plans: readonly BlockPlan[]): Promise<void> {
   const writer = new MemoryWriter(pid);
   try {
     for (const { block, region, bitmap } of plans) {
-      const { pageSize, pageCount } = block;
+      const { pageSize } = block;
       const { words } = bitmap;
-      for (const range of residentRanges(pid, region.hostAddr, block.usedLength)) {
-        const { startAddr, endAddr } = range;
-        const { first, end } = pagesOf(startAddr, endAddr, region.hostAddr, pageSize, pageCount);
+      const place = { ...block, hostAddr: region.hostAddr };
+      const ranges = residentRanges(pid, region.hostAddr, block.usedLength);
+      for (const { first, end } of spansOf(ranges, place)) {
         for (let page = nextBit(words, first, end, true); page < end;) {
           const runEnd = nextBit(words, page, end, false);
-          writer.zero(region.hostAddr + page * pageSize, (runEnd - page) * pageSize);
+          await writer.zero(region.hostAddr + page * pageSize, (runEnd - page) * pageSize);
           page = nextBit(words, runEnd, end, true);
         }
       }
@@ -268,26 +261,23 @@ export async function fillBlocks(
   reader: PageReader,
   plans: readonly BlockPlan[],
 ): Promise<number> {
-  const filler = new BlockFiller(pid, reader);
-  for (const { block, region, bitmap } of plans) {
-    const place = { ...block, hostAddr: region.hostAddr };
-    const { words } = bitmap;
-    // Looked for before the data is there too.
-    const occupied = residentRanges(pid, region.hostAddr, block.usedLength);
-    if (region.backing !== "anonymous") {
-      occupied.push(...writtenRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
+  const writer = new MemoryWriter(pid);
+  try {
+    for (const { block, region, bitmap } of plans) {
+      const place = { ...block, hostAddr: region.hostAddr };
+      const { words, pageCount } = bitmap;
+      // Looked for before the data is there too.
+      const occupied = residentRanges(pid, region.hostAddr, block.usedLength);
+      if (region.backing !== "anonymous") {
+        occupied.push(...writtenRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
+      }
+      for (const { first, end } of spansOf(occupied, place)) {
+        await writer.writeZeros(place, words, first, end);
+      }
+      await writer.writeData(reader, place, words, 0, pageCount);
     }
-    for (const { startAddr, endAddr } of occupied) {
-      const { first, end } = pagesOf(
-        startAddr,
-        endAddr,
-        region.hostAddr,
-        block.pageSize,
-        block.pageCount,
-      );
-      await filler.writeZeros(place, words, first, end);
-    }
-    await filler.writeData(place, words);
+    return writer.bytesWritten;
+  } finally {
+    writer.close();
   }
-  return filler.bytesWritten;
 }

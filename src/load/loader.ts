@@ -844,7 +844,7 @@ class Load {
       await this.#serving?.stop();
     } else {
       await this.#serving?.stop();
-      if (this.#target.isAttached && this.#uffd !== undefined) this.#clearMemory();
+      if (this.#target.isAttached && this.#uffd !== undefined) await this.#clearMemory();
       await this.#target.abandon().catch(() => {});
     }
     this.#crew?.dismiss();
@@ -852,10 +852,10 @@ class Load {
   }
 
   /** QEMU's own load leaves zero pages alone: they must be zero again for the next one who tries. */
-  #clearMemory(): void {
+  async #clearMemory(): Promise<void> {
     const touched = this.#plan?.blocks.filter(({ way }) => way !== "seed") ?? [];
     try {
-      clearBrought(this.#target.pid, touched);
+      await clearBrought(this.#target.pid, touched);
     } catch (error) {
       // The error that led here is the one to report.
       this.#options.logger?.warn(

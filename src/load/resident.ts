@@ -3,17 +3,15 @@
  * what the guest sees: they are looked for after the ranges are registered (nothing can appear
  * unnoticed from then on) and corrected before the state is handed over. Runs on the main thread.
  *
- * Of `MemoryWriter` only for pages that were found present: process_vm_writev would wait for a missing one, which
- * only we can bring. @source Linux fs/proc/base.c mem_rw, fs/proc/task_mmu.c pagemap_read, mm/process_vm_access.c
+ * @source Linux fs/proc/task_mmu.c pagemap_read, do_pagemap_scan
  */
 import { closeSync, openSync, readSync } from "node:fs";
 import { FslError } from "../errors.ts";
-import { EFAULT, EINVAL, ENOTTY } from "../sys/abi.ts";
+import { EINVAL, ENOTTY } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
-import { alignDown, hex, MiB } from "../pages.ts";
+import { hex } from "../pages.ts";
 import { processFileError } from "../vmm/process-maps.ts";
-import { nextBit } from "../bits.ts";
-import type { PageReader } from "./page-reader.ts";
+import type { BlockPlace } from "./memory-writer.ts";
 
 const HOST_PAGE = 4096;
 
@@ -128,125 +126,24 @@ function appendRange(ranges: AddressRange[], startAddr: number, endAddr: number)
   else ranges.push({ startAddr, endAddr });
 }
 
-/** What `MemoryWriter` needs to know of a block, and where it is in the target. */
-export interface ResidentBlock {
-  readonly idstr: string;
-  readonly pageSize: number;
-  /** Address of page 0. */
-  readonly hostAddr: number;
-}
-
-/** Writes data pages and zeros straight into a target's memory. */
-export class MemoryWriter {
-  readonly #pid: number;
-  readonly #fd: number;
-  readonly #zeros = Buffer.alloc(MiB);
-
-  /**
-   * @throws FslError HOST_UNSUPPORTED without the privilege to write the target's memory, TARGET_LOST
-   * when it has ended
-   */
-  constructor(pid: number) {
-    this.#pid = pid;
-    this.#fd = openProcessFile(pid, "mem", "r+");
-  }
-
-  /**
-   * Gives the pages [first, end) of a block the bytes that the source has for them, zeros for clear
-   * bits.
-   * @param data the block's page bitmap
-   */
-  async writePages(
-    reader: PageReader,
-    { idstr, pageSize, hostAddr }: ResidentBlock,
-    data: Int32Array,
-    first: number,
-    end: number,
-  ): Promise<void> {
-    for (let page = nextBit(data, first, end, false); page < end;) {
-      const runEnd = nextBit(data, page, end, true);
-      this.zero(hostAddr + page * pageSize, (runEnd - page) * pageSize);
-      page = nextBit(data, runEnd, end, false);
-    }
-    await reader.each(idstr, data, first, end, (address, page, pages) =>
-      this.#write(address, pages * pageSize, hostAddr + page * pageSize, () => {
-        // The kernel does not say how far it came.
-        for (let failed = page; failed < page + pages; failed += 1) {
-          const error = reader.diagnose(idstr, failed);
-          if (error !== null) return error;
-        }
-        return reader.unreadable(idstr, page);
-      }),
-    );
-  }
-
-  close(): void {
-    closeSync(this.#fd);
-  }
-
-  /** Zeros over memory that is there. */
-  zero(addr: number, length: number): void {
-    for (let at = 0; at < length;) {
-      const part = Math.min(MiB, length - at);
-      this.#write(sys.ptrOf(this.#zeros), part, addr + at);
-      at += part;
-    }
-  }
-
-  /**
-   * process_vm_writev(2) takes two thirds of the time, and a write to /proc/PID/mem tells what is wrong: EFAULT is
-   * about our side, EIO about the target's.
-   * @param diagnose the reader's error
-   */
-  #write(localAddr: number, length: number, addr: number, diagnose?: () => FslError): void {
-    for (let at = 0; at < length;) {
-      const quickly = sys.processVmWritev(this.#pid, addr + at, localAddr + at, length - at);
-      const done =
-        quickly > 0 ? quickly : sys.pwrite(this.#fd, localAddr + at, length - at, addr + at);
-      if (done === -EFAULT && diagnose !== undefined) throw diagnose();
-      if (done <= 0) {
-        throw new FslError(
-          "TARGET_LOST",
-          `memory at ${hex(addr + at)}: cannot be written: ${sys.errnoText(-done)}`,
-        );
-      }
-      at += done;
-    }
-  }
-}
-
 /** Half-open range of page indexes. */
 export interface PageSpan {
   readonly first: number;
   readonly end: number;
 }
 
-/** The pages of a block that ranges cover, by address; those that touch or overlap are one. */
+/** The host pages of a block that ranges cover, clipped to it, by address; those that touch or overlap are one. */
 export function spansOf(
   ranges: readonly AddressRange[],
-  { hostAddr, pageSize, pageCount }: ResidentBlock & { readonly pageCount: number },
+  { hostAddr, pageSize, pageCount }: Omit<BlockPlace, "idstr"> & { readonly pageCount: number },
 ): PageSpan[] {
   const spans: PageSpan[] = [];
   for (const { startAddr, endAddr } of ranges.toSorted((a, b) => a.startAddr - b.startAddr)) {
-    const { first, end } = pagesOf(startAddr, endAddr, hostAddr, pageSize, pageCount);
+    const first = Math.max(0, Math.floor((startAddr - hostAddr) / pageSize));
+    const end = Math.min(pageCount, Math.ceil((endAddr - hostAddr) / pageSize));
     const last = spans.at(-1);
     if (last === undefined || first > last.end) spans.push({ first, end });
     else spans[spans.length - 1] = { first: last.first, end: Math.max(last.end, end) };
   }
   return spans;
-}
-
-/**
- * The host-page-aligned half-open page range that covers [startAddr, endAddr), clipped to a block.
- */
-export function pagesOf(
-  startAddr: number,
-  endAddr: number,
-  hostAddr: number,
-  pageSize: number,
-  pageCount: number,
-): PageSpan {
-  const first = Math.max(0, alignDown(startAddr - hostAddr, pageSize) / pageSize);
-  const end = Math.min(pageCount, Math.ceil((endAddr - hostAddr) / pageSize));
-  return { first, end };
 }

@@ -8,9 +8,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { type FslError, isFslError } from "../../src/errors.ts";
 import { writtenRanges } from "../../src/load/contents.ts";
-import { BlockFiller, type BlockPlace } from "../../src/load/fill.ts";
+import { type BlockPlace, MemoryWriter } from "../../src/load/memory-writer.ts";
 import { PageReader } from "../../src/load/page-reader.ts";
-import { MemoryWriter } from "../../src/load/resident.ts";
 import type { PageSourceSpec } from "../../src/index.ts";
 import { patternPage, type TestSourceOptions } from "../helpers/load-sources.ts";
 import {
@@ -36,6 +35,7 @@ let fd: number;
 let hostAddr: number;
 let memory: Uint8Array;
 let reader: PageReader;
+let writer: MemoryWriter;
 const readers: PageReader[] = [];
 const path = (): string => join(directory, "snapshot");
 
@@ -49,8 +49,10 @@ beforeEach(() => {
   hostAddr = sys.check(sys.mmap(0, LENGTH, PROT_READ | PROT_WRITE, flags, -1, 0), "mmap");
   memory = new Uint8Array(sys.view(hostAddr, LENGTH));
   reader = readerOf({ options: { fd } });
+  writer = new MemoryWriter(process.pid);
 });
 afterEach(() => {
+  writer.close();
   for (const one of readers.splice(0)) one.close();
   sys.munmap(hostAddr, LENGTH);
   closeSync(fd);
@@ -60,16 +62,9 @@ afterEach(() => {
 function place(): BlockPlace {
   return {
     idstr: "ram0",
-    usedLength: LENGTH,
     pageSize: PAGE,
-    pageCount: PAGES,
-    bitmapOffset: 0,
-    bitmapLength: 8,
-    pagesOffset: OFFSET,
-    notSaved: false,
-    headerOffset: 0,
     hostAddr,
-  } as BlockPlace;
+  };
 }
 
 /** First byte of every page; a page is all the same. */
@@ -84,7 +79,7 @@ function firstBytes(): number[] {
 function readerOf(source: PageSourceSpec, watched = process.pid, cancel?: AbortSignal): PageReader {
   const one = new PageReader({
     source,
-    blocks: [place()],
+    blocks: [{ idstr: "ram0", usedLength: LENGTH, pageSize: PAGE, pagesOffset: OFFSET }],
     snapshotPath: path(),
     pidfd: sys.check(sys.pidfdOpen(watched, 0), "pidfd_open"),
     cancel,
@@ -118,56 +113,61 @@ async function refusal(work: Promise<unknown>): Promise<string> {
   return (await refused(work)).code;
 }
 
-describe("fill.BlockFiller", () => {
+describe("MemoryWriter", () => {
+  test("writes data pages, and zeros over those that are zero in the snapshot", async () => {
+    memory.fill(0xee);
+    await writer.writePages(reader, place(), DATA, 2, 42);
+    const expected = firstBytes().map((_, page) => {
+      if (page < 2 || page >= 42) return 0xee;
+      return HAS_DATA.includes(page) ? page + 1 : 0;
+    });
+    expect(firstBytes()).toEqual(expected);
+    expect(writer.bytesWritten).toBe(40 * PAGE);
+  });
+
   test("writes the data pages, and nothing else", async () => {
     memory.fill(0xee);
-    const filler = new BlockFiller(process.pid, reader);
-    await filler.writeData(place(), DATA);
+    await writer.writeData(reader, place(), DATA, 0, PAGES);
     const expected = firstBytes().map((_, page) => (HAS_DATA.includes(page) ? page + 1 : 0xee));
     expect(firstBytes()).toEqual(expected);
-    expect(filler.bytesWritten).toBe(HAS_DATA.length * PAGE);
+    expect(writer.bytesWritten).toBe(HAS_DATA.length * PAGE);
   });
 
   test("writes zeros over pages of a range that are zero in the snapshot", async () => {
     memory.fill(0xee);
-    const filler = new BlockFiller(process.pid, reader);
-    await filler.writeZeros(place(), DATA, 2, 42);
+    await writer.writeZeros(place(), DATA, 2, 42);
     const isZeroed = (page: number): boolean => page >= 2 && page < 42 && !HAS_DATA.includes(page);
     const expected = firstBytes().map((_, page) => (isZeroed(page) ? 0 : 0xee));
     expect(firstBytes()).toEqual(expected);
   });
 
-  test("says that the snapshot has become too short", async () => {
+  test("says that the snapshot has become too short, and where", async () => {
     ftruncateSync(fd, OFFSET + 4 * PAGE);
-    const filler = new BlockFiller(process.pid, reader);
-    expect(await refusal(filler.writeData(place(), DATA))).toBe("SNAPSHOT_OPEN");
+    const error = await refused(writer.writeData(reader, place(), DATA, 0, PAGES));
+    expect(error.code).toBe("SNAPSHOT_OPEN");
+    expect(error.message).toContain("page 4 of RAMBlock ram0 at 0x7000 cannot be read");
   });
 
   test("says that the target is gone", async () => {
     const child = Bun.spawn(["true"]);
     await child.exited;
-    const filler = new BlockFiller(child.pid, reader);
-    expect(await refusal(filler.writeData(place(), DATA))).toBe("TARGET_LOST");
+    const late = new MemoryWriter(child.pid);
+    expect(await refusal(late.writeData(reader, place(), DATA, 0, PAGES))).toBe("TARGET_LOST");
+    late.close();
+  });
+
+  test("says that memory is not mapped", async () => {
+    const nowhere = { ...place(), hostAddr: PAGE };
+    const error = await refused(writer.writeData(reader, nowhere, DATA, 0, PAGES));
+    expect(error.code).toBe("TARGET_LOST");
+    expect(error.message).toContain("at 0x1000: cannot be written: EFAULT");
   });
 });
 
-/** The two that write before the guest runs, each all data pages. */
-const WRITERS: readonly [string, (from: PageReader) => Promise<unknown>][] = [
-  ["fill.BlockFiller", (from) => new BlockFiller(process.pid, from).writeData(place(), DATA)],
-  [
-    "resident.MemoryWriter",
-    async (from) => {
-      const writer = new MemoryWriter(process.pid);
-      try {
-        await writer.writePages(from, place(), DATA, 0, PAGES);
-      } finally {
-        writer.close();
-      }
-    },
-  ],
-];
+describe("MemoryWriter with a page source of somebody else's", () => {
+  const write = (from: PageReader): Promise<void> =>
+    writer.writePages(from, place(), DATA, 0, PAGES);
 
-describe.each(WRITERS)("%s with a page source of somebody else's", (_, write) => {
   test("takes every byte from it", async () => {
     await write(readerOf(source("pattern")));
     expect(HAS_DATA.filter((page) => !isPattern(page))).toEqual([]);
@@ -195,29 +195,6 @@ describe.each(WRITERS)("%s with a page source of somebody else's", (_, write) =>
     const cancel = AbortSignal.timeout(50);
     const work = write(readerOf(source("never"), process.pid, cancel));
     expect(String(await work.catch(String))).toContain("TimeoutError");
-  });
-});
-
-describe("resident.MemoryWriter", () => {
-  test("writes data pages, and zeros over those that are zero in the snapshot", async () => {
-    memory.fill(0xee);
-    const writer = new MemoryWriter(process.pid);
-    await writer.writePages(reader, place(), DATA, 2, 42);
-    writer.close();
-    const expected = firstBytes().map((_, page) => {
-      if (page < 2 || page >= 42) return 0xee;
-      return HAS_DATA.includes(page) ? page + 1 : 0;
-    });
-    expect(firstBytes()).toEqual(expected);
-  });
-
-  test("says that the snapshot has become too short", async () => {
-    ftruncateSync(fd, OFFSET + 4 * PAGE);
-    const writer = new MemoryWriter(process.pid);
-    const error = await refused(writer.writePages(reader, place(), DATA, 0, PAGES));
-    writer.close();
-    expect(error.code).toBe("SNAPSHOT_OPEN");
-    expect(error.message).toContain("page 4 of RAMBlock ram0 at 0x7000 cannot be read");
   });
 });
 

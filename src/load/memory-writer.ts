@@ -1,0 +1,149 @@
+/**
+ * Writes straight into the target's memory before its guest runs: blocks that cannot be lazy, and pages that were there
+ * before they were registered. Not for a registered page that is missing: process_vm_writev would wait for it, and only
+ * we bring it. Runs on the main thread and lets its events through between pieces: a block may have many GiB.
+ * @source process_vm_writev(2), proc(5) /proc/PID/mem
+ */
+import { closeSync } from "node:fs";
+import { nextBit } from "../bits.ts";
+import { FslError } from "../errors.ts";
+import { hex, MiB } from "../pages.ts";
+import { EFAULT, EIO, EPERM, ENOSYS, ESRCH } from "../sys/abi.ts";
+import * as sys from "../sys/native.ts";
+import { type PageReader, PIECE_LENGTH } from "./page-reader.ts";
+import { openProcessFile } from "./resident.ts";
+
+const ZEROS_LENGTH = MiB;
+
+/** What has to be known of a block, and where it is in the target. */
+export interface BlockPlace {
+  readonly idstr: string;
+  readonly pageSize: number;
+  /** Address of page 0. */
+  readonly hostAddr: number;
+}
+
+/** The error of the page source's that explains why bytes could not be taken; null when it has none. */
+type Diagnose = (written: number) => FslError | null;
+
+export class MemoryWriter {
+  readonly #pid: number;
+  readonly #zeros = Buffer.alloc(ZEROS_LENGTH);
+  /** /proc/PID/mem, once process_vm_writev was refused. */
+  #memFd = -1;
+  /** Bytes written since events were let through. */
+  #unpaused = 0;
+  bytesWritten = 0;
+
+  constructor(pid: number) {
+    this.#pid = pid;
+  }
+
+  /**
+   * Gives the pages [first, end) of a block the bytes that the source has for them, zeros for clear bits.
+   * @param data the block's page bitmap
+   * @throws FslError SNAPSHOT_OPEN when a page cannot be read, TARGET_LOST when the target cannot be written,
+   * HOST_UNSUPPORTED without the privilege to
+   */
+  async writePages(
+    reader: PageReader,
+    place: BlockPlace,
+    data: Int32Array,
+    first: number,
+    end: number,
+  ): Promise<void> {
+    await this.writeZeros(place, data, first, end);
+    await this.writeData(reader, place, data, first, end);
+  }
+
+  /** The pages of [first, end) that have bytes in the snapshot. */
+  async writeData(
+    reader: PageReader,
+    { idstr, pageSize, hostAddr }: BlockPlace,
+    data: Int32Array,
+    first: number,
+    end: number,
+  ): Promise<void> {
+    await reader.each(idstr, data, first, end, async (address, page, pages) => {
+      this.#write(address, pages * pageSize, hostAddr + page * pageSize, (written) => {
+        // The kernel does not always say how far it came.
+        for (let at = page + Math.floor(written / pageSize); at < page + pages; at += 1) {
+          const error = reader.diagnose(idstr, at);
+          if (error !== null) return error;
+        }
+        return null;
+      });
+      await this.#pause();
+    });
+  }
+
+  /** Zeros over every page of [first, end) that is zero in the snapshot. */
+  async writeZeros(
+    { pageSize, hostAddr }: BlockPlace,
+    data: Int32Array,
+    first: number,
+    end: number,
+  ): Promise<void> {
+    for (let page = nextBit(data, first, end, false); page < end;) {
+      const runEnd = nextBit(data, page, end, true);
+      await this.zero(hostAddr + page * pageSize, (runEnd - page) * pageSize);
+      page = nextBit(data, runEnd, end, false);
+    }
+  }
+
+  async zero(addr: number, length: number): Promise<void> {
+    for (let at = 0; at < length; at += ZEROS_LENGTH) {
+      const part = Math.min(ZEROS_LENGTH, length - at);
+      this.#write(sys.ptrOf(this.#zeros), part, addr + at, () => null);
+      await this.#pause();
+    }
+  }
+
+  close(): void {
+    if (this.#memFd >= 0) closeSync(this.#memFd);
+    this.#memFd = -1;
+  }
+
+  #write(localAddr: number, length: number, addr: number, diagnose: Diagnose): void {
+    for (let at = 0; at < length;) {
+      const done = this.#writePart(localAddr + at, length - at, addr + at);
+      if (done <= 0) {
+        const error = done === -EFAULT || done === -EIO || done === 0 ? diagnose(at) : null;
+        throw error ?? unwritable(this.#pid, addr + at, done);
+      }
+      at += done;
+      this.#unpaused += done;
+      this.bytesWritten += done;
+    }
+  }
+
+  /** A container may forbid process_vm_writev and let the file be written, which takes half as long again. */
+  #writePart(localAddr: number, length: number, addr: number): number {
+    if (this.#memFd < 0) {
+      const done = sys.processVmWritev(this.#pid, addr, localAddr, length);
+      if (done !== -EPERM && done !== -ENOSYS) return done;
+      this.#memFd = openProcessFile(this.#pid, "mem", "r+");
+    }
+    return sys.pwrite(this.#memFd, localAddr, length, addr);
+  }
+
+  async #pause(): Promise<void> {
+    if (this.#unpaused < PIECE_LENGTH) return;
+    this.#unpaused = 0;
+    await new Promise<void>((resolve) => setImmediate(resolve));
+  }
+}
+
+function unwritable(pid: number, addr: number, result: number): FslError {
+  const isNotThere = result === -EFAULT || result === -EIO || result === 0;
+  const isGone = isNotThere || result === -ESRCH;
+  const hint = isNotThere
+    ? "; the host has no memory for it (huge pages: vm.nr_hugepages), its file was cut short, or it is mapped no more"
+    : "; run fsl as root, or as QEMU's user";
+  return new FslError(
+    isGone ? "TARGET_LOST" : "HOST_UNSUPPORTED",
+    `memory of process ${pid} at ${hex(addr)}: cannot be written: ${sys.errnoText(-result)}` +
+      (result === -ESRCH ? "" : hint),
+    { pid, addr, errno: -result },
+  );
+}
