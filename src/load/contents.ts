@@ -11,7 +11,7 @@ import { ENXIO, SEEK_DATA, SEEK_HOLE } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
-import { processFileError, readProcessFile } from "../vmm/process-maps.ts";
+import { processFileError, ProcessMaps } from "../vmm/process-maps.ts";
 import { type AddressRange, openProcessFile } from "./resident.ts";
 
 /** A part of a file that is mapped. */
@@ -21,7 +21,6 @@ interface FileArea extends AddressRange {
   readonly inode: number;
 }
 
-const AREA = /^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+)/;
 /** A file with more extents than this is looked at page by page. */
 const EXTENTS_MAX = 65_536;
 /** Bytes of a block of st_blocks. @source stat(2) */
@@ -98,20 +97,16 @@ function dataRanges(fd: number, area: FileArea): AddressRange[] | null {
 }
 
 function fileAreas(pid: number, startAddr: number, endAddr: number): FileArea[] {
-  const areas: FileArea[] = [];
-  for (const line of readProcessFile(pid, "maps").split("\n")) {
-    const [, start = "", end = "", offset = "", inode = ""] = AREA.exec(line) ?? [];
-    const area = { startAddr: Number.parseInt(start, 16), endAddr: Number.parseInt(end, 16) };
-    if (!(area.startAddr < endAddr && area.endAddr > startAddr)) continue;
+  const areas = [...ProcessMaps.read(pid).areas(startAddr, endAddr - startAddr)];
+  return areas.map((area) => {
     const from = Math.max(area.startAddr, startAddr);
-    areas.push({
+    return {
       startAddr: from,
       endAddr: Math.min(area.endAddr, endAddr),
-      offset: Number.parseInt(offset, 16) + from - area.startAddr,
-      inode: Number(inode),
-    });
-  }
-  return areas;
+      offset: area.offset + from - area.startAddr,
+      inode: area.inode,
+    };
+  });
 }
 
 /**

@@ -22,6 +22,8 @@ export interface MemoryArea {
   readonly endAddr: number;
   /** MAP_SHARED. */
   readonly shared: boolean;
+  /** Where in the file it begins, bytes. */
+  readonly offset: number;
   /** Device number, `major:minor` in decimal, as mountinfo writes it. */
   readonly device: string;
   readonly inode: number;
@@ -45,7 +47,7 @@ const AREA_COUNT_MAX = 1 << 20;
 const ADDRESS_LENGTH_MAX = 16;
 
 const AREA = new RegExp(
-  "^([0-9a-f]{1,16})-([0-9a-f]{1,16}) [r-][w-][x-]([ps]) [0-9a-f]+ " +
+  "^([0-9a-f]{1,16})-([0-9a-f]{1,16}) [r-][w-][x-]([ps]) ([0-9a-f]+) " +
     "([0-9a-f]+):([0-9a-f]+) (\\d+) *(.*)$",
 );
 const PRIVATE_AREA = /^([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0 *$/gm;
@@ -95,13 +97,8 @@ export class ProcessMaps {
     const files = new Set<string>();
     let found: { backing: Backing; shared: boolean; path: string } | null = null;
     let nextAddr = startAddr;
-    for (let lineAt = this.#lineAt(startAddr); nextAddr < endAddr;) {
-      const line = this.#lineFrom(lineAt);
-      lineAt += line.length + 1;
-      const area = line === "" ? undefined : parseArea(line);
-      if (area === undefined || area.startAddr > nextAddr || area.endAddr <= nextAddr) {
-        throw mismatch(what, startAddr, endAddr, `nothing is mapped at ${hex(nextAddr)}`);
-      }
+    for (const area of this.areas(startAddr, length)) {
+      if (area.startAddr > nextAddr) break;
       const part = { backing: this.#backingOf(area), shared: area.shared, path: area.path };
       found ??= part;
       if (found.backing !== part.backing || found.shared !== part.shared) {
@@ -111,8 +108,23 @@ export class ProcessMaps {
       if (part.backing !== "anonymous") files.add(fileIdentity(area));
       nextAddr = area.endAddr;
     }
+    if (nextAddr < endAddr) {
+      throw mismatch(what, startAddr, endAddr, `nothing is mapped at ${hex(nextAddr)}`);
+    }
     if (found === null) throw mismatch(what, startAddr, endAddr, "it is empty");
     return { ...found, files: [...files] };
+  }
+
+  /** Those that have a part of [startAddr, startAddr + length), by address. */
+  *areas(startAddr: number, length: number): Generator<MemoryArea> {
+    for (let lineAt = this.#lineAt(startAddr); ;) {
+      const line = this.#lineFrom(lineAt);
+      if (line === "") return;
+      lineAt += line.length + 1;
+      const area = parseArea(line);
+      if (area.startAddr >= startAddr + length) return;
+      if (area.endAddr > startAddr) yield area;
+    }
   }
 
   /** Where private anonymous areas of exactly this length begin, that can be written to. */
@@ -220,11 +232,22 @@ export function readWatchedAreas(pid: number): WatchedArea[] {
 export function parseArea(line: string): MemoryArea {
   const fields = AREA.exec(line);
   if (fields === null) throw unreadable(line);
-  const [, start = "", end = "", sharing, major = "", minor = "", inode = "", path = ""] = fields;
+  const [
+    ,
+    start = "",
+    end = "",
+    sharing,
+    offset = "",
+    major = "",
+    minor = "",
+    inode = "",
+    path = "",
+  ] = fields;
   return {
     startAddr: Number.parseInt(start, 16),
     endAddr: Number.parseInt(end, 16),
     shared: sharing === "s",
+    offset: Number.parseInt(offset, 16),
     device: `${Number.parseInt(major, 16)}:${Number.parseInt(minor, 16)}`,
     inode: Number(inode),
     path,
@@ -287,7 +310,7 @@ function internalShmemDevice(): string | null {
  * All of a file in /proc/PID, one byte a character.
  * @throws FslError TARGET_LOST when the process is gone, HOST_UNSUPPORTED when it is somebody else's
  */
-export function readProcessFile(pid: number, name: "maps" | "smaps" | "mountinfo"): string {
+function readProcessFile(pid: number, name: "maps" | "smaps" | "mountinfo"): string {
   let text: string;
   try {
     text = readFileSync(`/proc/${pid}/${name}`, "latin1");
