@@ -241,7 +241,11 @@ export async function clearBrought(pid: number, plans: readonly BlockPlan[]): Pr
       for (const { first, end } of spansOf(ranges, place)) {
         for (let page = nextBit(words, first, end, true); page < end;) {
           const runEnd = nextBit(words, page, end, false);
-          await writer.zero(region.hostAddr + page * pageSize, (runEnd - page) * pageSize);
+          await writer.zero(
+            block.idstr,
+            region.hostAddr + page * pageSize,
+            (runEnd - page) * pageSize,
+          );
           page = nextBit(words, runEnd, end, true);
         }
       }

@@ -97,12 +97,11 @@ export class SnapshotGuard {
     this.#isLeased = leased === 0;
     this.#timer = setInterval(() => this.look(), LOOK_PERIOD_MS);
     this.#timer.unref();
-    this.look();
-    if (this.#change !== undefined) {
+    try {
+      this.check();
+    } catch (error) {
       this.close();
-      throw new FslError("SNAPSHOT_OPEN", `${file.path}: ${this.#change.reason}`, {
-        path: file.path,
-      });
+      throw error;
     }
   }
 
@@ -149,6 +148,16 @@ export class SnapshotGuard {
     if (changed !== null) this.#tell(changed, true);
     else if (this.#isLeased) this.#lookAtLease();
     return this.#change === undefined;
+  }
+
+  /** Looks now. @throws FslError SNAPSHOT_OPEN when the file's bytes are not to be trusted */
+  check(): void {
+    if (this.look()) return;
+    const { path } = this.#file;
+    const reason = this.#change?.reason ?? "it was changed";
+    throw new FslError("SNAPSHOT_OPEN", `${path}: ${reason}; load again from an intact copy`, {
+      path,
+    });
   }
 
   /**

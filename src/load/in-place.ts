@@ -9,7 +9,7 @@
 import { FslError } from "../errors.ts";
 import { MiB } from "../pages.ts";
 import { HELPER_CALLS_MAX, O_CLOEXEC, O_RDONLY, POLLIN } from "../sys/abi.ts";
-import { type HelperRecord, HelperTask, reapHelper } from "../sys/helper-task.ts";
+import { type HelperRecord, HelperTask, isStoppedTask, reapHelper } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
 
 /** A run of bytes in the target's memory. All of it is present. */
@@ -26,6 +26,8 @@ const CALL_LENGTH = MiB;
 const PACKET_LENGTH = 8 * MiB;
 /** Longest wait in one go, ms: so long may signals and messages be kept waiting. */
 const WAIT_MS = 5;
+/** Without an answer for so long, it is looked at who does not give it, ms. */
+const SILENCE_MS = 1_000;
 /** How long a helper may take to stop, ms. */
 const PATIENCE_MS = 500;
 
@@ -34,13 +36,14 @@ export interface InPlaceOptions {
   readonly helpers: readonly HelperRecord[];
   /** The snapshot, in this process. */
   readonly fileFd: number;
-  readonly cancel?: AbortSignal | undefined;
+  /** Awaited now and then: it may take its time, or throw. */
+  readonly mayRead?: () => Promise<void>;
 }
 
 /**
  * Fills the runs, in order as they come. @returns false when not all of it could be: a page that cannot be read, a
- * helper that has ended
- * @throws the reason of `cancel`; FslError TARGET_LOST when a helper can be neither stopped nor ended
+ * helper that has ended, or that somebody has stopped
+ * @throws what `mayRead` throws; FslError TARGET_LOST when a helper can be neither stopped nor ended
  */
 export async function fillInPlace(
   runs: Iterable<InPlaceRun>,
@@ -51,7 +54,7 @@ export async function fillInPlace(
   try {
     const calls = callsOf(runs);
     for (const record of options.helpers) fillers.push(new Filler(record, options.fileFd, zeroFd));
-    return await fillAll(calls, fillers, options.cancel);
+    return await fillAll(calls, fillers, options.mayRead);
   } finally {
     for (const filler of fillers) await filler.end();
     sys.close(zeroFd);
@@ -66,18 +69,27 @@ function openZeros(): number {
 async function fillAll(
   calls: Iterator<InPlaceRun, undefined>,
   fillers: readonly Filler[],
-  cancel: AbortSignal | undefined,
+  mayRead: (() => Promise<void>) | undefined,
 ): Promise<boolean> {
   const fds = new Int32Array(fillers.length);
   const revents = new Int32Array(fillers.length);
+  let answeredAtMs = performance.now();
   while (fillers.every((filler) => filler.isRight)) {
+    await mayRead?.();
     for (const filler of fillers) if (!filler.isRunning) filler.send(calls);
     if (!fillers.some((filler) => filler.isRunning)) break;
     for (const [index, { isRunning, fd }] of fillers.entries()) fds[index] = isRunning ? fd : -1;
     sys.poll(fds, revents, fds.length, POLLIN, WAIT_MS);
-    for (const [index, filler] of fillers.entries()) if (revents[index] !== 0) filler.take();
+    const nowMs = performance.now();
+    for (const [index, filler] of fillers.entries()) {
+      if (revents[index] === 0) continue;
+      filler.take();
+      answeredAtMs = nowMs;
+    }
+    // A disk may take its time.
+    if (nowMs - answeredAtMs > SILENCE_MS && fillers.some((filler) => filler.isStopped))
+      return false;
     await new Promise<void>((resolve) => setImmediate(resolve));
-    cancel?.throwIfAborted();
   }
   return fillers.every(({ isRight }) => isRight) && calls.next().done === true;
 }
@@ -110,6 +122,11 @@ class Filler {
 
   get fd(): number {
     return this.#helper.record.fd;
+  }
+
+  /** Somebody has sent it SIGSTOP: it may never answer. */
+  get isStopped(): boolean {
+    return this.isRunning && isStoppedTask(this.#helper.record.pid);
   }
 
   /** Starts the next packet, if there is one. */

@@ -190,6 +190,7 @@ class Load {
   /** What is to be the working set is somebody else's file. */
   #isSetForeign = false;
   #handedOver = false;
+  #isTargetOver = false;
   #unfinished: FslError | null = null;
   /** Set when `done` resolves. */
   #tidied: Promise<void> = Promise.resolve();
@@ -233,6 +234,9 @@ class Load {
 
   async #lazy(): Promise<LoadHandle> {
     this.#crew = new Crew();
+    this.#target.exited.then(() => {
+      this.#isTargetOver = true;
+    });
     const { prepared, plan } = await this.#meet();
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
@@ -240,6 +244,8 @@ class Load {
     await this.#giveSeed(prepared, [...lazy, ...fill], reader);
     const { state, serving, served, zero } = await this.#arm(prepared, reader, lazy, fill);
     reader.close();
+    await this.#mayRead();
+    if (this.#options.source === undefined) this.#guard?.check();
     state.phase = PHASE_HANDING_OVER;
     const { snapshot } = prepared;
     this.#staging?.stop();
@@ -290,9 +296,27 @@ class Load {
         }),
       snapshotPath: snapshot.path,
       pidfd: this.#target.pidfd,
-      cancel: this.#options.cancel,
+      mayRead: () => this.#mayRead(),
     });
     return this.#reader;
+  }
+
+  /**
+   * For what is read before anything is handed over: waits while a writer may be about to be let in.
+   * @throws FslError SNAPSHOT_OPEN when the snapshot was changed, TARGET_LOST when there is nobody to read for any
+   * more; the reason of `cancel`
+   */
+  async #mayRead(): Promise<void> {
+    for (;;) {
+      this.#options.cancel?.throwIfAborted();
+      if (this.#isTargetOver) {
+        throw new FslError("TARGET_LOST", "QEMU ended while its memory was written");
+      }
+      // Whatever comes from the file; its guard looks ten times a second.
+      if (this.#state?.halted !== true) return;
+      this.#guard?.check();
+      await Bun.sleep(HOLD_LOOK_MS);
+    }
   }
 
   /** The prepared seed if it fits what was planned, else a new one. */
@@ -530,7 +554,7 @@ class Load {
   #inPlace({ snapshot }: Prepared): InPlaceOptions | undefined {
     const helpers = this.#helpers.slice(0, eagerWidth(this.#options));
     if (helpers.length === 0 || this.#staging !== undefined) return undefined;
-    return { helpers, fileFd: snapshot.fd, cancel: this.#options.cancel };
+    return { helpers, fileFd: snapshot.fd, mayRead: () => this.#mayRead() };
   }
 
   /**
@@ -792,12 +816,8 @@ class Load {
 
   /** After the load: huge pages back, at leisure; then nothing of it is left. */
   async #tidy(complete: boolean): Promise<void> {
-    let isOver = false;
-    this.#target.exited.then(() => {
-      isOver = true;
-    });
     if (complete && this.#state !== undefined) {
-      await giveHugePagesBack(this.#target, this.#state, () => isOver);
+      await giveHugePagesBack(this.#target, this.#state, () => this.#isTargetOver);
     }
     this.#closeOwn();
   }
@@ -885,6 +905,8 @@ class Load {
  */
 const STAGED_PATIENCE_MS = 2000;
 const STAGED_WAIT_MS = 1;
+/** How often it is looked whether a writer has gone away, ms. */
+const HOLD_LOOK_MS = 5;
 
 /** How long a target whose state cannot be loaded may take to end in order, before SIGKILL. */
 const END_GRACE_MS = 2000;

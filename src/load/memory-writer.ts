@@ -65,7 +65,7 @@ export class MemoryWriter {
     end: number,
   ): Promise<void> {
     await reader.each(idstr, data, first, end, async (address, page, pages) => {
-      this.#write(address, pages * pageSize, hostAddr + page * pageSize, (written) => {
+      this.#write(idstr, address, pages * pageSize, hostAddr + page * pageSize, (written) => {
         // The kernel does not always say how far it came.
         for (let at = page + Math.floor(written / pageSize); at < page + pages; at += 1) {
           const error = reader.diagnose(idstr, at);
@@ -79,22 +79,23 @@ export class MemoryWriter {
 
   /** Zeros over every page of [first, end) that is zero in the snapshot. */
   async writeZeros(
-    { pageSize, hostAddr }: BlockPlace,
+    { idstr, pageSize, hostAddr }: BlockPlace,
     data: Int32Array,
     first: number,
     end: number,
   ): Promise<void> {
     for (let page = nextBit(data, first, end, false); page < end;) {
       const runEnd = nextBit(data, page, end, true);
-      await this.zero(hostAddr + page * pageSize, (runEnd - page) * pageSize);
+      await this.zero(idstr, hostAddr + page * pageSize, (runEnd - page) * pageSize);
       page = nextBit(data, runEnd, end, false);
     }
   }
 
-  async zero(addr: number, length: number): Promise<void> {
+  /** @param idstr names the block in errors */
+  async zero(idstr: string, addr: number, length: number): Promise<void> {
     for (let at = 0; at < length; at += ZEROS_LENGTH) {
       const part = Math.min(ZEROS_LENGTH, length - at);
-      this.#write(sys.ptrOf(this.#zeros), part, addr + at, () => null);
+      this.#write(idstr, sys.ptrOf(this.#zeros), part, addr + at, () => null);
       await this.#pause();
     }
   }
@@ -104,12 +105,12 @@ export class MemoryWriter {
     this.#memFd = -1;
   }
 
-  #write(localAddr: number, length: number, addr: number, diagnose: Diagnose): void {
+  #write(idstr: string, localAddr: number, length: number, addr: number, diagnose: Diagnose): void {
     for (let at = 0; at < length;) {
       const done = this.#writePart(localAddr + at, length - at, addr + at);
       if (done <= 0) {
         const error = done === -EFAULT || done === -EIO || done === 0 ? diagnose(at) : null;
-        throw error ?? unwritable(this.#pid, addr + at, done);
+        throw error ?? unwritable(this.#pid, idstr, addr + at, done);
       }
       at += done;
       this.#unpaused += done;
@@ -134,7 +135,7 @@ export class MemoryWriter {
   }
 }
 
-function unwritable(pid: number, addr: number, result: number): FslError {
+function unwritable(pid: number, idstr: string, addr: number, result: number): FslError {
   const isNotThere = result === -EFAULT || result === -EIO || result === 0;
   const isGone = isNotThere || result === -ESRCH;
   const hint = isNotThere
@@ -142,8 +143,8 @@ function unwritable(pid: number, addr: number, result: number): FslError {
     : "; run fsl as root, or as QEMU's user";
   return new FslError(
     isGone ? "TARGET_LOST" : "HOST_UNSUPPORTED",
-    `memory of process ${pid} at ${hex(addr)}: cannot be written: ${sys.errnoText(-result)}` +
+    `RAMBlock ${idstr}: memory of process ${pid} at ${hex(addr)}: cannot be written: ${sys.errnoText(-result)}` +
       (result === -ESRCH ? "" : hint),
-    { pid, addr, errno: -result },
+    { pid, idstr, addr, errno: -result },
   );
 }

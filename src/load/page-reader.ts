@@ -25,7 +25,8 @@ export interface PageReaderOptions {
   readonly snapshotPath: string;
   /** Of the target: without it there is nobody to wait for pages for. */
   readonly pidfd: number;
-  readonly cancel?: AbortSignal | undefined;
+  /** Awaited before each piece: it may take its time, or throw. */
+  readonly mayRead?: (() => Promise<void>) | undefined;
 }
 
 /** Takes the bytes of `pages` pages from `page` on; they are at `address` until it returns. */
@@ -45,7 +46,7 @@ export class PageReader {
    * Hands the data pages of [first, end) of a block to `write`, in order.
    * @param data the block's page bitmap
    * @throws FslError SNAPSHOT_OPEN when a page cannot be read, TARGET_LOST when the target ends
-   * while a page is waited for; the reason of `cancel`
+   * while a page is waited for; what `mayRead` throws
    */
   async each(
     idstr: string,
@@ -61,6 +62,7 @@ export class PageReader {
     const { pageSize } = this.#blockOf(idstr);
     const answer = this.#answer;
     while (page < end) {
+      await this.#options.mayRead?.();
       const pagesMax = nextBit(data, page, Math.min(end, page + PIECE_LENGTH / pageSize), false);
       source.resolve(index, page, pagesMax - page, answer);
       if (answer.state === "failed") throw this.unreadable(idstr, page, answer.errno);
@@ -105,13 +107,12 @@ export class PageReader {
 
   /** Until the source may have more. */
   async #wait(source: PageSource): Promise<void> {
-    const { pidfd, cancel } = this.#options;
+    const { pidfd } = this.#options;
     const revents = new Int32Array(2);
     sys.poll(Int32Array.of(source.readyFd, pidfd), revents, 2, POLLIN, WAIT_MS);
     if (revents[1]) throw new FslError("TARGET_LOST", "QEMU ended while its memory was written");
     if (revents[0]) source.acknowledge?.();
     await new Promise<void>((resolve) => setImmediate(resolve));
-    cancel?.throwIfAborted();
   }
 
   #indexOf(idstr: string): number {

@@ -20,7 +20,14 @@ import type { SnapshotGuard } from "./guard.ts";
 import { orderChunks } from "./order.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { StallWatch } from "./stalls.ts";
-import { EAGER_MOVES, FAULT_WORKER, type LoadState, PHASE_FINISHED, WORKERS_MAX } from "./state.ts";
+import {
+  EAGER_MOVES,
+  FAULT_WORKER,
+  type LoadState,
+  PHASE_FINISHED,
+  PHASE_HANDING_OVER,
+  WORKERS_MAX,
+} from "./state.ts";
 import { Crew, type CrewEnd } from "./workers.ts";
 
 /**
@@ -504,6 +511,8 @@ export class Serving {
   #halt(reason: string, isTooLate: boolean): void {
     this.#state.halt();
     this.#released.resolve();
+    // The loader looks once more before it hands anything over, and gives up.
+    if (this.#state.phase < PHASE_HANDING_OVER) return;
     this.#suppliedWrong = true;
     const wrong = isTooLate ? "; pages that came in the last moments may be wrong" : "";
     this.#options.logger?.warn(

@@ -393,6 +393,15 @@ function isHelper(pid: number): boolean {
   }
 }
 
+/** Whether somebody has stopped it (SIGSTOP, a debugger). */
+export function isStoppedTask(pid: number): boolean {
+  try {
+    return /^State:\s+[Tt]/m.test(readFileSync(`/proc/${pid}/status`, "latin1"));
+  } catch {
+    return false;
+  }
+}
+
 /** By pidfd. The pid is that of a child not waited for, so it can be nobody else's. */
 function killChild(pid: number): void {
   if (!isHelper(pid)) return;

@@ -20,7 +20,7 @@ import {
 } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { PHASE_RUNNING } from "../../src/load/state.ts";
+import { PHASE_ARMED, PHASE_RUNNING } from "../../src/load/state.ts";
 import { testBit } from "../../src/bits.ts";
 import { SnapshotGuard } from "../../src/load/guard.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
@@ -250,6 +250,31 @@ describe.skipIf(reason !== null)("the snapshot while it is loaded", () => {
       const { code, stderr } = await run.fsl.end();
       expect(stderr).not.toContain("all RAM in after");
       expect(code).toBe(9);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "is written to before the state is handed over, without a lease: nothing is handed over",
+    async () => {
+      using file = new Spoilt(await snapshotOf(LARGE));
+      chownSync(file.path, 65_534, 65_534);
+      // All of it is filled before that, which takes a while.
+      const backend = `memory-backend-file,id=pc.ram,size=384M,share=on,mem-path=${file.path}.ram`;
+      const memory = ["-machine", "memory-backend=pc.ram", "-object", backend];
+      await using run = await FaultRun.start(file.snapshot, {
+        path: file.path,
+        argv: [...file.snapshot.argv, ...memory],
+        prefix: NO_LEASE,
+      });
+      await run.reached(PHASE_ARMED);
+      overwrite(file.path);
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain(`${file.path}: it was written to; load again from an intact copy`);
+      expect(stderr).not.toContain("no page is taken from it any more");
+      expect(code).toBe(3);
+      expect(run.serial.lines).toEqual([]);
       expect(await run.leftovers()).toEqual([]);
     },
     TIMEOUT_MS,

@@ -120,6 +120,23 @@ describe("in-place.fillInPlace", () => {
   );
 
   test(
+    "a helper that somebody has stopped is waited for a second, and ended",
+    async () => {
+      const { it, options } = await start();
+      const { pid } = it.task.record;
+      const calls = [run(it, 0, PAGES)];
+      const filled = fillInPlace(calls, {
+        ...options,
+        // Before it is sent anything.
+        mayRead: async () => void process.kill(pid, "SIGSTOP"),
+      });
+      expect(await filled).toBe(false);
+      expect(isOver(pid)).toBe(true);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "given up by its caller while a helper waits for a page: that helper is ended",
     async () => {
       const { it, options } = await start("thp", PAGES - 1);
@@ -127,7 +144,7 @@ describe("in-place.fillInPlace", () => {
       const controller = new AbortController();
       const filled = fillInPlace([run(it, 0, PAGES, null)], {
         ...options,
-        cancel: controller.signal,
+        mayRead: async () => controller.signal.throwIfAborted(),
       });
       const failed = filled.then(
         () => null,

@@ -76,13 +76,17 @@ function firstBytes(): number[] {
   });
 }
 
-function readerOf(source: PageSourceSpec, watched = process.pid, cancel?: AbortSignal): PageReader {
+function readerOf(
+  source: PageSourceSpec,
+  watched = process.pid,
+  mayRead?: () => Promise<void>,
+): PageReader {
   const one = new PageReader({
     source,
     blocks: [{ idstr: "ram0", usedLength: LENGTH, pageSize: PAGE, pagesOffset: OFFSET }],
     snapshotPath: path(),
     pidfd: sys.check(sys.pidfdOpen(watched, 0), "pidfd_open"),
-    cancel,
+    mayRead,
   });
   readers.push(one);
   return one;
@@ -193,7 +197,8 @@ describe("MemoryWriter with a page source of somebody else's", () => {
 
   test("waits no longer for it than the caller wants", async () => {
     const cancel = AbortSignal.timeout(50);
-    const work = write(readerOf(source("never"), process.pid, cancel));
+    const mayRead = async (): Promise<void> => cancel.throwIfAborted();
+    const work = write(readerOf(source("never"), process.pid, mayRead));
     expect(String(await work.catch(String))).toContain("TimeoutError");
   });
 });
