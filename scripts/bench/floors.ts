@@ -133,8 +133,13 @@ function startLine(all: Cells, start: Result["start"]): string | null {
       ? ""
       : `; QEMU is ready after ${ready.toFixed(1)} ms, so that starting it from there is ` +
         `${((ready + empty) / ready).toFixed(2)} times that, whatever is done meanwhile`;
+  const idle = all.ratio(first, "idle", "readyMs", "fsl-copy", "ordinary");
+  const whenIdle =
+    idle === null
+      ? ""
+      : `. With \`--mode copy\`, when fsl does nothing while QEMU starts, it is ${idle.toFixed(2)} times`;
   return (
     `**Start**: an empty program that Bun has compiled ends after ${empty.toFixed(1)} ms, ` +
-    `\`fsl --version\` after ${own.toFixed(1)} ms${ratio}.`
+    `\`fsl --version\` after ${own.toFixed(1)} ms${ratio}${whenIdle}.`
   );
 }

@@ -268,6 +268,7 @@ function start(
   const { argv, path } = snapshot;
   switch (mode) {
     case "fsl":
+    case "fsl-copy":
     case "fsl-ws":
       return startFsl(options, group, directory, resumed);
     case "ordinary":
@@ -367,7 +368,9 @@ async function startFsl(
   const report = nextReport(directory, reportPath);
   // The same way in as startQemu's, so that both starts take the same detours.
   const prefix = ["setpriv", "--pdeathsig", "KILL", ...group.launcher];
-  const load = [FSL, "load", snapshot.path, "--quiet", "--report", reportPath, ...setArgs, "--"];
+  const modeArgs = options.mode === "fsl-copy" ? ["--mode", "copy"] : [];
+  const flags = ["--quiet", "--report", reportPath, ...modeArgs, ...setArgs];
+  const load = [FSL, "load", snapshot.path, ...flags, "--"];
   const startedAt = performance.now();
   const child = Bun.spawn([...prefix, ...load, ...snapshot.argv, ...serial.args, ...qmp.args], {
     stdin: "ignore",
