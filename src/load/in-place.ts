@@ -163,13 +163,8 @@ class Filler {
     }
     // What it still read would land in a guest that runs.
     if (this.#helper.isGone && !(await reapHelper(pid))) {
-      throw new FslError(
-        "TARGET_LOST",
-        `helper task ${pid} does not end; end QEMU and load again`,
-        {
-          pid,
-        },
-      );
+      const message = `helper task ${pid} does not end; end QEMU and load again`;
+      throw new FslError("TARGET_LOST", message, { pid });
     }
     if (this.#zeroFd < 0 || this.#helper.isGone) return;
     this.#helper.begin();

@@ -101,14 +101,6 @@ export class MigrationSettings {
     };
   }
 
-  knowsCapability(name: string): boolean {
-    return this.#capabilities.has(name);
-  }
-
-  knowsParameter(name: string): boolean {
-    return this.#parameters.has(name);
-  }
-
   /**
    * Makes the wanted changes; what is already so is not touched.
    * @throws FslError TARGET_MISMATCH when QEMU does not know a wanted capability, or refuses a

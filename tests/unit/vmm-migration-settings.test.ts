@@ -115,7 +115,7 @@ describe("MigrationSettings", () => {
     monitor.replies["query-migrate-capabilities"] = { return: "x" };
     monitor.replies["query-migrate-parameters"] = { return: null };
     const settings = await MigrationSettings.read(client);
-    expect(settings.knowsCapability("mapped-ram")).toBe(false);
-    expect(settings.knowsParameter("max-bandwidth")).toBe(false);
+    const error = await refusalOf(settings.apply({ capabilities: { "mapped-ram": true } }));
+    expectRefusal(error, "TARGET_MISMATCH", /mapped-ram/);
   });
 });
