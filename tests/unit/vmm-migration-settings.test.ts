@@ -115,7 +115,9 @@ describe("MigrationSettings", () => {
     monitor.replies["query-migrate-capabilities"] = { return: "x" };
     monitor.replies["query-migrate-parameters"] = { return: null };
     const settings = await MigrationSettings.read(client);
-    const error = await refusalOf(settings.apply({ capabilities: { "mapped-ram": true } }));
+    const error = await refusalOf(
+      settings.apply({ capabilities: { "mapped-ram": true }, parameters: {} }),
+    );
     expectRefusal(error, "TARGET_MISMATCH", /mapped-ram/);
   });
 });
