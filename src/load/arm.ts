@@ -149,25 +149,19 @@ export function releaseZeroExtents(
 }
 
 /** Pages of a block that were in memory before it was registered. */
-interface ResidentPages {
+export interface ResidentPages {
   readonly block: BlockState;
   /** By address; none touches another. */
   readonly runs: readonly PageSpan[];
 }
 
-/**
- * Corrects pages that were in memory before the ranges were registered, and counts them.
- * @param inPlace helpers that can do much of it at once
- * @returns bytes corrected
- */
-export async function correctResident(
+/** Looks for pages that were in memory before the ranges were registered. */
+export function findResident(
   pid: number,
-  reader: PageReader,
   plans: readonly BlockPlan[],
   state: LoadState,
-  inPlace?: InPlaceOptions,
-): Promise<number> {
-  const resident = plans.map(({ block, region }, index): ResidentPages => {
+): ResidentPages[] {
+  return plans.map(({ block, region }, index) => {
     const blockState = state.blocks[index];
     if (blockState === undefined) throw new FslError("INTERNAL", `no state for block ${index}`);
     const ranges = residentRanges(pid, region.hostAddr, block.usedLength);
@@ -176,17 +170,34 @@ export async function correctResident(
     }
     return { block: blockState, runs: spansOf(ranges, { ...block, hostAddr: region.hostAddr }) };
   });
-  const lengthOf = ({ block, runs }: ResidentPages): number =>
-    runs.reduce((sum, { first, end }) => sum + (end - first) * block.block.pageSize, 0);
-  const length = resident.reduce((sum, pages) => sum + lengthOf(pages), 0);
-  const isQuick = inPlace !== undefined && length >= IN_PLACE_MIN;
-  if (!(isQuick && (await fillInPlace(contentsOf(resident), inPlace)))) {
-    await writeResident(pid, reader, resident);
-  }
+}
+
+/** In bytes. */
+export function residentLength(resident: readonly ResidentPages[]): number {
+  return resident
+    .flatMap(({ block, runs }) =>
+      runs.map(({ first, end }) => (end - first) * block.block.pageSize),
+    )
+    .reduce((sum, length) => sum + length, 0);
+}
+
+/**
+ * Gives such pages their bytes, and counts them as done.
+ * @param inPlace helpers that can do much of it at once
+ */
+export async function correctResident(
+  pid: number,
+  reader: PageReader,
+  resident: readonly ResidentPages[],
+  inPlace?: InPlaceOptions,
+): Promise<void> {
+  const isMuch = residentLength(resident) >= IN_PLACE_MIN;
+  const isDone =
+    inPlace !== undefined && isMuch && (await fillInPlace(contentsOf(resident), inPlace));
+  if (!isDone) await writeResident(pid, reader, resident);
   for (const { block, runs } of resident) {
     for (const { first, end } of runs) setRange(block.done, first, end);
   }
-  return length;
 }
 
 async function writeResident(

@@ -15,6 +15,7 @@ import { closeSync, openSync } from "node:fs";
 import { resolve } from "node:path";
 import { FslError, isFslError } from "../errors.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
+import { MiB } from "../pages.ts";
 import { openSnapshot, type Snapshot } from "../snapshot/snapshot.ts";
 import { makeSource } from "../source/make-source.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
@@ -35,6 +36,8 @@ import {
 import {
   clearBrought,
   correctResident,
+  findResident,
+  residentLength,
   fillBlocks,
   findZeroRuns,
   planRegistration,
@@ -533,12 +536,14 @@ class Load {
     this.#serving = serving;
     const served = begun?.served ?? this.#serve(prepared, serving, state);
     const { pid } = this.#target;
-    const corrected = await correctResident(pid, reader, lazy, state, this.#inPlace(prepared));
-    if (corrected > 0) {
-      this.#options.logger?.info(
-        `${corrected} bytes were in QEMU's memory already and were corrected`,
-      );
+    const resident = findResident(pid, lazy, state);
+    const length = residentLength(resident);
+    if (length > 0) {
+      const text = length < MiB ? `${length} bytes` : `${Math.round(length / MiB)} MiB`;
+      const what = `${text} of RAM are in QEMU's memory already: filled before the guest runs`;
+      this.#options.logger?.info(what);
     }
+    await correctResident(pid, reader, resident, this.#inPlace(prepared));
     const kept = this.#keepState(fd);
     kept.catch(() => {});
     await fillBlocks(pid, reader, fill);
