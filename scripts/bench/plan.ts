@@ -99,8 +99,8 @@ export interface PlanOptions {
   readonly without: readonly Mode[];
 }
 
-/** Shows what it costs that fsl is there at all; once is enough. */
 const EVERY = Object.keys(MODES) as Mode[];
+/** fsl-copy shows what it costs that fsl is there at all: once is enough. */
 const ALL = EVERY.filter((mode) => mode !== "fsl-copy");
 const NO_MULTIFD = ALL.filter((mode) => mode !== "multifd");
 const SHORT: readonly Mode[] = ["ordinary", "fsl", "fsl-ws", "floor"];

@@ -30,12 +30,6 @@ const SEAM = 2 * MiB;
  */
 const EXTENTS_MAX = 256;
 
-/** Half-open run of page indexes. */
-export interface ZeroRun {
-  readonly first: number;
-  readonly end: number;
-}
-
 /** Less than that is written before a helper has been told of it. */
 const IN_PLACE_MIN = 4 * MiB;
 
@@ -43,9 +37,9 @@ const IN_PLACE_MIN = 4 * MiB;
  * Runs of clear bits that may hold a whole seam. Needs no target: it is done while the target
  * starts, because its cost grows with the guest.
  */
-export function findZeroRuns(bitmap: PageBitmap, pageSize: number): ZeroRun[] {
+export function findZeroRuns(bitmap: PageBitmap, pageSize: number): PageSpan[] {
   const { pageCount, words } = bitmap;
-  const runs: ZeroRun[] = [];
+  const runs: PageSpan[] = [];
   let first = nextBit(words, 0, pageCount, false);
   while (first < pageCount) {
     const end = nextBit(words, first, pageCount, true);
@@ -65,7 +59,7 @@ export interface RegistrationSubject {
  * What of a block to register: everything but its longest zero extents, cut at seams. By address.
  */
 export function planRegistration(
-  zeroRuns: ReadonlyMap<string, readonly ZeroRun[]>,
+  zeroRuns: ReadonlyMap<string, readonly PageSpan[]>,
   { block: { idstr, pageSize, pageCount }, region }: RegistrationSubject,
   extentsMax = EXTENTS_MAX,
 ): { registered: AddressRange[]; zero: AddressRange[] } {
@@ -245,20 +239,10 @@ export async function clearBrought(pid: number, plans: readonly BlockPlan[]): Pr
   const writer = new MemoryWriter(pid);
   try {
     for (const { block, region, bitmap } of plans) {
-      const { pageSize } = block;
-      const { words } = bitmap;
       const place = { ...block, hostAddr: region.hostAddr };
       const ranges = residentRanges(pid, region.hostAddr, block.usedLength);
       for (const { first, end } of spansOf(ranges, place)) {
-        for (let page = nextBit(words, first, end, true); page < end;) {
-          const runEnd = nextBit(words, page, end, false);
-          await writer.zero(
-            block.idstr,
-            region.hostAddr + page * pageSize,
-            (runEnd - page) * pageSize,
-          );
-          page = nextBit(words, runEnd, end, true);
-        }
+        await writer.writeZeros(place, bitmap.words, first, end, true);
       }
     }
   } finally {
@@ -269,13 +253,12 @@ export async function clearBrought(pid: number, plans: readonly BlockPlan[]): Pr
 /**
  * Loads the blocks that cannot be lazy. Pages that are zero in the snapshot are written only where the target has
  * something: elsewhere its memory is zero already, and would only be allocated by it.
- * @returns bytes written
  */
 export async function fillBlocks(
   pid: number,
   reader: PageReader,
   plans: readonly BlockPlan[],
-): Promise<number> {
+): Promise<void> {
   const writer = new MemoryWriter(pid);
   try {
     for (const { block, region, bitmap } of plans) {
@@ -287,11 +270,10 @@ export async function fillBlocks(
         occupied.push(...writtenRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
       }
       for (const { first, end } of spansOf(occupied, place)) {
-        await writer.writeZeros(place, words, first, end);
+        await writer.writeZeros(place, words, first, end, false);
       }
       await writer.writeData(reader, place, words, 0, pageCount);
     }
-    return writer.bytesWritten;
   } finally {
     writer.close();
   }

@@ -12,7 +12,7 @@ import * as sys from "../sys/native.ts";
 import { FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
 import { processFileError, ProcessMaps } from "../vmm/process-maps.ts";
-import { type AddressRange, openProcessFile } from "./resident.ts";
+import { type AddressRange, appendRange, openProcessFile } from "./resident.ts";
 
 /** A part of a file that is mapped. */
 interface FileArea extends AddressRange {
@@ -167,11 +167,7 @@ function probe(pid: number, area: FileArea, pageSize: number): AddressRange[] {
   try {
     for (let addr = area.startAddr; addr < area.endAddr; addr += pageSize) {
       if (!isReadable(fd, byte, addr)) continue;
-      const last = ranges.at(-1);
-      const endAddr = addr + pageSize;
-      if (last?.endAddr === addr)
-        ranges[ranges.length - 1] = { startAddr: last.startAddr, endAddr };
-      else ranges.push({ startAddr: addr, endAddr });
+      appendRange(ranges, addr, addr + pageSize);
     }
   } finally {
     closeSync(fd);

@@ -73,7 +73,7 @@ async function fillAll(
 ): Promise<boolean> {
   const fds = new Int32Array(fillers.length);
   const revents = new Int32Array(fillers.length);
-  let answeredAtMs = performance.now();
+  let quietSinceMs = performance.now();
   while (fillers.every((filler) => filler.isRight)) {
     await mayRead?.();
     for (const filler of fillers) if (!filler.isRunning) filler.send(calls);
@@ -84,11 +84,13 @@ async function fillAll(
     for (const [index, filler] of fillers.entries()) {
       if (revents[index] === 0) continue;
       filler.take();
-      answeredAtMs = nowMs;
+      quietSinceMs = nowMs;
     }
     // A disk may take its time.
-    if (nowMs - answeredAtMs > SILENCE_MS && fillers.some((filler) => filler.isStopped))
-      return false;
+    if (nowMs - quietSinceMs > SILENCE_MS) {
+      if (fillers.some((filler) => filler.isStopped)) return false;
+      quietSinceMs = nowMs;
+    }
     await new Promise<void>((resolve) => setImmediate(resolve));
   }
   return fillers.every(({ isRight }) => isRight) && calls.next().done === true;

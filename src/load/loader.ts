@@ -43,7 +43,6 @@ import {
   planRegistration,
   registerBlocks,
   releaseZeroExtents,
-  type ZeroRun,
 } from "./arm.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { SnapshotGuard } from "./guard.ts";
@@ -63,7 +62,7 @@ import {
 import { planStaging, STAGED_CHUNKS, Staging } from "./staging.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
 import type { InPlaceOptions } from "./in-place.ts";
-import type { AddressRange } from "./resident.ts";
+import type { AddressRange, PageSpan } from "./resident.ts";
 import { makeSeed, makeSeedFrom, runsFromSeed } from "./seed-file.ts";
 import { eagerWidth, Serving, type ServingOptions } from "./serving.ts";
 import {
@@ -959,7 +958,7 @@ function workingSetIdentity(snapshot: Snapshot): WorkingSetIdentity {
 interface Prepared {
   readonly snapshot: Snapshot;
   readonly bitmaps: ReadonlyMap<string, PageBitmap>;
-  readonly zeroRuns: ReadonlyMap<string, readonly ZeroRun[]>;
+  readonly zeroRuns: ReadonlyMap<string, readonly PageSpan[]>;
   /** Blocks that will most likely be lazy, and the order of their chunks. */
   readonly blocks: readonly AlignedBlock[];
   readonly order: Uint32Array;
@@ -980,7 +979,7 @@ function prepare(
   set: WorkingSet | null,
 ): Prepared {
   const bitmaps = new Map<string, PageBitmap>();
-  const zeroRuns = new Map<string, readonly ZeroRun[]>();
+  const zeroRuns = new Map<string, readonly PageSpan[]>();
   const seededWithout = new Set<string>();
   const lazy: SnapshotBlock[] = [];
   for (const block of snapshot.blocks) {

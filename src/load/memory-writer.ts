@@ -8,7 +8,7 @@ import { closeSync } from "node:fs";
 import { nextBit } from "../bits.ts";
 import { FslError } from "../errors.ts";
 import { hex, MiB } from "../pages.ts";
-import { EFAULT, EIO, EPERM, ENOSYS, ESRCH } from "../sys/abi.ts";
+import { EFAULT, EIO, ESRCH } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
 import { type PageReader, PIECE_LENGTH } from "./page-reader.ts";
 import { openProcessFile } from "./resident.ts";
@@ -23,13 +23,13 @@ export interface BlockPlace {
   readonly hostAddr: number;
 }
 
-/** The error of the page source's that explains why bytes could not be taken; null when it has none. */
-type Diagnose = (written: number) => FslError | null;
+/** Why bytes could not be taken from the page source. @param written how many could */
+type Diagnose = (written: number) => FslError;
 
 export class MemoryWriter {
   readonly #pid: number;
   readonly #zeros = Buffer.alloc(ZEROS_LENGTH);
-  /** /proc/PID/mem, once process_vm_writev was refused. */
+  /** /proc/PID/mem, once process_vm_writev has failed. */
   #memFd = -1;
   /** Bytes written since events were let through. */
   #unpaused = 0;
@@ -52,7 +52,7 @@ export class MemoryWriter {
     first: number,
     end: number,
   ): Promise<void> {
-    await this.writeZeros(place, data, first, end);
+    await this.writeZeros(place, data, first, end, false);
     await this.writeData(reader, place, data, first, end);
   }
 
@@ -71,31 +71,31 @@ export class MemoryWriter {
           const error = reader.diagnose(idstr, at);
           if (error !== null) return error;
         }
-        return null;
+        return reader.unreadable(idstr, page);
       });
       await this.#pause();
     });
   }
 
-  /** Zeros over every page of [first, end) that is zero in the snapshot. */
+  /** Zeros over every page of [first, end) whose bit has that value: false = zero in the snapshot. */
   async writeZeros(
     { idstr, pageSize, hostAddr }: BlockPlace,
     data: Int32Array,
     first: number,
     end: number,
+    value: boolean,
   ): Promise<void> {
-    for (let page = nextBit(data, first, end, false); page < end;) {
-      const runEnd = nextBit(data, page, end, true);
-      await this.zero(idstr, hostAddr + page * pageSize, (runEnd - page) * pageSize);
-      page = nextBit(data, runEnd, end, false);
+    for (let page = nextBit(data, first, end, value); page < end;) {
+      const runEnd = nextBit(data, page, end, !value);
+      await this.#zero(idstr, hostAddr + page * pageSize, (runEnd - page) * pageSize);
+      page = nextBit(data, runEnd, end, value);
     }
   }
 
-  /** @param idstr names the block in errors */
-  async zero(idstr: string, addr: number, length: number): Promise<void> {
+  async #zero(idstr: string, addr: number, length: number): Promise<void> {
     for (let at = 0; at < length; at += ZEROS_LENGTH) {
       const part = Math.min(ZEROS_LENGTH, length - at);
-      this.#write(idstr, sys.ptrOf(this.#zeros), part, addr + at, () => null);
+      this.#write(idstr, sys.ptrOf(this.#zeros), part, addr + at);
       await this.#pause();
     }
   }
@@ -105,26 +105,31 @@ export class MemoryWriter {
     this.#memFd = -1;
   }
 
-  #write(idstr: string, localAddr: number, length: number, addr: number, diagnose: Diagnose): void {
+  #write(
+    idstr: string,
+    localAddr: number,
+    length: number,
+    addr: number,
+    diagnose?: Diagnose,
+  ): void {
     for (let at = 0; at < length;) {
       const done = this.#writePart(localAddr + at, length - at, addr + at);
-      if (done <= 0) {
-        const error = done === -EFAULT || done === -EIO || done === 0 ? diagnose(at) : null;
-        throw error ?? unwritable(this.#pid, idstr, addr + at, done);
-      }
+      if (done === -EFAULT && diagnose !== undefined) throw diagnose(at);
+      if (done <= 0) throw unwritable(this.#pid, idstr, addr + at, done);
       at += done;
       this.#unpaused += done;
       this.bytesWritten += done;
     }
   }
 
-  /** A container may forbid process_vm_writev and let the file be written, which takes half as long again. */
+  /**
+   * The file takes half as long again. But a container may forbid process_vm_writev, and the file tells what is wrong:
+   * EFAULT is about our side, EIO about the target's.
+   */
   #writePart(localAddr: number, length: number, addr: number): number {
-    if (this.#memFd < 0) {
-      const done = sys.processVmWritev(this.#pid, addr, localAddr, length);
-      if (done !== -EPERM && done !== -ENOSYS) return done;
-      this.#memFd = openProcessFile(this.#pid, "mem", "r+");
-    }
+    const done = sys.processVmWritev(this.#pid, addr, localAddr, length);
+    if (done > 0) return done;
+    if (this.#memFd < 0) this.#memFd = openProcessFile(this.#pid, "mem", "r+");
     return sys.pwrite(this.#memFd, localAddr, length, addr);
   }
 
@@ -136,7 +141,7 @@ export class MemoryWriter {
 }
 
 function unwritable(pid: number, idstr: string, addr: number, result: number): FslError {
-  const isNotThere = result === -EFAULT || result === -EIO || result === 0;
+  const isNotThere = result === -EIO || result === 0;
   const isGone = isNotThere || result === -ESRCH;
   const hint = isNotThere
     ? "; the host has no memory for it (huge pages: vm.nr_hugepages), its file was cut short, or it is mapped no more"

@@ -119,7 +119,7 @@ function readPagemap(fd: number, startAddr: number, length: number): AddressRang
 }
 
 /** Ranges that touch become one. */
-function appendRange(ranges: AddressRange[], startAddr: number, endAddr: number): void {
+export function appendRange(ranges: AddressRange[], startAddr: number, endAddr: number): void {
   const last = ranges.at(-1);
   if (last?.endAddr === startAddr)
     ranges[ranges.length - 1] = { startAddr: last.startAddr, endAddr };

@@ -4,12 +4,12 @@
  * for one whose fsl has died. Runs on the main thread; waits for Workers, the target's exit and
  * QMP, and for QMP only when no vCPU can be waiting.
  */
-import { availableParallelism } from "node:os";
 import { FslError, isFslError } from "../errors.ts";
 import { hex, KiB, MiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA, ENOMEM } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
+import { defaultWidth } from "../sys/limits.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import type { Uffd } from "../uffd/uffd.ts";
@@ -106,7 +106,7 @@ interface KnownFailure {
 }
 
 export function eagerWidth(options: ServingOptions): number {
-  const wanted = options.eager?.workers ?? Math.min(2, availableParallelism());
+  const wanted = options.eager?.workers ?? defaultWidth();
   return Math.max(1, Math.min(wanted, WORKERS_MAX - 1));
 }
 

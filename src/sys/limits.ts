@@ -1,4 +1,5 @@
 /** The limits that a load needs, of this process and of the one that it loads. */
+import { availableParallelism } from "node:os";
 import { readdirSync, readFileSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { RLIMIT_NOFILE } from "./abi.ts";
@@ -59,4 +60,9 @@ export function checkDescriptorRoom(pid: number, who: string): void {
       `(${open} of ${soft} are open); run: prlimit --pid ${pid} --nofile=${proposed}`,
     { pid, expected: ROOM_MIN, found: soft - open, open, limit: soft },
   );
+}
+
+/** How many bring in what nobody has asked for, unless somebody says: more are in one another's way. */
+export function defaultWidth(): number {
+  return Math.min(2, availableParallelism());
 }

@@ -10,13 +10,7 @@ import { readFileSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { alignUp } from "../pages.ts";
 import { freeFdset } from "./fdset.ts";
-import {
-  canDiscard,
-  DEVICE_LISTS,
-  deviceTypes,
-  hasHelpedNetwork,
-  isHelped,
-} from "./lazy-breakers.ts";
+import { canDiscard, DEVICE_LISTS, deviceTypes, isHelped } from "./lazy-breakers.ts";
 import { MigrationSettings } from "./migration-settings.ts";
 import { readNodePolicies } from "./node-policies.ts";
 import {
@@ -95,7 +89,9 @@ export async function takeInventory(
     canDiscard: lists.some((list) => deviceTypes(list)?.some(canDiscard) ?? true),
     vcpus: cpus?.ok === true && Array.isArray(cpus.value) ? cpus.value.length : known.vcpus,
     hasHelpers:
-      lists.some((list) => deviceTypes(list)?.some(isHelped)) || hasHelpedNetwork(network),
+      lists.some((list) => deviceTypes(list)?.some(isHelped)) ||
+      // A back end that only has such a name costs no more than a full load.
+      (network?.ok === true && isHelped(String(network.value))),
     settings,
     freeFdset: fdsets === null ? null : freeFdset(fdsets),
   };

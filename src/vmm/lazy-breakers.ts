@@ -20,9 +20,9 @@ const HELPED_NETWORK = /\btype=vhost-user\b/;
 /** Types of the devices in a reply to `qom-list`, e.g. `virtio-balloon-pci`; null when there is no list. */
 export function deviceTypes(reply: QmpReply | null): string[] | null {
   if (reply?.ok !== true || !Array.isArray(reply.value)) return null;
-  return reply.value.flatMap((entry) => {
-    const type = isRecord(entry) ? /^child<(.*)>$/.exec(String(entry["type"]))?.[1] : undefined;
-    return type ?? [];
+  return reply.value.filter(isRecord).map((entry) => {
+    const type = String(entry["type"]);
+    return /^child<(.*)>$/.exec(type)?.[1] ?? type;
   });
 }
 
@@ -34,12 +34,12 @@ export function canDiscard(type: string): boolean {
   return isBalloon(type) || MEMORY_DEVICE.test(type);
 }
 
-/** @param text a device's type, or a command line */
+/** @param text a device's type, a command line, what `info network` says */
 export function isHelped(text: string): boolean {
   return HELPED.test(text);
 }
 
-/** @param reply to `info network` */
+/** Exactly so, for who has to stop something then. @param reply to `info network` */
 export function hasHelpedNetwork(reply: QmpReply | null): boolean {
   return reply?.ok === true && HELPED_NETWORK.test(String(reply.value));
 }

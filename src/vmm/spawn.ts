@@ -7,12 +7,11 @@
  * the private directory.
  */
 import { openSync, readdirSync, statSync, writeSync } from "node:fs";
-import { availableParallelism } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
 import { F_GETFD, FD_CLOEXEC, MFD_CLOEXEC, SOCK_STREAM } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
-import { checkDescriptorLimit } from "../sys/limits.ts";
+import { checkDescriptorLimit, defaultWidth } from "../sys/limits.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { isGlibcInterpreter, readElfInterpreter } from "./elf.ts";
 import { anyFdset, newSeedFile } from "./fdset.ts";
@@ -68,7 +67,6 @@ export type StandardStream = "inherit" | "ignore" | number;
  */
 const INHERITED_FD_MAX = 255;
 const NO_FD = -1;
-const HELPER_TASKS = Math.min(2, availableParallelism()) + 1;
 /** Chunks of 2 MiB that each helper can read ahead while QEMU starts: only what is read takes memory. */
 const STAGING_SLOTS = 24;
 
@@ -301,7 +299,7 @@ function startChild(
   const [childSocket = NO_FD, library = NO_FD] = ofPreload;
   const inherited = { qmpFd, configFd, seedFd, seedSet: seed.set };
   const [, ...args] = qemuCommandLine(options.argv, inherited);
-  const helperTasks = options.helperTasks ?? HELPER_TASKS;
+  const helperTasks = options.helperTasks ?? defaultWidth() + 1;
   const environment =
     preload === null
       ? { ...env }

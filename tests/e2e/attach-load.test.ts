@@ -400,7 +400,7 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
         expect(stderr).toContain(
           "32 MiB of RAM are in QEMU's memory already: filled before the guest runs",
         );
-        expect(stderr).toMatch(/cannot be written: EFAULT.*its file was cut short/);
+        expect(stderr).toMatch(/cannot be written: EIO.*its file was cut short/);
         expect(code).toBe(8);
         expect(await run.traits()).toEqual(before);
         await loadOrdinarily(run, otherMemory);

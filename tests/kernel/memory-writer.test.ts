@@ -9,7 +9,7 @@ import { join } from "node:path";
 import { type FslError, isFslError } from "../../src/errors.ts";
 import { writtenRanges } from "../../src/load/contents.ts";
 import { type BlockPlace, MemoryWriter } from "../../src/load/memory-writer.ts";
-import { PageReader } from "../../src/load/page-reader.ts";
+import { PageReader, type WritePages } from "../../src/load/page-reader.ts";
 import type { PageSourceSpec } from "../../src/index.ts";
 import { patternPage, type TestSourceOptions } from "../helpers/load-sources.ts";
 import {
@@ -139,7 +139,7 @@ describe("MemoryWriter", () => {
 
   test("writes zeros over pages of a range that are zero in the snapshot", async () => {
     memory.fill(0xee);
-    await writer.writeZeros(place(), DATA, 2, 42);
+    await writer.writeZeros(place(), DATA, 2, 42, false);
     const isZeroed = (page: number): boolean => page >= 2 && page < 42 && !HAS_DATA.includes(page);
     const expected = firstBytes().map((_, page) => (isZeroed(page) ? 0 : 0xee));
     expect(firstBytes()).toEqual(expected);
@@ -160,11 +160,23 @@ describe("MemoryWriter", () => {
     late.close();
   });
 
+  test("says that it is the source whose bytes cannot be taken, also when that has no reason", async () => {
+    const mute = {
+      each: (_: string, __: Int32Array, ___: number, ____: number, take: WritePages) =>
+        take(PAGE, 3, 2),
+      diagnose: () => null,
+      unreadable: (idstr: string, page: number) => reader.unreadable(idstr, page),
+    } as unknown as PageReader;
+    const error = await refused(writer.writeData(mute, place(), DATA, 0, PAGES));
+    expect(error.code).toBe("SNAPSHOT_OPEN");
+    expect(error.message).toContain("page 3 of RAMBlock ram0 at 0x6000 cannot be read");
+  });
+
   test("says that memory is not mapped", async () => {
     const nowhere = { ...place(), hostAddr: PAGE };
     const error = await refused(writer.writeData(reader, nowhere, DATA, 0, PAGES));
     expect(error.code).toBe("TARGET_LOST");
-    expect(error.message).toContain("at 0x1000: cannot be written: EFAULT");
+    expect(error.message).toContain("at 0x1000: cannot be written: EIO");
   });
 });
 
