@@ -15,9 +15,8 @@ import type { Uffd } from "../uffd/uffd.ts";
 import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
 import { nextBit, setRange, testBit } from "../bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
-import { fillInPlace, type InPlaceOptions, type InPlaceRun } from "./in-place.ts";
+import type { FillJob } from "./fill.ts";
 import { MemoryWriter } from "./memory-writer.ts";
-import type { PageReader } from "./page-reader.ts";
 import type { BlockPlan } from "./plan.ts";
 import { type AddressRange, type PageSpan, residentRanges, spansOf } from "./resident.ts";
 import { add, type BlockState, C_EAGER_PAGES, type LoadState, MAIN_THREAD } from "./state.ts";
@@ -29,9 +28,6 @@ const SEAM = 2 * MiB;
  * How many extents may be left out: each costs the target two memory areas of its vm.max_map_count.
  */
 const EXTENTS_MAX = 256;
-
-/** Less than that is written before a helper has been told of it. */
-const IN_PLACE_MIN = 4 * MiB;
 
 /**
  * Runs of clear bits that may hold a whole seam. Needs no target: it is done while the target
@@ -175,59 +171,18 @@ export function residentLength(resident: readonly ResidentPages[]): number {
     .reduce((sum, length) => sum + length, 0);
 }
 
-/**
- * Gives such pages their bytes, and counts them as done.
- * @param inPlace helpers that can do much of it at once
- */
-export async function correctResident(
-  pid: number,
-  reader: PageReader,
-  resident: readonly ResidentPages[],
-  inPlace?: InPlaceOptions,
-): Promise<void> {
-  const isMuch = residentLength(resident) >= IN_PLACE_MIN;
-  const isDone =
-    inPlace !== undefined && isMuch && (await fillInPlace(contentsOf(resident), inPlace));
-  if (!isDone) await writeResident(pid, reader, resident);
+/** Gives such pages their bytes, zeros for clear bits. */
+export function jobsOfResident(resident: readonly ResidentPages[]): FillJob[] {
+  return resident.map(({ block: { block, data }, runs }) => {
+    const { idstr, pageSize, hostAddr, pagesOffset } = block;
+    return { idstr, pageSize, hostAddr, pagesOffset, data, zeros: runs, contents: runs };
+  });
+}
+
+/** Counts them as done: when they have their bytes. */
+export function markResident(resident: readonly ResidentPages[]): void {
   for (const { block, runs } of resident) {
     for (const { first, end } of runs) setRange(block.done, first, end);
-  }
-}
-
-async function writeResident(
-  pid: number,
-  reader: PageReader,
-  resident: readonly ResidentPages[],
-): Promise<void> {
-  if (resident.every(({ runs }) => runs.length === 0)) return;
-  const writer = new MemoryWriter(pid);
-  try {
-    for (const { block, runs } of resident) {
-      for (const { first, end } of runs) {
-        await writer.writePages(reader, block.block, block.data, first, end);
-      }
-    }
-  } finally {
-    writer.close();
-  }
-}
-
-/** Their bytes in the snapshot; zeros for clear bits. */
-function* contentsOf(resident: readonly ResidentPages[]): Generator<InPlaceRun> {
-  for (const { block, runs } of resident) {
-    const { hostAddr, pageSize, pagesOffset } = block.block;
-    for (const { first, end } of runs) {
-      for (let page = first; page < end;) {
-        const hasData = testBit(block.data, page);
-        const runEnd = nextBit(block.data, page, end, !hasData);
-        yield {
-          addr: hostAddr + page * pageSize,
-          length: (runEnd - page) * pageSize,
-          offset: hasData ? pagesOffset + page * pageSize : null,
-        };
-        page = runEnd;
-      }
-    }
   }
 }
 
@@ -254,27 +209,17 @@ export async function clearBrought(pid: number, plans: readonly BlockPlan[]): Pr
  * Loads the blocks that cannot be lazy. Pages that are zero in the snapshot are written only where the target has
  * something: elsewhere its memory is zero already, and would only be allocated by it.
  */
-export async function fillBlocks(
-  pid: number,
-  reader: PageReader,
-  plans: readonly BlockPlan[],
-): Promise<void> {
-  const writer = new MemoryWriter(pid);
-  try {
-    for (const { block, region, bitmap } of plans) {
-      const place = { ...block, hostAddr: region.hostAddr };
-      const { words, pageCount } = bitmap;
-      // Looked for before the data is there too.
-      const occupied = residentRanges(pid, region.hostAddr, block.usedLength);
-      if (region.backing !== "anonymous") {
-        occupied.push(...writtenRanges(pid, region.hostAddr, block.usedLength, region.pageSize));
-      }
-      for (const { first, end } of spansOf(occupied, place)) {
-        await writer.writeZeros(place, words, first, end, false);
-      }
-      await writer.writeData(reader, place, words, 0, pageCount);
+export function jobsOfFilled(pid: number, plans: readonly BlockPlan[]): FillJob[] {
+  return plans.map(({ block, region, bitmap }) => {
+    const { idstr, pageSize, pagesOffset } = block;
+    const { hostAddr, backing } = region;
+    const { words, pageCount } = bitmap;
+    const occupied = residentRanges(pid, hostAddr, block.usedLength);
+    if (backing !== "anonymous") {
+      occupied.push(...writtenRanges(pid, hostAddr, block.usedLength, region.pageSize));
     }
-  } finally {
-    writer.close();
-  }
+    const zeros = spansOf(occupied, { pageSize, pageCount, hostAddr });
+    const contents = [{ first: 0, end: pageCount }];
+    return { idstr, pageSize, hostAddr, pagesOffset, data: words, zeros, contents };
+  });
 }

@@ -1,10 +1,19 @@
 /** Worker entry point: one eager loader. */
 import { EagerLoop } from "./eager-loop.ts";
+import { fillInWorker } from "./fill.ts";
 import { Priority } from "./priority.ts";
-import type { EagerWorkerStart } from "./protocol.ts";
-import { serveWorker } from "./worker.ts";
+import type { EagerWorkerStart, FillStart } from "./protocol.ts";
+import { runLoop, serveWorker, type WorkerParts } from "./worker.ts";
 
-serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
+serveWorker<EagerWorkerStart | FillStart>(async (start) => {
+  if (start.role === "eager") return runLoop(start, loadEagerly);
+  return { type: "filled", failure: await fillInWorker(start) };
+});
+
+function loadEagerly(
+  start: EagerWorkerStart,
+  { state, uffd, source, counters, movers, report }: WorkerParts,
+): "stopped" | "gone" | "finished" {
   const pids = start.helpers.map(({ pid }) => pid);
   const priority = new Priority(pids, start.nice);
   const loop = new EagerLoop({
@@ -30,4 +39,4 @@ serveWorker<EagerWorkerStart>((start, { state, uffd, source, counters, movers, r
     loop.close();
     priority.close();
   }
-});
+}

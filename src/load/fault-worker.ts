@@ -3,9 +3,14 @@ import { EagerMoves } from "./eager-moves.ts";
 import { rehearseFaults } from "./rehearsal.ts";
 import { FaultLoop } from "./fault-loop.ts";
 import type { FaultWorkerStart } from "./protocol.ts";
-import { serveWorker } from "./worker.ts";
+import { runLoop, serveWorker, type WorkerParts } from "./worker.ts";
 
-serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, report }) => {
+serveWorker<FaultWorkerStart>((start) => runLoop(start, serveFaults), rehearseFaults);
+
+function serveFaults(
+  start: FaultWorkerStart,
+  { state, uffd, source, counters, movers, report }: WorkerParts,
+): "stopped" | "gone" | "finished" {
   const { fileFd } = start;
   const moves =
     start.moves === null
@@ -35,4 +40,4 @@ serveWorker<FaultWorkerStart>((start, { state, uffd, source, counters, movers, r
     loop.close();
     moves?.close();
   }
-}, rehearseFaults);
+}

@@ -3,8 +3,8 @@
  * into it, each a packet at a time, and zeros from /dev/zero. That is what an ordinary load does, on as many CPUs as
  * there are helpers. Runs on the main thread, and lets its events through meanwhile.
  *
- * Whoever asks has another way (`MemoryWriter`), which also knows to say what is wrong: here there is only "all has
- * come" or not.
+ * Whoever asks has another way (fill.ts), which also knows to say what is wrong: here there is only "all has come" or
+ * not.
  */
 import { FslError } from "../errors.ts";
 import { MiB } from "../pages.ts";

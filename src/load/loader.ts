@@ -35,16 +35,18 @@ import {
 } from "../vmm/target.ts";
 import {
   clearBrought,
-  correctResident,
   findResident,
-  residentLength,
-  fillBlocks,
   findZeroRuns,
+  jobsOfFilled,
+  jobsOfResident,
+  markResident,
   planRegistration,
   registerBlocks,
   releaseZeroExtents,
+  residentLength,
 } from "./arm.ts";
 import type { PageFailure } from "./fault-loop.ts";
+import { fillMemory } from "./fill.ts";
 import { SnapshotGuard } from "./guard.ts";
 import { PageReader } from "./page-reader.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
@@ -61,7 +63,6 @@ import {
 } from "./order.ts";
 import { planStaging, STAGED_CHUNKS, Staging } from "./staging.ts";
 import { type LoadProgress, type LoadReport, progressOf, reportOf } from "./report.ts";
-import type { InPlaceOptions } from "./in-place.ts";
 import type { AddressRange, PageSpan } from "./resident.ts";
 import { makeSeed, makeSeedFrom, runsFromSeed } from "./seed-file.ts";
 import { eagerWidth, Serving, type ServingOptions } from "./serving.ts";
@@ -419,12 +420,6 @@ class Load {
       lazyDespiteDiscards: this.#options.lazyDespiteDiscards ?? false,
     });
     for (const warning of plan.warnings) this.#options.logger?.warn(warning);
-    for (const { block, way, reason } of plan.blocks) {
-      if (way !== "fill") continue;
-      this.#options.logger?.warn(
-        `RAMBlock ${block.idstr} is loaded in full before resume: ${reason}`,
-      );
-    }
     this.#plan = plan;
     return { prepared, plan };
   }
@@ -536,16 +531,27 @@ class Load {
     const served = begun?.served ?? this.#serve(prepared, serving, state);
     const { pid } = this.#target;
     const resident = findResident(pid, lazy, state);
-    const length = residentLength(resident);
-    if (length > 0) {
-      const text = length < MiB ? `${length} bytes` : `${Math.round(length / MiB)} MiB`;
-      const what = `${text} of RAM are in QEMU's memory already: filled before the guest runs`;
-      this.#options.logger?.info(what);
-    }
-    await correctResident(pid, reader, resident, this.#inPlace(prepared));
+    // Before anything of it is written: whoever comes after a fsl that has died sees by it what to undo.
     const kept = this.#keepState(fd);
     kept.catch(() => {});
-    await fillBlocks(pid, reader, fill);
+    const width = eagerWidth(this.#options);
+    const filled = fillMemory([...jobsOfResident(resident), ...jobsOfFilled(pid, fill)], {
+      pid,
+      reader,
+      // Those that read ahead have something to do.
+      helpers: this.#staging === undefined ? this.#helpers.slice(0, width) : [],
+      fileFd: prepared.snapshot.fd,
+      crew: (this.#crew ??= new Crew()),
+      width,
+      survives: this.#target.isAttached,
+      mayRead: () => this.#mayRead(),
+    });
+    filled.catch(() => {});
+    // Workers have begun before a word is said: the first one takes 12 ms.
+    await new Promise(setImmediate);
+    this.#tellWhatIsFilled(fill, residentLength(resident));
+    await filled;
+    markResident(resident);
     // The default source cannot fail later, and `loadState` itself waits for QEMU's answer about the
     // kept descriptor.
     await served;
@@ -554,11 +560,16 @@ class Load {
     return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
   }
 
-  /** By helpers that have nothing to do before the guest runs; their pages come from the file. */
-  #inPlace({ snapshot }: Prepared): InPlaceOptions | undefined {
-    const helpers = this.#helpers.slice(0, eagerWidth(this.#options));
-    if (helpers.length === 0 || this.#staging !== undefined) return undefined;
-    return { helpers, fileFd: snapshot.fd, mayRead: () => this.#mayRead() };
+  /** Before it is over: it may take long. */
+  #tellWhatIsFilled(fill: readonly BlockPlan[], residentBytes: number): void {
+    const { logger } = this.#options;
+    for (const { block, reason } of fill) {
+      logger?.warn(`RAMBlock ${block.idstr} is loaded in full before resume: ${reason}`);
+    }
+    if (residentBytes === 0) return;
+    const isMuch = residentBytes >= MiB;
+    const text = isMuch ? `${Math.round(residentBytes / MiB)} MiB` : `${residentBytes} bytes`;
+    logger?.info(`${text} of RAM are in QEMU's memory already: filled before the guest runs`);
   }
 
   /**
@@ -868,7 +879,8 @@ class Load {
       await this.#serving?.stop();
     } else {
       await this.#serving?.stop();
-      if (this.#target.isAttached && this.#uffd !== undefined) await this.#clearMemory();
+      const isLeft = this.#target.isAttached && !this.#isTargetOver;
+      if (isLeft && this.#uffd !== undefined) await this.#clearMemory();
       await this.#target.abandon().catch(() => {});
     }
     this.#crew?.dismiss();

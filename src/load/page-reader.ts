@@ -33,13 +33,13 @@ export interface PageReaderOptions {
 export type WritePages = (address: number, page: number, pages: number) => void | Promise<void>;
 
 export class PageReader {
-  readonly #options: PageReaderOptions;
+  readonly options: PageReaderOptions;
   readonly #answer: PageBytes = { state: "ready", address: 0, pages: 0, errno: 0 };
   /** Made at first use: most loads have nothing to read before the guest runs. */
   #source: PageSource | undefined;
 
   constructor(options: PageReaderOptions) {
-    this.#options = options;
+    this.options = options;
   }
 
   /**
@@ -57,12 +57,12 @@ export class PageReader {
   ): Promise<void> {
     let page = nextBit(data, first, end, true);
     if (page >= end) return;
-    const source = (this.#source ??= await makeSource(this.#options.source, this.#options.blocks));
+    const source = (this.#source ??= await makeSource(this.options.source, this.options.blocks));
     const index = this.#indexOf(idstr);
     const { pageSize } = this.#blockOf(idstr);
     const answer = this.#answer;
     while (page < end) {
-      await this.#options.mayRead?.();
+      await this.options.mayRead?.();
       const pagesMax = nextBit(data, page, Math.min(end, page + PIECE_LENGTH / pageSize), false);
       source.resolve(index, page, pagesMax - page, answer);
       if (answer.state === "failed") throw this.unreadable(idstr, page, answer.errno);
@@ -85,7 +85,7 @@ export class PageReader {
   }
 
   unreadable(idstr: string, page: number, errno = EFAULT): FslError {
-    const { source, snapshotPath } = this.#options;
+    const { source, snapshotPath } = this.options;
     const { pagesOffset, pageSize } = this.#blockOf(idstr);
     const offset = pagesOffset + page * pageSize;
     const [where, at] =
@@ -107,7 +107,7 @@ export class PageReader {
 
   /** Until the source may have more. */
   async #wait(source: PageSource): Promise<void> {
-    const { pidfd } = this.#options;
+    const { pidfd } = this.options;
     const revents = new Int32Array(2);
     sys.poll(Int32Array.of(source.readyFd, pidfd), revents, 2, POLLIN, WAIT_MS);
     if (revents[1]) throw new FslError("TARGET_LOST", "QEMU ended while its memory was written");
@@ -116,11 +116,11 @@ export class PageReader {
   }
 
   #indexOf(idstr: string): number {
-    return this.#options.blocks.findIndex((block) => block.idstr === idstr);
+    return this.options.blocks.findIndex((block) => block.idstr === idstr);
   }
 
   #blockOf(idstr: string): SourceBlock {
-    const block = this.#options.blocks.find((one) => one.idstr === idstr);
+    const block = this.options.blocks.find((one) => one.idstr === idstr);
     if (block === undefined) throw new FslError("INTERNAL", `no pages of RAMBlock ${idstr}`);
     return block;
   }

@@ -3,9 +3,12 @@
  * control goes through the load state and an eventfd, these messages only start a Worker and report
  * from it.
  */
+import type { ErrorCode, ErrorDetails } from "../errors.ts";
 import type { HelperRecord } from "../sys/helper-task.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import type { PageFailure } from "./fault-loop.ts";
+import type { FillJob } from "./fill.ts";
+import type { PageReaderOptions } from "./page-reader.ts";
 import type { StateHandle } from "./state.ts";
 
 interface WorkerStartBase {
@@ -64,6 +67,23 @@ export interface EagerWorkerStart extends WorkerStartBase {
 
 export type WorkerStart = FaultWorkerStart | EagerWorkerStart;
 
+/** What an eager Worker does before the guest runs, see fill.ts; several share it. */
+export interface FillStart {
+  readonly role: "fill";
+  readonly pid: number;
+  readonly jobs: readonly FillJob[];
+  readonly reader: PageReaderOptions;
+  /** Shared. */
+  readonly control: Int32Array;
+}
+
+/** What an FslError has. */
+export interface FillFailure {
+  readonly code: ErrorCode;
+  readonly message: string;
+  readonly details: ErrorDetails;
+}
+
 export type WorkerReport =
   | { readonly type: "loaded" }
   | { readonly type: "serving" }
@@ -71,5 +91,6 @@ export type WorkerReport =
   | { readonly type: "moved" }
   | { readonly type: "failure"; readonly failure: PageFailure }
   | { readonly type: "recovered"; readonly failure: PageFailure }
+  | { readonly type: "filled"; readonly failure: FillFailure | null }
   | { readonly type: "ended"; readonly end: "stopped" | "gone" | "finished" }
   | { readonly type: "error"; readonly message: string; readonly stack: string };

@@ -1,5 +1,5 @@
 /**
- * What both kinds of Worker do: wait for the start message, make the page source, run the loop,
+ * What both kinds of Worker do: wait for a message, make the page source, run the loop,
  * report. A Worker is started while the target is still starting (its code and the shim are loaded
  * by then) and gets its work later.
  */
@@ -29,30 +29,17 @@ function report(message: WorkerReport): void {
 }
 
 /**
- * Runs `loop` once, when the start message has come. @param prepare done before that, and without
+ * Does `work` for each message, and reports what comes of it. @param prepare done before the first one, and without
  * need: it may fail
  */
-export function serveWorker<Start extends WorkerStart>(
-  loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
+export function serveWorker<Message>(
+  work: (message: Message) => Promise<WorkerReport>,
   prepare?: () => unknown,
 ): void {
   compileReluctantly();
-  self.onmessage = async (event: MessageEvent<Start>) => {
-    const start = event.data;
+  self.onmessage = async (event: MessageEvent<Message>) => {
     try {
-      const state = LoadState.attach(start.handle);
-      placeAs(state.metadata.target.pid);
-      const counters = state.counters(start.workerIndex);
-      const source = await makeSource(start.source, start.handle.metadata.blocks);
-      // The descriptor is the main thread's: it is not closed here.
-      const uffd = new Uffd(start.uffdFd);
-      const { canDiscard } = state.metadata;
-      const movers = start.helpers.map((helper) => {
-        return new ChunkMover(helper, start.fileFd, canDiscard);
-      });
-      const end = loop(start, { state, uffd, source, counters, movers, report });
-      source.close();
-      report({ type: "ended", end });
+      report(await work(event.data));
     } catch (error) {
       const { message, stack } = error instanceof Error ? error : new Error(String(error));
       report({ type: "error", message, stack: stack ?? "" });
@@ -66,4 +53,24 @@ export function serveWorker<Start extends WorkerStart>(
   } catch {
     // What is wrong shows when it is done in earnest.
   }
+}
+
+/** Runs a loop with all that it needs. */
+export async function runLoop<Start extends WorkerStart>(
+  start: Start,
+  loop: (start: Start, parts: WorkerParts) => "stopped" | "gone" | "finished",
+): Promise<WorkerReport> {
+  const state = LoadState.attach(start.handle);
+  placeAs(state.metadata.target.pid);
+  const counters = state.counters(start.workerIndex);
+  const source = await makeSource(start.source, start.handle.metadata.blocks);
+  // The descriptor is the main thread's: it is not closed here.
+  const uffd = new Uffd(start.uffdFd);
+  const { canDiscard } = state.metadata;
+  const movers = start.helpers.map((helper) => {
+    return new ChunkMover(helper, start.fileFd, canDiscard);
+  });
+  const end = loop(start, { state, uffd, source, counters, movers, report });
+  source.close();
+  return { type: "ended", end };
 }

@@ -6,7 +6,14 @@
 import { FslError } from "../errors.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
 import { startWorker } from "../sys/worker.ts";
-import type { EagerWorkerStart, FaultWorkerStart, WorkerReport, WorkerStart } from "./protocol.ts";
+import type {
+  EagerWorkerStart,
+  FaultWorkerStart,
+  FillFailure,
+  FillStart,
+  WorkerReport,
+  WorkerStart,
+} from "./protocol.ts";
 import type { PageFailure } from "./fault-loop.ts";
 
 /** A Worker that fails again and again has a reason that restarting does not mend. */
@@ -26,6 +33,8 @@ export interface CrewEvents {
 
 type Role = "fault" | "eager";
 export type CrewEnd = "stopped" | "gone" | "finished";
+/** What became of a Worker's part of a fill: null = it is done, lost = the Worker has died. */
+export type FillEnd = FillFailure | null | "lost";
 
 /** One place in the crew: the Worker that holds it may change. */
 class Post {
@@ -42,6 +51,7 @@ class Post {
   #serving = unheeded<void>();
   #ended = unheeded<CrewEnd>();
   #moved = Promise.withResolvers<boolean>();
+  #filled = Promise.withResolvers<FillEnd>();
 
   constructor(role: Role) {
     this.role = role;
@@ -53,10 +63,15 @@ class Post {
     this.#serving = unheeded();
     this.#ended = unheeded();
     this.#start = start;
-    if (this.#isVacant) [this.#worker, this.#loaded] = this.#hire();
-    this.#isVacant = false;
     this.#handOut(start);
     await this.#serving.promise;
+  }
+
+  /** Has memory written, before any `begin`. */
+  fill(start: FillStart): Promise<FillEnd> {
+    this.#filled = Promise.withResolvers();
+    this.#handOut(start);
+    return this.#filled.promise;
   }
 
   /** Resolves when the loop that was begun last has ended. */
@@ -126,6 +141,9 @@ class Post {
         if (this.#start?.role === "fault") this.#start = { ...this.#start, moves: null };
         this.#moved.resolve(true);
         return;
+      case "filled":
+        this.#filled.resolve(message.failure);
+        return;
       case "ended":
         this.#moved.resolve(false);
         this.#start = undefined;
@@ -136,7 +154,9 @@ class Post {
     }
   }
 
-  #handOut(start: WorkerStart): void {
+  #handOut(start: WorkerStart | FillStart): void {
+    if (this.#isVacant) [this.#worker, this.#loaded] = this.#hire();
+    this.#isVacant = false;
     const worker = this.#worker;
     this.#loaded.then(
       () => worker.postMessage(start),
@@ -146,6 +166,7 @@ class Post {
 
   #replace(error: Error): void {
     this.#moved.resolve(false);
+    this.#filled.resolve("lost");
     if (this.#start === undefined) {
       this.#isVacant = true;
       return;
@@ -200,6 +221,12 @@ export class Crew {
   /** As `Post.moved`: to be called before the fault loop is told to begin. */
   moved(): Promise<boolean> {
     return this.#fault.moved();
+  }
+
+  /** Has memory written by so many eager Workers. @returns when all of them have ended */
+  fill(start: FillStart, count: number): Promise<FillEnd[]> {
+    this.hireEager(count);
+    return Promise.all(this.#eager.slice(0, count).map((post) => post.fill(start)));
   }
 
   /**

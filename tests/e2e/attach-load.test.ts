@@ -2,7 +2,7 @@
  * `fsl load --qmp`: a QEMU of somebody else's gets its state, and lives on as if nothing had been.
  */
 import { beforeAll, describe, expect, test } from "bun:test";
-import { rmSync, statSync, truncateSync, writeFileSync } from "node:fs";
+import { readFileSync, rmSync, statSync, truncateSync, writeFileSync } from "node:fs";
 import { createConnection } from "node:net";
 import { dirname, join } from "node:path";
 import { AttachRun, type QemuTraits, socketExists } from "../helpers/attach-runs.ts";
@@ -378,6 +378,7 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
   );
 
   const SHM = `/dev/shm/fsl-attach-load-${process.pid}`;
+  const OLD_OR_ZERO = [0xa5, 0];
   test.each([
     ["preallocated", "memory-backend-ram,prealloc=on"],
     ["with old contents", `memory-backend-file,share=on,mem-path=${SHM}`],
@@ -386,7 +387,7 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
     async (_, backend) => {
       const own = await snapshotOf(TWO_NODES);
       const otherMemory = await snapshotOf({ ...TWO_NODES, ...OTHER });
-      writeFileSync(SHM, Buffer.alloc(32 << 20, 0xa5));
+      writeFileSync(SHM, Buffer.alloc(32 << 20, OLD_OR_ZERO[0]));
       try {
         const onDisk = `memory-backend-file,share=on,mem-path=${DISK}`;
         const argv = withNode(withNode(own.argv, "n1", onDisk), "n0", backend);
@@ -403,6 +404,9 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
         expect(stderr).toMatch(/cannot be written: EIO.*its file was cut short/);
         expect(code).toBe(8);
         expect(await run.traits()).toEqual(before);
+        // Each page is as it was, or zero again: nothing of the snapshot is left.
+        expect(OLD_OR_ZERO).toEqual(expect.arrayContaining([...new Set(readFileSync(SHM))]));
+        writeFileSync(SHM, Buffer.alloc(32 << 20), { flag: "r+" });
         await loadOrdinarily(run, otherMemory);
       } finally {
         for (const path of [SHM, DISK]) rmSync(path, { force: true });

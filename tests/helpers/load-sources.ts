@@ -8,6 +8,7 @@
  *   thread   pages come from another thread, which reads them one by one and says so by an eventfd
  *   dying    like pread, but throws once, in the Worker that asks for page `failPage` first
  *   never    is asked for pages, and has none
+ *   stuck    like pread, but each answer takes 3 s, as that of a disk that hangs
  *   failing  like pread, but page `failPage` cannot be read until the file `marker` is there
  */
 import { closeSync, existsSync, openSync, readSync, writeFileSync } from "node:fs";
@@ -16,7 +17,7 @@ import { EFD_NONBLOCK, EIO } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";
 
 export interface TestSourceOptions {
-  readonly kind: "pread" | "pattern" | "later" | "thread" | "never" | "dying" | "failing";
+  readonly kind: "pread" | "pattern" | "later" | "thread" | "never" | "stuck" | "dying" | "failing";
   readonly path: string;
   readonly failPage?: number;
   /** A file that says that it has thrown: Workers share no memory of ours. */
@@ -24,6 +25,7 @@ export interface TestSourceOptions {
 }
 
 const PAGES_MAX = 64;
+const STUCK_MS = 3000;
 const ONE = new BigUint64Array([1n]);
 
 /** The page that kind `pattern` makes up. */
@@ -56,6 +58,7 @@ class TestSource implements PageSource {
     const block = this.blocks[blockIndex];
     if (block === undefined) throw new Error(`no block ${blockIndex}`);
     const { idstr, pageSize, pagesOffset } = block;
+    if (this.options.kind === "stuck") Bun.sleepSync(STUCK_MS);
     const pages = this.#readable(pageIndex, Math.min(pagesMax, PAGES_MAX));
     answer.state = pages > 0 ? "ready" : "failed";
     answer.errno = pages > 0 ? 0 : EIO;
