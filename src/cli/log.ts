@@ -1,33 +1,72 @@
 /**
- * Messages for people, on stderr. The only import of consola, with arguments.ts and main.ts the
- * only readers of flags. It is loaded with the first message that is shown: it touches the standard
- * streams, which takes 12 ms, and by then QEMU is starting.
+ * Messages for people, on stderr. The only import of consola, with arguments.ts and main.ts the only readers of flags.
+ * On a terminal they look as consola's do. In a pipe or a log they are plain lines, by consola's core alone: the rest
+ * of it and `process.stderr` would take 13 ms of CPU time, a twentieth of what a small guest's load takes.
  */
 import type { ConsolaInstance } from "consola";
+import { fstatSync } from "node:fs";
 import { type Logger, printable } from "../index.ts";
 
-let isTolerant = false;
+const STDERR = 2;
+/** Major number of /dev/null and its like, the character devices that are no terminals. */
+const MEMORY_DEVICES = 1;
+
+let isTerminal: boolean | undefined;
+
+/** Whether somebody may be watching. Not by `node:tty`, which alone takes 4 ms. */
+export function isWatched(): boolean {
+  isTerminal ??= isTerminalLike(STDERR);
+  return isTerminal;
+}
+
+function isTerminalLike(fd: number): boolean {
+  try {
+    const status = fstatSync(fd);
+    return status.isCharacterDevice() && status.rdev >> 8 !== MEMORY_DEVICES;
+  } catch {
+    return false; // It is closed.
+  }
+}
+
+let sink: Bun.FileSink | undefined;
 
 /**
- * stderr for remarks: one that cannot be written (a full disk, a reader that has gone) is lost, and the load
- * goes on, for a guest waits for its pages.
+ * Writes a remark on stderr. One that cannot be written (a full disk, a reader that has gone) is lost, and one that
+ * nobody reads is not waited for: the load goes on, for a guest waits for its pages.
  */
-export function remarks(): NodeJS.WriteStream {
-  if (!isTolerant) process.stderr.on("error", () => {});
-  isTolerant = true;
-  return process.stderr;
+export function remark(text: string): void {
+  try {
+    sink ??= Bun.stderr.writer();
+    sink.write(text);
+    const flushed = sink.flush();
+    if (flushed instanceof Promise) flushed.catch(() => {});
+  } catch {
+    // Lost.
+  }
 }
 
 let isQuiet = false;
 let instance: ConsolaInstance | undefined;
 
 function consola(): ConsolaInstance {
-  if (instance === undefined) {
-    const { createConsola } = require("consola") as typeof import("consola");
-    // stdout carries results only; consola would write `info` there.
-    instance = createConsola({ stdout: remarks(), stderr: remarks() });
-  }
+  instance ??= isWatched() ? forTerminal() : forLog();
   return instance;
+}
+
+function forTerminal(): ConsolaInstance {
+  const { createConsola } = require("consola") as typeof import("consola");
+  process.stderr.on("error", () => {});
+  // stdout carries results only; consola would write `info` there.
+  return createConsola({ stdout: process.stderr, stderr: process.stderr });
+}
+
+function forLog(): ConsolaInstance {
+  const { createConsola } = require("consola/core") as typeof import("consola/core");
+  const reporter = {
+    log: ({ type, args }: { type: string; args: unknown[] }) =>
+      remark(`[${type}] ${args.join(" ")}\n`),
+  };
+  return createConsola({ reporters: [reporter] });
 }
 
 /** Also what the library says while it loads. */

@@ -3,7 +3,7 @@
  * elsewhere.
  */
 import { formatBytes, formatMs } from "./format.ts";
-import { remarks } from "./log.ts";
+import { isWatched, remark } from "./log.ts";
 
 const PERIOD_MS = 100;
 /** Where it cannot be redrawn, only each so-many-th is shown. */
@@ -29,20 +29,17 @@ export function startProgress(read: () => Progress | null): ProgressLine {
   const startedAtMs = performance.now();
   const first = read()?.loadedBytes ?? 0;
   let draws = 0;
-  let isTerminal = false;
   const draw = (): void => {
     draws += 1;
-    // Looked at late: the standard streams take 12 ms to set up, just when the guest begins to run.
-    isTerminal = remarks().isTTY === true;
-    if (!isTerminal && draws % PLAIN_EVERY !== 0) return;
+    if (!isWatched() && draws % PLAIN_EVERY !== 0) return;
     const text = describe(read(), first, performance.now() - startedAtMs);
-    remarks().write(isTerminal ? `${ERASE}${text}` : `${text}\n`);
+    remark(isWatched() ? `${ERASE}${text}` : `${text}\n`);
   };
   const timer = setInterval(draw, PERIOD_MS);
   return {
     end() {
       clearInterval(timer);
-      if (isTerminal) remarks().write(ERASE);
+      if (draws > 0 && isWatched()) remark(ERASE);
     },
   };
 }
