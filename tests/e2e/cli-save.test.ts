@@ -76,7 +76,7 @@ describe.skipIf((whyNoExecutable() ?? whyNoGuests()) !== null)("fsl save", () =>
       await using run = await startRun();
       for (const flags of [[], ["--then", "stay"]]) {
         const { code, stderr } = await save(run, ...flags);
-        const words = "the guest is stopped, cont in QEMU's monitor lets it run on";
+        const words = "the guest is stopped, `cont` in QEMU's monitor lets it run on";
         expect({ code, stderr }).toEqual({ code: 0, stderr: saved(words) });
         expect(await run.qmp.execute("query-status")).toMatchObject({ status: "postmigrate" });
         expect(await inspect(run)).toMatchObject({ complete: true });
