@@ -8,6 +8,8 @@ import { fstatSync } from "node:fs";
 import { type Logger, printable } from "../index.ts";
 
 const STDERR = 2;
+/** consola's `info`. By itself it would say less where NODE_ENV is test, or TEST is set. */
+const LEVEL = 3;
 /** Major number of /dev/null and its like, the character devices that are no terminals. */
 const MEMORY_DEVICES = 1;
 
@@ -31,15 +33,16 @@ function isTerminalLike(fd: number): boolean {
 let sink: Bun.FileSink | undefined;
 
 /**
- * Writes a remark on stderr. One that cannot be written (a full disk, a reader that has gone) is lost, and one that
- * nobody reads is not waited for: the load goes on, for a guest waits for its pages.
+ * Writes a remark on stderr. One that cannot be written (a full disk, a reader that has gone, a terminal that was
+ * closed) is lost, and a pipe that nobody reads is not waited for: the load goes on, for a guest waits for its pages.
  */
 export function remark(text: string): void {
   try {
     sink ??= Bun.stderr.writer();
-    sink.write(text);
-    const flushed = sink.flush();
-    if (flushed instanceof Promise) flushed.catch(() => {});
+    // Which of the two it is that fails, and when, depends on what stderr is.
+    for (const done of [sink.write(text), sink.flush()] as unknown[]) {
+      if (done instanceof Promise) done.catch(() => {});
+    }
   } catch {
     // Lost.
   }
@@ -57,7 +60,7 @@ function forTerminal(): ConsolaInstance {
   const { createConsola } = require("consola") as typeof import("consola");
   process.stderr.on("error", () => {});
   // stdout carries results only; consola would write `info` there.
-  return createConsola({ stdout: process.stderr, stderr: process.stderr });
+  return createConsola({ level: LEVEL, stdout: process.stderr, stderr: process.stderr });
 }
 
 function forLog(): ConsolaInstance {
@@ -66,7 +69,7 @@ function forLog(): ConsolaInstance {
     log: ({ type, args }: { type: string; args: unknown[] }) =>
       remark(`[${type}] ${args.join(" ")}\n`),
   };
-  return createConsola({ reporters: [reporter] });
+  return createConsola({ level: LEVEL, reporters: [reporter] });
 }
 
 /** Also what the library says while it loads. */

@@ -171,7 +171,7 @@ export function residentLength(resident: readonly ResidentPages[]): number {
     .reduce((sum, length) => sum + length, 0);
 }
 
-/** Gives such pages their bytes, zeros for clear bits. */
+/** What gives such pages their bytes: zeros for clear bits. */
 export function jobsOfResident(resident: readonly ResidentPages[]): FillJob[] {
   return resident.map(({ block: { block, data }, runs }) => {
     const { idstr, pageSize, hostAddr, pagesOffset } = block;
@@ -206,7 +206,7 @@ export async function clearBrought(pid: number, plans: readonly BlockPlan[]): Pr
 }
 
 /**
- * Loads the blocks that cannot be lazy. Pages that are zero in the snapshot are written only where the target has
+ * What loads the blocks that cannot be lazy. Pages that are zero in the snapshot are written only where the target has
  * something: elsewhere its memory is zero already, and would only be allocated by it.
  */
 export function jobsOfFilled(pid: number, plans: readonly BlockPlan[]): FillJob[] {

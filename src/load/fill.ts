@@ -9,6 +9,7 @@ import { MiB } from "../pages.ts";
 import { fillInPlace, type InPlaceOptions, type InPlaceRun } from "./in-place.ts";
 import { type BlockPlace, MemoryWriter } from "./memory-writer.ts";
 import { PageReader } from "./page-reader.ts";
+import { placeAs } from "./placement.ts";
 import type { FillFailure, FillStart } from "./protocol.ts";
 import type { PageSpan } from "./resident.ts";
 import type { Crew, FillEnd } from "./workers.ts";
@@ -66,10 +67,12 @@ export async function fillMemory(jobs: readonly FillJob[], options: FillOptions)
 
 /** Length of all that is looked at, bytes. */
 function lengthOf(jobs: readonly FillJob[]): number {
+  const pagesOf = (spans: readonly PageSpan[]): number =>
+    spans.reduce((sum, { first, end }) => sum + end - first, 0);
   return jobs
-    .flatMap(({ zeros, contents, pageSize }) =>
-      [...zeros, ...contents].map(({ first, end }) => (end - first) * pageSize),
-    )
+    .map(({ zeros, contents, pageSize }) => {
+      return Math.max(pagesOf(zeros), pagesOf(contents)) * pageSize;
+    })
     .reduce((sum, length) => sum + length, 0);
 }
 
@@ -96,7 +99,9 @@ async function fillByWorkers(jobs: readonly FillJob[], options: FillOptions): Pr
     role: "fill",
     pid,
     // Not as a view of the load state: all of that would go with it.
-    jobs: jobs.map((job) => ({ ...job, data: job.data.slice() })),
+    jobs: jobs
+      .filter(({ zeros, contents }) => zeros.length + contents.length > 0)
+      .map((job) => ({ ...job, data: job.data.slice() })),
     reader: { source, blocks, snapshotPath, pidfd },
     control,
   };
@@ -128,6 +133,7 @@ async function fillByWorkers(jobs: readonly FillJob[], options: FillOptions): Pr
 /** One Worker's part. @returns why there is no more of it; null when all is done, or is over */
 export async function fillInWorker(start: FillStart): Promise<FillFailure | null> {
   const { pid, jobs, control } = start;
+  placeAs(pid);
   const isOver = (): boolean => Atomics.load(control, IS_OVER) !== 0;
   const over = new Error("over");
   const mayRead = async (): Promise<void> => {

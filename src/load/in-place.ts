@@ -1,7 +1,7 @@
 /**
- * RAM that is there already gets its bytes in place: the target's helper tasks read them from the snapshot straight
- * into it, each a packet at a time, and zeros from /dev/zero. That is what an ordinary load does, on as many CPUs as
- * there are helpers. Runs on the main thread, and lets its events through meanwhile.
+ * RAM that is filled before the guest runs gets its bytes in place: the target's helper tasks read them from the
+ * snapshot straight into it, each a packet at a time, and zeros from /dev/zero. That is what an ordinary load does, on
+ * as many CPUs as there are helpers. Runs on the main thread, and lets its events through meanwhile.
  *
  * Whoever asks has another way (fill.ts), which also knows to say what is wrong: here there is only "all has come" or
  * not.
@@ -12,7 +12,7 @@ import { HELPER_CALLS_MAX, O_CLOEXEC, O_RDONLY, POLLIN } from "../sys/abi.ts";
 import { type HelperRecord, HelperTask, isStoppedTask, reapHelper } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
 
-/** A run of bytes in the target's memory. All of it is present. */
+/** A run of bytes in the target's memory: present, or not registered. */
 export interface InPlaceRun {
   readonly addr: number;
   readonly length: number;

@@ -531,7 +531,7 @@ class Load {
     const served = begun?.served ?? this.#serve(prepared, serving, state);
     const { pid } = this.#target;
     const resident = findResident(pid, lazy, state);
-    // Before anything of it is written: whoever comes after a fsl that has died sees by it what to undo.
+    // Before much is written: whoever comes after a fsl that has died sees by it what to undo.
     const kept = this.#keepState(fd);
     kept.catch(() => {});
     const width = eagerWidth(this.#options);
@@ -549,8 +549,12 @@ class Load {
     filled.catch(() => {});
     // Workers have begun before a word is said: the first one takes 12 ms.
     await new Promise(setImmediate);
-    this.#tellWhatIsFilled(fill, residentLength(resident));
-    await filled;
+    try {
+      this.#tellWhatIsFilled(fill, residentLength(resident));
+    } finally {
+      // Whatever the caller's logger does: nothing is undone before it has ended.
+      await filled;
+    }
     markResident(resident);
     // The default source cannot fail later, and `loadState` itself waits for QEMU's answer about the
     // kept descriptor.

@@ -1,7 +1,7 @@
 /**
  * Writes straight into the target's memory before its guest runs: blocks that cannot be lazy, and pages that were there
  * before they were registered. Not for a registered page that is missing: process_vm_writev would wait for it, and only
- * we bring it. Runs on the main thread and lets its events through between pieces: a block may have many GiB.
+ * we bring it. Lets its thread's events through between pieces: a block may have many GiB.
  * @source process_vm_writev(2), proc(5) /proc/PID/mem
  */
 import { closeSync } from "node:fs";
@@ -40,23 +40,11 @@ export class MemoryWriter {
   }
 
   /**
-   * Gives the pages [first, end) of a block the bytes that the source has for them, zeros for clear bits.
+   * The pages of [first, end) that have bytes in the snapshot.
    * @param data the block's page bitmap
    * @throws FslError SNAPSHOT_OPEN when a page cannot be read, TARGET_LOST when the target cannot be written,
    * HOST_UNSUPPORTED without the privilege to
    */
-  async writePages(
-    reader: PageReader,
-    place: BlockPlace,
-    data: Int32Array,
-    first: number,
-    end: number,
-  ): Promise<void> {
-    await this.writeZeros(place, data, first, end, false);
-    await this.writeData(reader, place, data, first, end);
-  }
-
-  /** The pages of [first, end) that have bytes in the snapshot. */
   async writeData(
     reader: PageReader,
     { idstr, pageSize, hostAddr }: BlockPlace,

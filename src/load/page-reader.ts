@@ -1,8 +1,8 @@
 /**
  * Data pages before the guest runs, in order: what the seed, the blocks that are filled in full and
  * the corrections of resident pages are written from. Asks a page source of its own, so that no
- * byte of RAM comes from anywhere else. Runs on the main thread; where the source says `pending` it
- * waits for `readyFd`, and lets events through meanwhile.
+ * byte of RAM comes from anywhere else. Where the source says `pending` it waits for `readyFd`, and
+ * lets events through meanwhile.
  */
 import { FslError } from "../errors.ts";
 import { hex, MiB } from "../pages.ts";

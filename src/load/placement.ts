@@ -4,7 +4,7 @@
  * the policy of the calling thread says, which is ours: `numactl --membind=1 qemu…` would get its RAM
  * by fsl's. Helpers were made by QEMU and have all this already.
  *
- * Called once by each Worker, on its own thread, which ends with the load: nothing is put back. What
+ * Called by each Worker, on its own thread, which ends with the load: nothing is put back. What
  * cannot be read or set is left as it is: a page on another node is slower, not wrong.
  *
  * numa_maps shows for an area without a policy of its own that of the main thread:

@@ -72,7 +72,7 @@ export interface FillStart {
   readonly role: "fill";
   readonly pid: number;
   readonly jobs: readonly FillJob[];
-  readonly reader: PageReaderOptions;
+  readonly reader: Omit<PageReaderOptions, "mayRead">;
   /** Shared. */
   readonly control: Int32Array;
 }

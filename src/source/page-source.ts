@@ -1,9 +1,9 @@
 /**
  * Where page bytes come from: the seam of the whole loader. A page source lives in each Worker that
- * supplies pages (the fault loop and the eager Workers have one each) and, before the guest runs, on
- * the main thread; it is called synchronously, and never blocks on a vCPU or on the main thread. It
- * answers with an *address*: the kernel reads straight from there, the bytes never pass through
- * JavaScript.
+ * supplies pages (the fault loop and the eager Workers have one each) and, for what is written
+ * before the guest runs, on the main thread or in eager Workers, too; it is called synchronously,
+ * and never blocks on a vCPU or on the main thread. It answers with an *address*: the kernel reads
+ * straight from there, the bytes never pass through JavaScript.
  */
 
 /**

@@ -439,8 +439,14 @@ export class QemuTarget implements Target {
   async keepDescriptor(name: string, fd: number): Promise<void> {
     const kept = this.#qmp.request("getfd", { fdname: name }, { fd });
     if (this.#phase === "connected") this.#prepare(kept);
-    await this.#guard(kept);
+    // From now on: a load that is given up before the answer has to drop it, too.
     this.#keptNames.add(name);
+    try {
+      await this.#guard(kept);
+    } catch (error) {
+      this.#keptNames.delete(name);
+      throw error;
+    }
   }
 
   async dropDescriptor(name: string): Promise<void> {

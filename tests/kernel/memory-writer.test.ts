@@ -92,6 +92,11 @@ function readerOf(
   return one;
 }
 
+async function writePages(from: PageReader, first: number, end: number): Promise<void> {
+  await writer.writeZeros(place(), DATA, first, end, false);
+  await writer.writeData(from, place(), DATA, first, end);
+}
+
 /** A source of somebody else's: see load-sources.ts. */
 function source(kind: TestSourceOptions["kind"], more: Partial<TestSourceOptions> = {}) {
   const module = join(import.meta.dir, "../helpers/load-sources.ts");
@@ -120,7 +125,7 @@ async function refusal(work: Promise<unknown>): Promise<string> {
 describe("MemoryWriter", () => {
   test("writes data pages, and zeros over those that are zero in the snapshot", async () => {
     memory.fill(0xee);
-    await writer.writePages(reader, place(), DATA, 2, 42);
+    await writePages(reader, 2, 42);
     const expected = firstBytes().map((_, page) => {
       if (page < 2 || page >= 42) return 0xee;
       return HAS_DATA.includes(page) ? page + 1 : 0;
@@ -181,8 +186,7 @@ describe("MemoryWriter", () => {
 });
 
 describe("MemoryWriter with a page source of somebody else's", () => {
-  const write = (from: PageReader): Promise<void> =>
-    writer.writePages(from, place(), DATA, 0, PAGES);
+  const write = (from: PageReader): Promise<void> => writePages(from, 0, PAGES);
 
   test("takes every byte from it", async () => {
     await write(readerOf(source("pattern")));
