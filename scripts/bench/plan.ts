@@ -8,6 +8,7 @@ export const MODES = {
   fsl: "fsl load, first time",
   "fsl-ws": "fsl load, working set",
   "fsl-copy": "fsl load --mode copy",
+  "fsl-attach": "fsl load --qmp, first time",
   mapped: "RAM mapped from the snapshot",
   upstream: "upstream's lazy load",
   floor: "RAM already there",
@@ -100,8 +101,9 @@ export interface PlanOptions {
 }
 
 const EVERY = Object.keys(MODES) as Mode[];
-/** fsl-copy shows what it costs that fsl is there at all: once is enough. */
-const ALL = EVERY.filter((mode) => mode !== "fsl-copy");
+/** fsl-copy shows what it costs that fsl is there at all, fsl-attach what another way in costs: once is enough. */
+const ALL = EVERY.filter((mode) => mode !== "fsl-copy" && mode !== "fsl-attach");
+const WITH_ATTACH: readonly Mode[] = [...ALL, "fsl-attach"];
 const NO_MULTIFD = ALL.filter((mode) => mode !== "multifd");
 const SHORT: readonly Mode[] = ["ordinary", "fsl", "fsl-ws", "floor"];
 const COLD: readonly Mode[] = ["ordinary", "fsl", "fsl-ws", "mapped", "upstream"];
@@ -126,7 +128,8 @@ export function planBlocks(options: PlanOptions): Block[] {
       ]
     : [
         block(small, "idle", EVERY),
-        ...(["idle", "sum", "random", "busy"] as const).map((load) => block(medium, load, ALL)),
+        ...(["idle", "sum", "random"] as const).map((load) => block(medium, load, WITH_ATTACH)),
+        block(medium, "busy", ALL),
         block(large, "idle", ALL),
         ...(["sum", "random"] as const).map((load) => block(large, load, NO_MULTIFD)),
         block(zero, "idle", ALL),

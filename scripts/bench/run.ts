@@ -5,8 +5,8 @@
  *
  * All times count from the same moment: QEMU can take the state. For QEMU's own loads that is when
  * `migrate-incoming` is sent; for fsl, which sends it itself, when QEMU's monitor had answered, by
- * fsl's report, which is somewhat earlier. The two clocks meet in the event RESUME, which a second
- * monitor brings here.
+ * fsl's report, which is somewhat earlier; for a fsl that is attached, when that is started. The two
+ * clocks meet in the event RESUME, which a second monitor brings here.
  */
 import {
   closeSync,
@@ -164,8 +164,9 @@ async function measure(
     if (isIdle) await Bun.sleep(Math.max(0, origin + options.windowMs - performance.now()));
     const totalCpuMs = group.cpuMs();
     const { startCpuMs } = running;
-    // The floor's load came before, and is not what it is about.
-    const ofLoad = options.mode === "floor" ? {} : { readyMs, totalCpuMs };
+    // The floor's load came before, and is not what it is about. A fsl that is attached is in no group.
+    const isWhole = !["floor", "fsl-attach"].includes(options.mode);
+    const ofLoad = isWhole ? { readyMs, totalCpuMs } : {};
     const isResidentKnown = options.mode !== "floor" && !Number.isNaN(residentAt);
     return {
       resumeMs: resumedAt - origin,
@@ -271,6 +272,8 @@ function start(
     case "fsl-copy":
     case "fsl-ws":
       return startFsl(options, group, directory, resumed);
+    case "fsl-attach":
+      return startAttached(options, group, directory, resumed);
     case "ordinary":
       return startPlain({ argv, path, capabilities: [], group, resumed });
     case "multifd":
@@ -396,6 +399,50 @@ async function startFsl(
     const origin = resumedAt - (told.resumedMs - told.qemuReadyMs);
     const residentAt = origin + ((told.residentMs ?? Number.NaN) - told.qemuReadyMs);
     return { readyMs: origin - startedAt, origin, residentAt, report: told };
+  });
+  return { serial, qmp, resumedAt, loaded };
+}
+
+/** A QEMU that waits, and a fsl that is started for it: all times count from that. */
+async function startAttached(
+  { snapshot }: RunOptions,
+  group: ProcessGroup,
+  directory: string,
+  resumed: Resumed,
+): Promise<Running> {
+  const path = join(directory, "fsl-qmp");
+  const monitor = ["-qmp", `unix:${path},server=on,wait=off`];
+  const qemu = await startQemu([
+    ...group.launcher,
+    ...snapshot.argv,
+    ...monitor,
+    "-incoming",
+    "defer",
+  ]);
+  group.pid = qemu.pid;
+  const { qmp, serial } = qemu;
+  const from = qmp.events.length;
+  const reportPath = join(directory, "report.json");
+  const errors = openSync(join(directory, "errors"), "w");
+  const report = nextReport(directory, reportPath);
+  const flags = ["--quiet", "--report", reportPath, "--working-set", "none", "--qmp", path];
+  const origin = performance.now();
+  const child = Bun.spawn(
+    ["setpriv", "--pdeathsig", "KILL", FSL, "load", snapshot.path, ...flags],
+    { stdin: "ignore", stdout: "ignore", stderr: errors },
+  );
+  closeSync(errors);
+  void child.exited.then((code) => {
+    if (code === 0) return;
+    const reason = new Error(`fsl ended with exit code ${code}: ${wordsOf(directory)}`);
+    qmp.fail(reason);
+    report.fail(reason);
+  });
+  const resumedAt = (await resumeEvent(qmp, from)).at;
+  resumed(serial);
+  const loaded = report.promise.then((told) => {
+    const residentAt = resumedAt + ((told.residentMs ?? Number.NaN) - told.resumedMs);
+    return { readyMs: Number.NaN, origin, residentAt, report: told };
   });
   return { serial, qmp, resumedAt, loaded };
 }
