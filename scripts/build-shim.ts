@@ -83,8 +83,12 @@ export function compileProgram(
   renameSync(partPath, path);
 }
 
+/** Where src/vmm/injection.ts begins; ELF's e_entry. */
+const ENTRY = "-Wl,-e,injection_entry";
+
 function compile(library: keyof typeof LIBRARIES, arch: string, path: string): void {
-  const files = LIBRARIES[library].map((file) => join("shim", file));
+  const files: string[] = LIBRARIES[library].map((file) => join("shim", file));
+  if (library === "preload") files.push(ENTRY);
   const partPath = `${path}.${process.pid}`;
   run([zigPath(), "cc", "-target", `${arch}-linux-gnu`, ...FLAGS, ...files, "-o", partPath], {
     ZIG_GLOBAL_CACHE_DIR: CACHE,

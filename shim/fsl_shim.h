@@ -169,8 +169,10 @@ FSL_EXPORT int32_t fsl_mincore(num_t addr, num_t length, void *vector);
  *   ETIMEDOUT  its main thread did not come to a stop within `timeout_ms`
  *   ENOEXEC    it has no vDSO, or is a 32-bit process
  *   EIO        it was elsewhere than it was sent
+ * `at` is the address of a system call instruction in the target, or 0 for one of its vDSO's. It matters for
+ * clone(2) alone: the new task goes on behind it.
  */
 FSL_EXPORT int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args,
-                                      int64_t *result, int32_t timeout_ms);
+                                      int64_t *result, int32_t timeout_ms, num_t at);
 
 #endif

@@ -308,8 +308,11 @@ static int32_t is_ready(int32_t socket) {
   return sys(NR_read, socket, &ready, sizeof(ready)) == (long)sizeof(ready) && ready == 0;
 }
 
-int32_t make_helpers(int32_t count, int32_t slots, int32_t uffd, struct helper_record *records,
-                     int32_t *sockets) {
+int32_t make_helpers(const struct helpers_wanted *wanted, struct helper_record *records,
+                     int32_t *sockets, struct helper_area *area) {
+  int32_t count = wanted->count, slots = wanted->slots;
+  const int32_t uffd = wanted->uffd;
+  area->addr = area->bytes = 0;
   if (count > HELPERS_MAX) count = HELPERS_MAX;
   if (slots < 1) slots = 1;
   if (slots > HELPER_SLOTS_MAX) slots = HELPER_SLOTS_MAX;
@@ -321,7 +324,8 @@ int32_t make_helpers(int32_t count, int32_t slots, int32_t uffd, struct helper_r
   }
   if (staging < 0 && staging > -4096) return 0;
   const uint64_t stacks = (uint64_t)staging + (uint64_t)count * own_bytes + GUARD_BYTES;
-  const int32_t pid = (int32_t)sys(NR_getpid), parent_pid = (int32_t)sys(NR_getppid);
+  area->addr = (uint64_t)staging - GUARD_BYTES;
+  area->bytes = stacks + (uint64_t)count * (STACK_BYTES + GUARD_BYTES) - area->addr;
   /* Helpers inherit the full mask. */
   const uint64_t all = ~(uint64_t)0;
   uint64_t mask = 0;
@@ -331,7 +335,8 @@ int32_t make_helpers(int32_t count, int32_t slots, int32_t uffd, struct helper_r
     int32_t pair[2];
     if (sys(NR_socketpair, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) break;
     const uint64_t own_staging = (uint64_t)staging + (uint64_t)started * own_bytes;
-    const struct start start = {pair[0], uffd, pid, parent_pid, own_staging, own_bytes};
+    const struct start start = {pair[0],     uffd,     wanted->target_pid, wanted->parent_pid,
+                                own_staging, own_bytes};
     const uint64_t stack = stacks + (uint64_t)started * (STACK_BYTES + GUARD_BYTES);
     const long task = start_helper(stack, &start);
     sys(NR_close, pair[0]);

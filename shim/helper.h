@@ -70,13 +70,25 @@ _Static_assert(sizeof(struct helper_request) == 16392, "helper_request");
 _Static_assert(sizeof(struct helper_reply) == 2120, "helper_reply");
 _Static_assert(sizeof(struct helper_record) == 24, "helper_record");
 
+struct helpers_wanted {
+  int32_t count;
+  int32_t slots; /* of staging memory, each; one where the host has no address space for so many */
+  int32_t uffd;
+  int32_t target_pid; /* the process whose memory it is: they end when it does */
+  int32_t parent_pid; /* whose children they become: the parent of whoever makes them */
+};
+
+/* What was mapped for them: staging memory, stacks, guards. Nobody unmaps it. */
+struct helper_area {
+  uint64_t addr, bytes;
+};
+
 /*
- * Makes up to `count` helpers of the calling process, each with `slots` slots of staging memory, or
- * one where the host does not give address space for so many. records[i] and sockets[i] describe the
- * i-th: the socket is fsl's end, close-on-exec, the caller's to send and to close. Returns how many
- * there are; each is ready for requests. Not being able to make one is not an error.
+ * Makes helpers in the caller's address space. records[i] and sockets[i] describe the i-th: the socket
+ * is fsl's end, close-on-exec, the caller's to send and to close. Returns how many there are; each is
+ * ready for requests. Not being able to make one is not an error.
  */
-int32_t make_helpers(int32_t count, int32_t slots, int32_t uffd, struct helper_record *records,
-                     int32_t *sockets);
+int32_t make_helpers(const struct helpers_wanted *wanted, struct helper_record *records,
+                     int32_t *sockets, struct helper_area *area);
 
 #endif

@@ -21,12 +21,14 @@
  * Message (host byte order; by SCM_RIGHTS the userfaultfd when there is one, then a socket for each
  * helper). Fewer helpers than asked for is no error; without a userfaultfd there are none.
  *    0  u32  magic "fslu"
- *    4  u32  version, 2
+ *    4  u32  version, 3
  *    8  i32  pid
  *   12  i32  number of the userfaultfd here, or -errno
  *   16  i32  way: 1 userfaultfd(2), 2 /dev/userfaultfd
  *   20  i32  errno of way 1 when way 2 had to be tried, or 0
- *   24       for each helper 24 bytes:
+ *   24  u64  address of what was mapped here for the helpers, or 0
+ *   32  u64  length of that, bytes
+ *   40       for each helper 24 bytes:
  *     0  i32  pid
  *     4  i32  number of the userfaultfd in the helper
  *     8  u64  address of its staging memory here
@@ -39,17 +41,18 @@
 #include "kernel.h"
 
 #define MAGIC 0x756c7366u
-#define VERSION 2u
+#define VERSION 3u
 #define WAY_SYSCALL 1
 #define WAY_DEVICE 2
 
 struct message {
   uint32_t magic, version;
   int32_t pid, result, way, first_errno;
+  struct helper_area area;
   struct helper_record helpers[HELPERS_MAX];
 };
 
-#define MESSAGE_BYTES(helper_count) (24 + (uint64_t)(helper_count) * sizeof(struct helper_record))
+#define MESSAGE_BYTES(helper_count) (40 + (uint64_t)(helper_count) * sizeof(struct helper_record))
 
 _Static_assert(sizeof(struct message) == MESSAGE_BYTES(HELPERS_MAX), "message");
 
@@ -130,15 +133,15 @@ static int32_t make_userfaultfd(struct message *message) {
   return result;
 }
 
-/* Returns the userfaultfd, or -errno. */
-static int32_t make_and_send(int32_t socket, int32_t helpers_wanted, int32_t slots) {
+/* Returns the userfaultfd, or -errno. `wanted` lacks it. */
+static int32_t make_and_send(int32_t socket, struct helpers_wanted wanted) {
   struct message message = {
-      .magic = MAGIC, .version = VERSION, .pid = (int32_t)sys(NR_getpid), .first_errno = 0};
+      .magic = MAGIC, .version = VERSION, .pid = wanted.target_pid, .first_errno = 0};
   int32_t helper_sockets[HELPERS_MAX], helper_count = 0;
-  message.result = make_userfaultfd(&message);
-  if (message.result >= 0 && helpers_wanted > 0) {
-    helper_count =
-        make_helpers(helpers_wanted, slots, message.result, message.helpers, helper_sockets);
+  message.area.addr = message.area.bytes = 0;
+  message.result = wanted.uffd = make_userfaultfd(&message);
+  if (message.result >= 0 && wanted.count > 0) {
+    helper_count = make_helpers(&wanted, message.helpers, helper_sockets, &message.area);
   }
   send_result(socket, &message, helper_count, helper_sockets);
   /* The helpers' lives hang on the other end: nobody but fsl may hold this one. */
@@ -210,7 +213,9 @@ static void preload(int argc, char **argv, char **envp) {
     if (option == 'h') helpers_wanted = number_at(&text);
     if (option == 's') slots = number_at(&text);
   }
-  const int32_t uffd = socket >= 0 ? make_and_send(socket, helpers_wanted, slots) : -1;
+  const struct helpers_wanted wanted = {helpers_wanted, slots, -1, (int32_t)sys(NR_getpid),
+                                        (int32_t)sys(NR_getppid)};
+  const int32_t uffd = socket >= 0 ? make_and_send(socket, wanted) : -1;
   if (closing) {
     /* fsl leaves a copy here under a name, over QMP, before it registers anything. */
     if (uffd >= 0) sys(NR_close, uffd);
@@ -239,3 +244,47 @@ static void preload(int argc, char **argv, char **envp) {
 typedef void constructor_t(int, char **, char **);
 
 __attribute__((used, section(".init_array"))) static constructor_t *const constructor = preload;
+
+/* ---- in a program that runs already ---- */
+
+/*
+ * fsl writes the library's read-only segments into the program's memory, and has its main thread
+ * clone(2) a task by the system call at the library's entry point (src/vmm/injection.ts). That task makes
+ * what the constructor makes, sends it, and ends: a child of the program that nobody is told of (exit
+ * signal 0), with descriptors of its own. The helpers become the program's children in the same way.
+ */
+struct injected {
+  int32_t socket, helpers, slots, reserved;
+};
+
+__attribute__((used)) static void injected_main(const struct injected *injected) {
+  const int32_t program = (int32_t)sys(NR_getppid);
+  const struct helpers_wanted wanted = {injected->helpers, injected->slots, -1, program, program};
+  make_and_send(injected->socket, wanted);
+}
+
+/* The program's thread is taken elsewhere behind the call; the task finds its argument on its stack. */
+#if defined(__x86_64__)
+__asm__(
+    ".text\n.globl injection_entry\n.hidden injection_entry\ninjection_entry:\n"
+    "  syscall\n"
+    "  xor %ebp, %ebp\n"
+    "  pop %rdi\n"
+    "  pop %rax\n"
+    "  call injected_main\n"
+    "  mov $60, %eax\n" /* exit */
+    "  xor %edi, %edi\n"
+    "  syscall\n"
+    "  ud2\n");
+#else
+__asm__(
+    ".text\n.globl injection_entry\n.hidden injection_entry\n.balign 4\ninjection_entry:\n"
+    "  svc #0\n"
+    "  mov x29, #0\n"
+    "  ldp x0, x1, [sp], #16\n"
+    "  bl injected_main\n"
+    "  mov x8, #93\n" /* exit */
+    "  mov x0, #0\n"
+    "  svc #0\n"
+    "  brk #0\n");
+#endif

@@ -111,6 +111,8 @@ struct request {
   const uint64_t *args;
   int64_t *result;
   int64_t deadline_ns;
+  /* A system call instruction in the target; 0: one is to be found. */
+  uint64_t at;
   int32_t answer;
 };
 
@@ -488,12 +490,13 @@ struct thread {
 
 __attribute__((used)) static void thread_main(struct thread *thread) {
   struct request *request = &thread->request;
-  int64_t at = find_instruction(request->pid, thread->scratch);
+  int64_t at = (int64_t)request->at;
+  if (at == 0) at = find_instruction(request->pid, thread->scratch);
   request->answer = at < 0 ? (int32_t)at : borrow(request, (uint64_t)at, thread->scratch);
 }
 
 int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args, int64_t *result,
-                           int32_t timeout_ms) {
+                           int32_t timeout_ms, num_t at) {
   if (pid <= 0 || timeout_ms <= 0) return -EINVAL;
   const uint64_t bytes = STACK_BYTES + VDSO_BYTES_MAX;
   long memory = sys(NR_mmap, 0, bytes, PROT_READ | PROT_WRITE,
@@ -506,6 +509,7 @@ int32_t fsl_remote_syscall(int32_t pid, int32_t number, const uint64_t *args, in
                   .args = args,
                   .result = result,
                   .deadline_ns = now_ns() + (int64_t)timeout_ms * 1000000,
+                  .at = (uint64_t)at,
                   .answer = -EIO},
       .tid = 0,
       .scratch = (uint8_t *)memory + STACK_BYTES,

@@ -205,7 +205,8 @@ async function loadAttached(run: Run, place: { qmpPath: string; pid?: number }):
   const heed = heedSignals();
   let target: ReturnType<typeof attachQemu> | undefined;
   try {
-    target = attachQemu({ ...place, notice: (text) => log.warn(text) });
+    const helperTasks = helperTasksFor(run.options);
+    target = attachQemu({ ...place, helperTasks, notice: (text) => log.warn(text) });
     const handle = await loadSnapshot({ ...run.options, target, cancel: heed.cancel });
     // A guest that does not run is told in the foreground.
     const { background } = run;

@@ -409,7 +409,7 @@ class Load {
     // Whoever limits the eager load does not want so much at once.
     const isLimited = (this.#options.eager?.bytesPerSecond ?? 0) > 0;
     // Not sooner: QEMU needs the CPU. Where helpers do the work, the fault loop has time for the rest.
-    const isLeftToFaultLoop = !this.#target.isAttached && seedsNow && !isLimited;
+    const isLeftToFaultLoop = this.#target.mayHaveHelpers === true && seedsNow && !isLimited;
     if (!isLeftToFaultLoop) this.#crew?.hireEager(eagerWidth(this.#options));
     if (seedsNow && !isLimited) this.#beginEarly(prepared).catch(() => {});
     const info = await unlessCancelled(connected, this.#options.cancel);

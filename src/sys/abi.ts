@@ -159,6 +159,7 @@ export const MSG_NOSIGNAL = 0x4000;
 // ---- mmap(2), madvise(2) ----
 
 export const PROT_READ = 1;
+export const PROT_EXEC = 4;
 export const PROT_WRITE = 2;
 export const MAP_SHARED = 1;
 export const MAP_PRIVATE = 2;
@@ -180,6 +181,8 @@ export const SIGXFSZ = 25;
 
 export const WNOHANG = 1;
 /** Children of any kind, also those whose end sends no SIGCHLD. */
+/** Children of whose end their parent is told by no signal. */
+export const WCLONE = 0x80000000;
 export const WALL = 0x40000000;
 
 export const CAP_SYS_PTRACE = 19;
@@ -199,6 +202,11 @@ export const SYS_USERFAULTFD = byArch(323, 282);
 export const SYS_IOCTL = byArch(16, 29);
 export const SYS_CLOSE = byArch(3, 57);
 export const SYS_GETPID = byArch(39, 172);
+export const SYS_MMAP = byArch(9, 222);
+export const SYS_MPROTECT = byArch(10, 226);
+export const SYS_MUNMAP = byArch(11, 215);
+export const SYS_CLONE = byArch(56, 220);
+export const SYS_WAIT4 = byArch(61, 260);
 export const SYS_MADVISE = byArch(28, 233);
 export const SYS_PREAD64 = byArch(17, 67);
 

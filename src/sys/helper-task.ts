@@ -376,7 +376,9 @@ export async function reapHelper(pid: number): Promise<boolean> {
   if (!isHelper(pid)) return true;
   const status = new Int32Array(1);
   for (let attempt = 0; attempt < REAP_TRIES; attempt += 1) {
-    if (native.waitpid(pid, WNOHANG | WALL, status) !== 0) return true;
+    const waited = native.waitpid(pid, WNOHANG | WALL, status);
+    // Not a child of this process: QEMU's (src/vmm/injection.ts).
+    if (waited > 0 || (waited < 0 && hasEnded(pid))) return true;
     if (attempt === SIGKILL_AFTER_TRIES) killChild(pid);
     await new Promise<void>((resolve) => {
       setTimeout(resolve, REAP_PAUSE_MS).unref();
@@ -390,6 +392,15 @@ function isHelper(pid: number): boolean {
     return readFileSync(`/proc/${pid}/comm`, "latin1") === `${HELPER_NAME}\n`;
   } catch {
     return false; // It is gone: somebody else's child.
+  }
+}
+
+/** Whether a task that is another process's child runs no more: nobody may have waited for it yet. */
+export function hasEnded(pid: number): boolean {
+  try {
+    return /^State:\s+[ZX]/m.test(readFileSync(`/proc/${pid}/status`, "latin1"));
+  } catch {
+    return true;
   }
 }
 

@@ -82,7 +82,7 @@ const SYMBOLS = {
   fsl_munmap: { args: [f64, f64], returns: i32 },
   fsl_madvise: { args: [f64, f64, i32], returns: i32 },
   fsl_mincore: { args: [f64, f64, pointer], returns: i32 },
-  fsl_remote_syscall: { args: [i32, i32, pointer, pointer, i32], returns: i32 },
+  fsl_remote_syscall: { args: [i32, i32, pointer, pointer, i32, f64], returns: i32 },
 } as const;
 
 type Library = ReturnType<typeof dlopen<typeof SYMBOLS>>["symbols"];
@@ -591,7 +591,8 @@ export function mincore(addr: number, length: number, vector: Memory): number {
 
 /**
  * One system call made by the main thread of another process, borrowed by ptrace (shim/remote.c).
- * `args` (6); `result` (1) is what the call returned, signed.
+ * `args` (6); `result` (1) is what the call returned, signed. `at`: a system call instruction in the target; 0
+ * = one of its vDSO's.
  * @returns 0 when it was made; -errno when not, the target is as before: EPERM no right or traced
  * already, ESRCH ended,
  *   EBUSY stopped by a signal (SIGCONT first), ETIMEDOUT, ENOEXEC no vDSO or a 32-bit process
@@ -602,6 +603,7 @@ export function remoteSyscall(
   args: BigUint64Array,
   result: BigInt64Array,
   timeoutMs: number,
+  at = 0,
 ): number {
-  return lib.fsl_remote_syscall(pid, number, args, result, timeoutMs);
+  return lib.fsl_remote_syscall(pid, number, args, result, timeoutMs, at);
 }

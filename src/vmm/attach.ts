@@ -24,6 +24,11 @@ export interface AttachOptions {
   readonly greetingTimeoutMs?: number;
   /** What a person may want to know of the connection while RAM comes in. */
   readonly notice?: (text: string) => void;
+  /**
+   * Helper tasks to be made in QEMU where that can be: one more than the eager load's `workers`
+   * (`helperTasksFor`), at most 9; as many as a load has by default when left out.
+   */
+  readonly helperTasks?: number;
   /** Forces one way to the userfaultfd; for tests. */
   readonly userfaultfdWay?: Exclude<UserfaultfdWay, "preload">;
 }

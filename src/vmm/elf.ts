@@ -70,3 +70,30 @@ export function findInterpreter(
   }
   return null;
 }
+
+const PT_LOAD = 1;
+const PF_W = 2;
+
+/**
+ * What of a library is only read: its segments that cannot be written to, each where it belongs from address 0 on.
+ * Whoever runs it so may use nothing that is relocated.
+ */
+export function readImage(library: Uint8Array): { bytes: Uint8Array; entry: number } {
+  const file = Buffer.from(library.buffer, library.byteOffset, library.length);
+  const tableOffset = Number(file.readBigUInt64LE(32));
+  const [entryLength, entryCount] = [file.readUInt16LE(54), file.readUInt16LE(56)];
+  const segments = Array.from({ length: entryCount }, (_, index) => {
+    const at = tableOffset + index * entryLength;
+    return {
+      isWanted: file.readUInt32LE(at) === PT_LOAD && (file.readUInt32LE(at + 4) & PF_W) === 0,
+      offset: Number(file.readBigUInt64LE(at + 8)),
+      addr: Number(file.readBigUInt64LE(at + 16)),
+      length: Number(file.readBigUInt64LE(at + 32)),
+    };
+  }).filter(({ isWanted }) => isWanted);
+  const bytes = new Uint8Array(Math.max(...segments.map(({ addr, length }) => addr + length)));
+  for (const { offset, addr, length } of segments) {
+    bytes.set(file.subarray(offset, offset + length), addr);
+  }
+  return { bytes, entry: Number(file.readBigUInt64LE(24)) };
+}

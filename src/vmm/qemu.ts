@@ -11,7 +11,7 @@ import { constants } from "node:os";
 import { resolve } from "node:path";
 import { FslError, assert, isFslError } from "../errors.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
-import { checkDescriptorRoom } from "../sys/limits.ts";
+import { checkDescriptorRoom, defaultWidth } from "../sys/limits.ts";
 import * as native from "../sys/native.ts";
 import { Control, PROBE_NAME, proveProcess } from "./control.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
@@ -30,6 +30,8 @@ import {
   PARAMETERS_IN_THE_WAY,
   parseUndo,
 } from "./migration-settings.ts";
+import { injectHelpers, mayInject, removeInjection, SOCKET_NAME } from "./injection.ts";
+import type { HelperArea } from "./preload-protocol.ts";
 import { linksOf } from "./process-links.ts";
 import { ProcessMaps } from "./process-maps.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
@@ -110,6 +112,8 @@ export interface QemuProcess {
 export interface QemuTargetOptions {
   /** Tests and `doctor` force one way; otherwise each is the other's fall-back. */
   readonly userfaultfdWay?: UserfaultfdWay;
+  /** Helper tasks to be made in a QEMU that runs already, 0 to 9; as many as a load has by default when left out. */
+  readonly helperTasks?: number;
   /** What a person may want to know of the connection while RAM comes in. */
   readonly notice?: (text: string) => void;
 }
@@ -118,7 +122,7 @@ export interface QemuTargetOptions {
 export const USERFAULTFD_NAME = "fsl-uffd";
 
 /** What a dead fsl can have left under a name in a QEMU that still waits for its state. */
-const LEFT_NAMES = [USERFAULTFD_NAME, KEPT_STATE, DEVICE_NAME, PROBE_NAME];
+const LEFT_NAMES = [USERFAULTFD_NAME, KEPT_STATE, DEVICE_NAME, PROBE_NAME, SOCKET_NAME];
 
 /**
  * How long an exit may lag behind another sign of it than the end of the QMP connection. Of somebody else's QEMU it is
@@ -134,6 +138,8 @@ const ABANDON_GRACE_MS = 2_000;
 const LOAD_CHECK_MS = 2_000;
 /** And when the connection was cut meanwhile. */
 const LOAD_LOOK_MS = 20;
+/** Chunks that each helper in somebody else's QEMU has room for: what one packet has. */
+const INJECTED_SLOTS = 4;
 /** How often the preloaded library's message is looked for while QEMU starts. */
 const EARLY_PERIOD_MS = 2;
 /** How often QEMU's maps are read while it builds its machine: the last account of them is nearly always right. */
@@ -178,6 +184,8 @@ export class QemuTarget implements Target {
   /** Take seeds out of QEMU's descriptor sets. */
   readonly #dropSeedsLater: (() => Promise<void>)[] = [];
   #keptNames = new Set<string>();
+  /** What is in somebody else's QEMU for the sake of helpers, and their pids. */
+  #injected: { areas: readonly HelperArea[]; pids: readonly number[] } | undefined;
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
   /** Of a program that was not QEMU: somebody may still read ahead with them. */
@@ -428,6 +436,11 @@ export class QemuTarget implements Target {
     for (const helper of this.#strangers.splice(0)) void endHelper(helper);
   }
 
+  get mayHaveHelpers(): boolean {
+    if (this.#process.isSpawned) return true;
+    return this.#options.userfaultfdWay !== "device" && mayInject(this.pid);
+  }
+
   get hasHelpers(): boolean {
     return this.#helpers.length > 0;
   }
@@ -593,6 +606,8 @@ export class QemuTarget implements Target {
     if (this.#process.isSpawned) {
       await this.#end();
     } else if (canUndo && !this.#qmp.isClosed) {
+      this.#endHelpers();
+      await this.#removeInjected();
       await this.#putBack().catch(() => {}); // The error that led here is the one to report.
     }
     this.close();
@@ -602,6 +617,7 @@ export class QemuTarget implements Target {
     assert(["loading", "loaded"].includes(this.#phase), `release in phase ${this.#phase}`);
     this.#phase = "released";
     this.#endHelpers();
+    await this.#removeInjected();
     await this.#ask(async (qmp) => {
       await this.#putBack();
       if (this.#wasCut) await dropLeftSeeds(qmp, this.pid);
@@ -697,7 +713,34 @@ export class QemuTarget implements Target {
         `userfaultfd: ${this.description} did not send one at its start`,
       );
     }
-    return makeUserfaultfd(this.#request(), way);
+    return (
+      (way === "device" ? null : await this.#inject()) ?? makeUserfaultfd(this.#request(), way)
+    );
+  }
+
+  /** With helper tasks, where that can be. */
+  async #inject(): Promise<TakenUserfaultfd | null> {
+    if (this.#injected !== undefined) return null;
+    const helpers = this.#options.helperTasks ?? defaultWidth() + 1;
+    try {
+      const injected = await injectHelpers(this.#request(), helpers, INJECTED_SLOTS);
+      if (injected === null) return null;
+      const { taken } = injected;
+      this.#helpers.push(...taken.helpers);
+      this.#injected = { areas: injected.areas, pids: taken.helpers.map(({ pid }) => pid) };
+      return taken;
+    } catch (error) {
+      if (!isFslError(error)) throw error;
+      return null; // What is wrong shows when it is done without.
+    }
+  }
+
+  /** When nobody uses the helpers any more. */
+  async #removeInjected(): Promise<void> {
+    const injected = this.#injected;
+    this.#injected = undefined;
+    if (injected === undefined) return;
+    await removeInjection(this.#request(), injected.areas, injected.pids);
   }
 
   #endHelpers(): void {

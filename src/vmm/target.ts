@@ -166,6 +166,8 @@ export interface Target extends ServedTarget {
    */
   earlyHelpers?(): Promise<readonly HelperRecord[]>;
   readonly hasHelpers?: boolean;
+  /** Before `connect`: helpers can be expected. Absent or false: there will be none. */
+  readonly mayHaveHelpers?: boolean;
   /**
    * While the target builds its machine: what it seems to be, if blocks of these lengths (bytes) are all
    * that matters of it: private memory that is not given back. Null when nothing can be said. Whoever acts

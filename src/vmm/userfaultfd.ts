@@ -29,6 +29,7 @@ import { grantDevice } from "../sys/device-access.ts";
 import { type HelperRecord, reapHelper } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import {
+  type HelperArea,
   PRELOAD_DESCRIPTORS_MAX,
   PRELOAD_MESSAGE_LENGTH_MAX,
   parsePreloadMessage,
@@ -45,6 +46,9 @@ export interface UserfaultfdRequest {
   readonly description: string;
 }
 
+/** Whose main thread makes system calls. */
+export type Lender = Pick<UserfaultfdRequest, "pid" | "description">;
+
 /** fsl's own end of a userfaultfd that lives in QEMU. */
 export interface TakenUserfaultfd {
   /** Owned by the caller. */
@@ -54,6 +58,8 @@ export interface TakenUserfaultfd {
   readonly remoteFd: number | null;
   /** Helper tasks that came with it. Owned by the caller. */
   readonly helpers: readonly HelperRecord[];
+  /** What was mapped in QEMU for them. */
+  readonly area?: HelperArea;
 }
 
 /**
@@ -93,7 +99,8 @@ export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd 
   const fd = fds[0] ?? -1;
   const message = fd < 0 ? null : parsePreloadMessage(bytes.subarray(0, received), fds);
   if (message?.pid === pid && isUserfaultfd(fd)) {
-    return { fd, way: "preload", remoteFd: null, helpers: message.helpers };
+    const { helpers, area } = message;
+    return { fd, way: "preload", remoteFd: null, helpers, area };
   }
   for (const each of fds) native.close(each);
   // Their sockets are among those; they are children of this process all the same.
@@ -206,8 +213,17 @@ function fetchUserfaultfd(
   );
 }
 
-/** @returns what the call returned in QEMU: `>= 0` or `-errno` */
-function remoteCall(request: UserfaultfdRequest, number: number, args: number[]): number {
+/**
+ * @param at address of the system call instruction in QEMU; 0 = any
+ * @returns what the call returned in QEMU: `>= 0` or `-errno`
+ * @throws FslError when it could not be made
+ */
+export function remoteCall(
+  request: Lender,
+  number: number,
+  args: readonly (number | bigint)[],
+  at = 0,
+): number {
   const result = new BigInt64Array(1);
   const made = native.remoteSyscall(
     request.pid,
@@ -215,12 +231,13 @@ function remoteCall(request: UserfaultfdRequest, number: number, args: number[])
     remoteArguments(args),
     result,
     REMOTE_TIMEOUT_MS,
+    at,
   );
   if (made < 0) throw refused(request, "ptrace", made);
   return Number(result[0] ?? 0n);
 }
 
-function remoteArguments(args: readonly number[]): BigUint64Array {
+function remoteArguments(args: readonly (number | bigint)[]): BigUint64Array {
   const result = new BigUint64Array(6);
   args.forEach((value, index) => {
     result[index] = BigInt(value);
@@ -240,7 +257,7 @@ function linkOf(path: string): string {
   }
 }
 
-function refused(request: UserfaultfdRequest, call: string, result: number): FslError {
+function refused(request: Lender, call: string, result: number): FslError {
   const errno = native.errnoName(result);
   const isPermission = result === -EPERM || result === -EACCES;
   const tracer = call === "ptrace" ? tracerOf(request.pid) : 0;

@@ -81,6 +81,24 @@ describe.skipIf(skip)("fsl load --qmp", () => {
     TIMEOUT_MS,
   );
 
+  test.each<[string, readonly string[], boolean]>([
+    ["helper tasks of its own", [], true],
+    ["none in a sandbox, whose filter would kill QEMU for them", ["-sandbox", "on"], false],
+  ])(
+    "has %s",
+    async (_, qemuArgs, hasHelpers) => {
+      await using run = await AttachRun.start(snapshot, { qemuArgs });
+      const load = run.attach(snapshot, "--paused", "--eager-rate", "1M");
+      await run.reached("running");
+      const helpers = (await run.traits()).children.filter((name) => name === "fsl-helper\n");
+      expect(helpers.length > 0).toBe(hasHelpers);
+      load.signal("SIGTERM"); // It hurries.
+      expect((await load.end()).code).toBe(0);
+      expect((await run.traits()).children).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
   test(
     "shown by fsl status; a signal only makes it hurry",
     async () => {
@@ -152,7 +170,8 @@ describe.skipIf(skip)("fsl load --qmp", () => {
       try {
         // A block that is loaded in full, in pieces: it dies at the third.
         const onDisk = `memory-backend-file,share=on,mem-path=${DISK}`;
-        const argv = withNode(own.argv, "n1", onDisk);
+        // Without helpers.
+        const argv = [...withNode(own.argv, "n1", onDisk), "-sandbox", "on"];
         await using run = await AttachRun.start(own, { argv });
         const before = await run.traits();
         const killed = failing("process_vm_writev:signal=SIGKILL:when=3");
@@ -449,6 +468,8 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
     await loadOrdinarily(run, { ...other, path: readable.snapshot });
   }
 
+  /** Nothing is made in it but a userfaultfd. */
+  const SANDBOX = ["-sandbox", "on"];
   const AS_ROOT = "run fsl as root, or as QEMU's user";
   /** It may make no userfaultfd: the device is needed. And it can read what everybody can. */
   const OF_NOBODY = ["-run-with", "user=nobody"];
@@ -466,7 +487,13 @@ describe.skipIf(skip)("fsl load --qmp leaves QEMU as it was", () => {
         `its memory cannot be opened (EACCES); ${AS_ROOT}`,
       ],
       ["ptrace is refused", [], "ptrace:error=EPERM", undefined, "failed (EPERM); " + AS_ROOT],
-      ["pidfd_getfd is refused", [], "pidfd_getfd:error=EPERM", undefined, `(EPERM); ${AS_ROOT}`],
+      [
+        "pidfd_getfd is refused",
+        SANDBOX,
+        "pidfd_getfd:error=EPERM",
+        undefined,
+        `(EPERM); ${AS_ROOT}`,
+      ],
       [
         "userfaultfd is refused, and /dev/userfaultfd",
         OF_NOBODY,

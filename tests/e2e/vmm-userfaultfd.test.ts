@@ -6,6 +6,7 @@ import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readlinkSync } from "node:fs";
 import { FslError } from "../../src/errors.ts";
 import { REGISTER_MISSING } from "../../src/sys/abi.ts";
+import { endHelper } from "../../src/sys/helper-task.ts";
 import * as native from "../../src/sys/native.ts";
 import type { QemuTarget } from "../../src/vmm/qemu.ts";
 import { spawnQemu } from "../../src/vmm/spawn.ts";
@@ -168,6 +169,7 @@ describe("takeUserfaultfd", () => {
         expect(isOf(fd, info)).toBe(true);
         native.close(fd);
         await qemu.dropDescriptor("fsl-uffd");
+        for (const helper of qemu.takeHelpers()) expect(await endHelper(helper)).toBe(true);
       }
       expect(ownDescriptors().length).toBe(before);
       expect(userfaultfdsOf(qemu.pid)).toBe(0);

@@ -40,6 +40,8 @@ export interface QemuTraits {
   readonly fdsets: unknown;
   /** userfaultfds and memfds of fsl's. */
   readonly descriptors: readonly string[];
+  /** Names of its children. */
+  readonly children: readonly string[];
   /** Memory areas of the process that are as big as the guest's RAM in all, or parts of it. */
   readonly areas: number;
 }
@@ -227,6 +229,7 @@ export class AttachRun extends MarkedRun {
       capabilities: list.filter(({ state }) => state).map(({ capability }) => capability),
       fdsets: await this.qmp.execute("query-fdsets"),
       descriptors: openFiles(this.pid).filter(isOfFsl),
+      children: childrenOf(this.pid),
       areas: await this.#ramAreas(),
     };
   }
@@ -250,6 +253,12 @@ export class AttachRun extends MarkedRun {
     this.qmp.close();
     rmSync(join(this.qmpPath, ".."), { recursive: true, force: true });
   }
+}
+
+/** Names of its children, also of those that have ended. */
+function childrenOf(pid: number): string[] {
+  const children = readFileSync(`/proc/${pid}/task/${pid}/children`, "latin1").split(" ");
+  return children.filter(Boolean).map((child) => readFileSync(`/proc/${child}/comm`, "latin1"));
 }
 
 /** Processes whose environment has the mark of a run. */

@@ -1,0 +1,217 @@
+/**
+ * A userfaultfd and helper tasks in a QEMU that runs already. What the preloaded library makes in a QEMU that fsl
+ * starts (shim/preload.c) is made here by a task that QEMU's main thread is borrowed for to clone:
+ *
+ *   1. QEMU is handed a socket by QMP's `getfd`, and maps memory (a borrowed system call, shim/remote.c)
+ *   2. the library's read-only segments are written there, and made executable
+ *   3. clone(CLONE_VM) by the system call instruction at the library's entry point: the new task goes on
+ *      behind it, makes all that is wanted, sends it over the socket, and ends
+ *   4. when the load is over and the helpers have ended, QEMU's thread waits for them, which nobody has told
+ *      it of, and unmaps it all
+ *
+ * Not where QEMU has a seccomp filter (`-sandbox on`, as libvirt's has): a clone(2) that it does not expect
+ * kills it.
+ */
+import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { alignDown, alignUp } from "../pages.ts";
+import {
+  MAP_ANONYMOUS,
+  MAP_PRIVATE,
+  POLLIN,
+  PROT_EXEC,
+  PROT_READ,
+  PROT_WRITE,
+  SOCK_SEQPACKET,
+  SYS_CLONE,
+  SYS_MMAP,
+  SYS_MPROTECT,
+  SYS_MUNMAP,
+  SYS_WAIT4,
+  WCLONE,
+  WNOHANG,
+} from "../sys/abi.ts";
+import { hasEnded } from "../sys/helper-task.ts";
+import * as native from "../sys/native.ts";
+import { preloadBytes } from "../sys/preload.ts";
+import { readImage } from "./elf.ts";
+import type { HelperArea } from "./preload-protocol.ts";
+import {
+  type Lender,
+  receivePreloaded,
+  remoteCall,
+  type TakenUserfaultfd,
+  type UserfaultfdRequest,
+} from "./userfaultfd.ts";
+
+/** Name of the socket, among the `getfd` descriptors, while it is needed. */
+export const SOCKET_NAME = "fsl-helpers";
+const CLONE_VM = 0x100;
+const HOST_PAGE = 4096;
+/** Of the task that makes the helpers. */
+const STACK_LENGTH = 64 * 1024;
+/** How long that task may take, which takes a millisecond; and how long helpers may take to end, ms. */
+const PATIENCE_MS = 1_000;
+const WAIT_MS = 5;
+
+export interface Injected {
+  readonly taken: TakenUserfaultfd;
+  /** What was mapped in QEMU. */
+  readonly areas: readonly HelperArea[];
+}
+
+/**
+ * @param helpers how many, 1 to 9 @param slots chunks of staging memory that each has
+ * @returns null where it cannot be done, and QEMU is as it was
+ */
+export async function injectHelpers(
+  request: UserfaultfdRequest,
+  helpers: number,
+  slots: number,
+): Promise<Injected | null> {
+  if (!mayInject(request.pid)) return null;
+  const pair = new Int32Array(2);
+  if (native.socketpair(SOCK_SEQPACKET, pair) < 0) return null;
+  const [own = -1, theirs = -1] = pair;
+  try {
+    await request.qmp.request("getfd", { fdname: SOCKET_NAME }, { fd: theirs });
+    try {
+      return await inject(request, own, remoteNumberOf(request.pid, theirs), helpers, slots);
+    } finally {
+      await request.qmp.execute("closefd", { fdname: SOCKET_NAME });
+    }
+  } finally {
+    native.close(own);
+    native.close(theirs);
+  }
+}
+
+/** No filter that kills, and pids mean the same here and there. */
+export function mayInject(pid: number): boolean {
+  try {
+    const status = readFileSync(`/proc/${pid}/status`, "latin1");
+    const namespaces = [pid, "self"].map((one) => readlinkSync(`/proc/${one}/ns/pid`));
+    return /^Seccomp:\t0$/m.test(status) && namespaces[0] === namespaces[1];
+  } catch {
+    return false;
+  }
+}
+
+/** A socket's link text has its inode. */
+function remoteNumberOf(pid: number, fd: number): number {
+  const link = readlinkSync(`/proc/self/fd/${fd}`);
+  for (const number of readdirSync(`/proc/${pid}/fd`)) {
+    try {
+      if (readlinkSync(`/proc/${pid}/fd/${number}`) === link) return Number(number);
+    } catch {
+      // It was closed meanwhile.
+    }
+  }
+  return -1;
+}
+
+async function inject(
+  request: UserfaultfdRequest,
+  socket: number,
+  remoteSocket: number,
+  helpers: number,
+  slots: number,
+): Promise<Injected | null> {
+  const { pid } = request;
+  const { bytes, entry } = readImage(preloadBytes());
+  const codeLength = alignUp(bytes.length, HOST_PAGE);
+  const length = codeLength + STACK_LENGTH;
+  const access = PROT_READ | PROT_WRITE;
+  if (remoteSocket < 0) return null;
+  const startAddr = remoteCall(request, SYS_MMAP, [
+    0,
+    length,
+    access,
+    MAP_PRIVATE | MAP_ANONYMOUS,
+    TWO_TO_64 - 1n,
+    0,
+  ]);
+  if (startAddr < 0) return null;
+  const code = { startAddr, length };
+  const stackAddr = alignDown(startAddr + length - FRAME_LENGTH, FRAME_LENGTH);
+  const isReady =
+    write(pid, startAddr, bytes) &&
+    write(pid, stackAddr, frameOf(stackAddr, remoteSocket, helpers, slots)) &&
+    remoteCall(request, SYS_MPROTECT, [startAddr, codeLength, PROT_READ | PROT_EXEC]) === 0;
+  const task = isReady
+    ? remoteCall(request, SYS_CLONE, [CLONE_VM, stackAddr, 0, 0, 0, 0], startAddr + entry)
+    : -1;
+  const isHeard = task > 0 && (await isReadable(socket));
+  const taken = isHeard ? receivePreloaded(socket, pid) : null;
+  if (taken === null) {
+    await removeInjection(request, [code], task > 0 ? [task] : []);
+    return null;
+  }
+  const areas = taken.area === undefined ? [code] : [code, taken.area];
+  return { taken: { ...taken, way: "ptrace" }, areas };
+}
+
+const TWO_TO_64 = 2n ** 64n;
+/** Two words that the task pops, then struct injected (shim/preload.c). */
+const FRAME_LENGTH = 32;
+
+function frameOf(addr: number, socket: number, helpers: number, slots: number): Uint8Array {
+  const frame = new Uint8Array(FRAME_LENGTH);
+  const view = new DataView(frame.buffer);
+  view.setBigUint64(0, BigInt(addr + 16), true);
+  view.setInt32(16, socket, true);
+  view.setInt32(20, helpers, true);
+  view.setInt32(24, slots, true);
+  return frame;
+}
+
+function write(pid: number, addr: number, bytes: Uint8Array): boolean {
+  return native.processVmWritev(pid, addr, native.ptrOf(bytes), bytes.length) === bytes.length;
+}
+
+async function isReadable(fd: number): Promise<boolean> {
+  const revents = new Int32Array(1);
+  const endMs = performance.now() + PATIENCE_MS;
+  while (performance.now() < endMs) {
+    if (native.poll(Int32Array.of(fd), revents, 1, POLLIN, WAIT_MS) > 0) return true;
+    await new Promise<void>((resolve) => setImmediate(resolve));
+  }
+  return false;
+}
+
+/**
+ * Takes it out of QEMU again. What a task still uses stays: a task that is stopped, or whose disk hangs.
+ * @param pids of all tasks whose ends are waited for
+ */
+export async function removeInjection(
+  request: Lender,
+  areas: readonly HelperArea[],
+  pids: readonly number[],
+): Promise<void> {
+  const endMs = performance.now() + PATIENCE_MS;
+  while (!pids.every(hasEnded) && performance.now() < endMs) await Bun.sleep(1);
+  try {
+    // Only those that QEMU is told nothing of: its own children are of another kind.
+    while (remoteCall(request, SYS_WAIT4, [TWO_TO_64 - 1n, 0, WNOHANG | WCLONE, 0]) > 0);
+    if (!pids.every(hasEnded)) return;
+    for (const { startAddr, length } of areas) {
+      if (length > 0) remoteCall(request, SYS_MUNMAP, [startAddr, length]);
+    }
+  } catch {
+    // It has ended, or somebody traces it.
+  }
+}
+
+/**
+ * Of a fsl that has died: its helpers have ended with it, and nobody has waited for them. What was mapped stays, some
+ * pages.
+ */
+export async function reapInjected(lender: Lender): Promise<void> {
+  const path = `/proc/${lender.pid}/task/${lender.pid}/children`;
+  let children: number[];
+  try {
+    children = readFileSync(path, "latin1").split(" ").filter(Boolean).map(Number);
+  } catch {
+    return; // It has ended.
+  }
+  if (children.some(hasEnded)) await removeInjection(lender, [], []);
+}
