@@ -3,17 +3,17 @@
  * fsl there. UFFDIO_MOVE needs one: the kernel moves pages only within the caller's address space.
  *
  * What a helper is: a process of its own (own pid, descriptors, signals) in the program's address
- * space, by clone(CLONE_VM), made before the program's main(). It is a child of fsl (CLONE_PARENT)
- * and no thread of the program: it is not in the program's /proc/PID/task, takes none of its
- * signals, does not count in its `exit`, and whatever the program does to its own threads (seccomp
- * with TSYNC, setuid, daemonising) does not reach it.
+ * space, by clone(CLONE_VM), made before the program's main(). It is a child of fsl (CLONE_PARENT), or
+ * of the program itself where that ran already (preload.c), and no thread of the program: it is not in
+ * the program's /proc/PID/task, takes none of its signals, does not count in its `exit`, and whatever
+ * the program does to its own threads (seccomp with TSYNC, setuid, daemonising) does not reach it.
  *
  * What it does: it waits for a request, makes the system calls that the request lists, answers.
  * Mechanism only; what is called with which arguments is fsl's business.
  *
  * What keeps it harmless. It holds the program's memory, so it must not outlive the program, and it
  * is of no use without fsl:
- *   - fsl dies: PR_SET_PDEATHSIG, and the socket's end;
+ *   - fsl dies: the socket's end, and PR_SET_PDEATHSIG where it is a child of fsl;
  *   - the program dies: its pidfd becomes readable, and the helper ends before it looks at another
  *     request. Only then is the memory free, so a call that blocks for long keeps all of it;
  *   - it holds three descriptors and what fsl sends later, so it keeps no pipe or lock open;

@@ -44,7 +44,7 @@ import * as native from "./native.ts";
 export interface HelperRecord {
   /** This process's end of the socket. Closing it ends the helper. */
   readonly fd: number;
-  /** A child of this process, to be waited for when the helper has ended. */
+  /** A child of this process, to be waited for when the helper has ended; or of QEMU, see src/vmm/injection.ts. */
   readonly pid: number;
   /** Address in the target of memory that only this helper uses; 2 MiB aligned, huge pages. */
   readonly stagingAddr: number;
@@ -369,7 +369,7 @@ export function endHelper(record: HelperRecord): Promise<boolean> {
  * Waits for the end of a helper whose socket is closed, which takes microseconds, or as long as the
  * call that it is in; after 0.1 s it is killed. Does not keep the event loop alive.
  * @param pid as the helper's record has it; of no use when QEMU has another pid namespace, so only
- * a child of this process with the helper's name is touched
+ * a task with the helper's name is touched
  * @returns false when it has not ended after a second
  */
 export async function reapHelper(pid: number): Promise<boolean> {

@@ -1,7 +1,7 @@
 /**
  * A userfaultfd of QEMU's address space. Only a thread of that process can make one, so either the
  * preloaded library made it before QEMU's main() and sent it, or QEMU's main thread is borrowed by
- * ptrace for one system call.
+ * ptrace for one system call, or for the few that run the same code (injection.ts).
  *
  * A user other than root may not be allowed userfaultfd(2) (vm.unprivileged_userfaultfd). Then fsl
  * opens /dev/userfaultfd itself, hands it to QEMU, and the borrowed thread makes the userfaultfd
