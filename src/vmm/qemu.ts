@@ -605,10 +605,11 @@ export class QemuTarget implements Target {
     this.#phase = "abandoned";
     if (this.#process.isSpawned) {
       await this.#end();
-    } else if (canUndo && !this.#qmp.isClosed) {
+    } else {
       this.#endHelpers();
       await this.#removeInjected();
-      await this.#putBack().catch(() => {}); // The error that led here is the one to report.
+      // The error that led here is the one to report.
+      if (canUndo && !this.#qmp.isClosed) await this.#putBack().catch(() => {});
     }
     this.close();
   }
