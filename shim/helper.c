@@ -4,8 +4,8 @@
  *
  * What a helper is: a process of its own (own pid, descriptors, signals) in the program's address
  * space, by clone(CLONE_VM), made before the program's main(). It is a child of fsl (CLONE_PARENT), or
- * of the program itself where that ran already (preload.c), and no thread of the program: it is not in
- * the program's /proc/PID/task, takes none of its signals, does not count in its `exit`, and whatever
+ * of init where the program ran already (preload.c), and no thread of the program: it is not in the
+ * program's /proc/PID/task, takes none of its signals, does not count in its `exit`, and whatever
  * the program does to its own threads (seccomp with TSYNC, setuid, daemonising) does not reach it.
  *
  * What it does: it waits for a request, makes the system calls that the request lists, answers.
@@ -85,7 +85,7 @@ struct bpf_program {
 
 static const uint16_t allowed[] = {
     NR_recvmsg, NR_sendmsg, NR_write,      NR_read, NR_pread64,         NR_madvise,
-    NR_ppoll,   NR_close,   NR_exit_group, NR_exit, NR_restart_syscall, NR_rt_sigreturn,
+    NR_ppoll,   NR_close,   NR_exit_group, NR_exit, NR_restart_syscall, NR_rt_sigreturn, NR_munmap,
 };
 #define ALLOWED_COUNT (sizeof(allowed) / sizeof(allowed[0]))
 
@@ -153,10 +153,12 @@ static long settle(const struct start *start) {
   const uint32_t no_capabilities[6] = {0, 0, 0, 0, 0, 0};
   result = sys(NR_capset, capability_header, no_capabilities);
   if (result < 0) return result;
-  /* From here on nothing changes the credentials, which would clear this. */
-  result = sys(NR_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
-  if (result < 0) return result;
-  if (sys(NR_getppid) != start->parent_pid) return -ESRCH;
+  if (start->parent_pid != 0) {
+    /* From here on nothing changes the credentials, which would clear this. */
+    result = sys(NR_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    if (result < 0) return result;
+    if (sys(NR_getppid) != start->parent_pid) return -ESRCH;
+  }
   result = install_filter();
   return result < 0 ? result : pidfd;
 }
@@ -250,8 +252,8 @@ static void helper_main(struct start *start) {
     if (result > 0 && polled[1].revents != 0) break;
     if (result > 0 && polled[0].revents != 0 && serve(socket) != 0) break;
   }
-  /* Of what the program did not have before, this leaves address space and some pages of stack. */
-  sys(NR_madvise, start->staging_addr, start->staging_bytes, MADV_DONTNEED);
+  /* Of what the program did not have before, this leaves some pages of stack, and guards. */
+  sys(NR_munmap, start->staging_addr, start->staging_bytes);
   sys(NR_exit_group, 0);
 }
 
@@ -289,14 +291,14 @@ static long map_area(int32_t count, uint64_t staging_bytes) {
   return result;
 }
 
-/* Returns the helper's pid, or -errno. `stack` is its lowest address. */
+/* Returns the helper's pid, or -errno. `stack` is its lowest address. Without a parent to name it is the caller's. */
 static long start_helper(uint64_t stack, const struct start *start) {
   struct start *own = (struct start *)stack;
   *own = *start;
   uint64_t *top = (uint64_t *)(stack + STACK_BYTES) - 2;
   top[0] = (uint64_t)(uintptr_t)helper_main;
   top[1] = (uint64_t)(uintptr_t)own;
-  return start_task(CLONE_VM | CLONE_PARENT, top, (int32_t *)0);
+  return start_task(CLONE_VM | (start->parent_pid != 0 ? CLONE_PARENT : 0), top, (int32_t *)0);
 }
 
 /* Waits until the helper at the other end of the socket has said that it is ready. */
@@ -309,10 +311,9 @@ static int32_t is_ready(int32_t socket) {
 }
 
 int32_t make_helpers(const struct helpers_wanted *wanted, struct helper_record *records,
-                     int32_t *sockets, struct helper_area *area) {
+                     int32_t *sockets) {
   int32_t count = wanted->count, slots = wanted->slots;
   const int32_t uffd = wanted->uffd;
-  area->addr = area->bytes = 0;
   if (count > HELPERS_MAX) count = HELPERS_MAX;
   if (slots < 1) slots = 1;
   if (slots > HELPER_SLOTS_MAX) slots = HELPER_SLOTS_MAX;
@@ -324,8 +325,6 @@ int32_t make_helpers(const struct helpers_wanted *wanted, struct helper_record *
   }
   if (staging < 0 && staging > -4096) return 0;
   const uint64_t stacks = (uint64_t)staging + (uint64_t)count * own_bytes + GUARD_BYTES;
-  area->addr = (uint64_t)staging - GUARD_BYTES;
-  area->bytes = stacks + (uint64_t)count * (STACK_BYTES + GUARD_BYTES) - area->addr;
   /* Helpers inherit the full mask. */
   const uint64_t all = ~(uint64_t)0;
   uint64_t mask = 0;

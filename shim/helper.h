@@ -75,12 +75,11 @@ struct helpers_wanted {
   int32_t slots; /* of staging memory, each; one where the host has no address space for so many */
   int32_t uffd;
   int32_t target_pid; /* the process whose memory it is: they end when it does */
-  int32_t parent_pid; /* whose children they become: the parent of whoever makes them */
-};
-
-/* What was mapped for them: staging memory, stacks, guards. Nobody unmaps it. */
-struct helper_area {
-  uint64_t addr, bytes;
+  /*
+   * Of the caller's parent, whose children they become; or 0: the caller ends soon, they become init's,
+   * and end when their socket does.
+   */
+  int32_t parent_pid;
 };
 
 /*
@@ -89,6 +88,6 @@ struct helper_area {
  * ready for requests. Not being able to make one is not an error.
  */
 int32_t make_helpers(const struct helpers_wanted *wanted, struct helper_record *records,
-                     int32_t *sockets, struct helper_area *area);
+                     int32_t *sockets);
 
 #endif

@@ -21,14 +21,12 @@
  * Message (host byte order; by SCM_RIGHTS the userfaultfd when there is one, then a socket for each
  * helper). Fewer helpers than asked for is no error; without a userfaultfd there are none.
  *    0  u32  magic "fslu"
- *    4  u32  version, 3
+ *    4  u32  version, 2
  *    8  i32  pid
  *   12  i32  number of the userfaultfd here, or -errno
  *   16  i32  way: 1 userfaultfd(2), 2 /dev/userfaultfd
  *   20  i32  errno of way 1 when way 2 had to be tried, or 0
- *   24  u64  address of what was mapped here for the helpers, or 0
- *   32  u64  length of that, bytes
- *   40       for each helper 24 bytes:
+ *   24       for each helper 24 bytes:
  *     0  i32  pid
  *     4  i32  number of the userfaultfd in the helper
  *     8  u64  address of its staging memory here
@@ -41,18 +39,17 @@
 #include "kernel.h"
 
 #define MAGIC 0x756c7366u
-#define VERSION 3u
+#define VERSION 2u
 #define WAY_SYSCALL 1
 #define WAY_DEVICE 2
 
 struct message {
   uint32_t magic, version;
   int32_t pid, result, way, first_errno;
-  struct helper_area area;
   struct helper_record helpers[HELPERS_MAX];
 };
 
-#define MESSAGE_BYTES(helper_count) (40 + (uint64_t)(helper_count) * sizeof(struct helper_record))
+#define MESSAGE_BYTES(helper_count) (24 + (uint64_t)(helper_count) * sizeof(struct helper_record))
 
 _Static_assert(sizeof(struct message) == MESSAGE_BYTES(HELPERS_MAX), "message");
 
@@ -138,10 +135,9 @@ static int32_t make_and_send(int32_t socket, struct helpers_wanted wanted) {
   struct message message = {
       .magic = MAGIC, .version = VERSION, .pid = wanted.target_pid, .first_errno = 0};
   int32_t helper_sockets[HELPERS_MAX], helper_count = 0;
-  message.area.addr = message.area.bytes = 0;
   message.result = wanted.uffd = make_userfaultfd(&message);
   if (message.result >= 0 && wanted.count > 0) {
-    helper_count = make_helpers(&wanted, message.helpers, helper_sockets, &message.area);
+    helper_count = make_helpers(&wanted, message.helpers, helper_sockets);
   }
   send_result(socket, &message, helper_count, helper_sockets);
   /* The helpers' lives hang on the other end: nobody but fsl may hold this one. */
@@ -250,8 +246,8 @@ __attribute__((used, section(".init_array"))) static constructor_t *const constr
 /*
  * fsl writes the library's read-only segments into the program's memory, and has its main thread
  * clone(2) a task by the system call at the library's entry point (src/vmm/injection.ts). That task makes
- * what the constructor makes, sends it, and ends: a child of the program that nobody is told of (exit
- * signal 0), with descriptors of its own. The helpers become the program's children in the same way.
+ * what the constructor makes, sends it, and ends: a child of the program that it is not told of (exit
+ * signal 0), with descriptors of its own. The helpers are init's then.
  */
 struct injected {
   int32_t socket, helpers, slots, reserved;
@@ -259,7 +255,7 @@ struct injected {
 
 __attribute__((used)) static void injected_main(const struct injected *injected) {
   const int32_t program = (int32_t)sys(NR_getppid);
-  const struct helpers_wanted wanted = {injected->helpers, injected->slots, -1, program, program};
+  const struct helpers_wanted wanted = {injected->helpers, injected->slots, -1, program, 0};
   make_and_send(injected->socket, wanted);
 }
 

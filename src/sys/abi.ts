@@ -181,8 +181,6 @@ export const SIGXFSZ = 25;
 
 export const WNOHANG = 1;
 /** Children of any kind, also those whose end sends no SIGCHLD. */
-/** Children of whose end their parent is told by no signal. */
-export const WCLONE = 0x80000000;
 export const WALL = 0x40000000;
 
 export const CAP_SYS_PTRACE = 19;

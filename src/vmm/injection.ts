@@ -6,8 +6,10 @@
  *   2. the library's read-only segments are written there, and made executable
  *   3. clone(CLONE_VM) by the system call instruction at the library's entry point: the new task goes on
  *      behind it, makes all that is wanted, sends it over the socket, and ends
- *   4. when the load is over and the helpers have ended, QEMU's thread waits for them, which nobody has told
- *      it of, and unmaps it all
+ *   4. QEMU's thread waits for that task, which nobody has told it of. The helpers are init's by then; when they
+ *      end they unmap their staging memory. The code and some stacks stay in QEMU, 0.3 MiB of address space
+ *
+ * All of it before the guest runs: a fsl that is killed while it borrows the thread takes QEMU along.
  *
  * Not where QEMU has a seccomp filter (`-sandbox on`, as libvirt's has): a clone(2) that it does not expect
  * kills it.
@@ -27,16 +29,14 @@ import {
   SYS_MPROTECT,
   SYS_MUNMAP,
   SYS_WAIT4,
-  WCLONE,
+  WALL,
   WNOHANG,
 } from "../sys/abi.ts";
 import { hasEnded } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { readImage } from "./elf.ts";
-import type { HelperArea } from "./preload-protocol.ts";
 import {
-  type Lender,
   receivePreloaded,
   remoteCall,
   type TakenUserfaultfd,
@@ -53,12 +53,6 @@ const STACK_LENGTH = 64 * 1024;
 const PATIENCE_MS = 1_000;
 const WAIT_MS = 5;
 
-export interface Injected {
-  readonly taken: TakenUserfaultfd;
-  /** What was mapped in QEMU. */
-  readonly areas: readonly HelperArea[];
-}
-
 /**
  * @param helpers how many, 1 to 9 @param slots chunks of staging memory that each has
  * @returns null where it cannot be done, and QEMU is as it was
@@ -67,7 +61,7 @@ export async function injectHelpers(
   request: UserfaultfdRequest,
   helpers: number,
   slots: number,
-): Promise<Injected | null> {
+): Promise<TakenUserfaultfd | null> {
   if (!mayInject(request.pid)) return null;
   const pair = new Int32Array(2);
   if (native.socketpair(SOCK_SEQPACKET, pair) < 0) return null;
@@ -115,7 +109,7 @@ async function inject(
   remoteSocket: number,
   helpers: number,
   slots: number,
-): Promise<Injected | null> {
+): Promise<TakenUserfaultfd | null> {
   const { pid } = request;
   const { bytes, entry } = readImage(preloadBytes());
   const codeLength = alignUp(bytes.length, HOST_PAGE);
@@ -131,7 +125,6 @@ async function inject(
     0,
   ]);
   if (startAddr < 0) return null;
-  const code = { startAddr, length };
   const stackAddr = alignDown(startAddr + length - FRAME_LENGTH, FRAME_LENGTH);
   const isReady =
     write(pid, startAddr, bytes) &&
@@ -140,14 +133,20 @@ async function inject(
   const task = isReady
     ? remoteCall(request, SYS_CLONE, [CLONE_VM, stackAddr, 0, 0, 0, 0], startAddr + entry)
     : -1;
-  const isHeard = task > 0 && (await isReadable(socket));
-  const taken = isHeard ? receivePreloaded(socket, pid) : null;
-  if (taken === null) {
-    await removeInjection(request, [code], task > 0 ? [task] : []);
+  if (task < 0) {
+    remoteCall(request, SYS_MUNMAP, [startAddr, length]);
     return null;
   }
-  const areas = taken.area === undefined ? [code] : [code, taken.area];
-  return { taken: { ...taken, way: "ptrace" }, areas };
+  const taken = (await isReadable(socket)) ? receivePreloaded(socket, pid) : null;
+  await reap(request, task);
+  return taken === null ? null : { ...taken, way: "ptrace" };
+}
+
+/** One that does not end (somebody has stopped it) becomes a zombie when it does: its code stays. */
+async function reap(request: UserfaultfdRequest, task: number): Promise<void> {
+  const endMs = performance.now() + PATIENCE_MS;
+  while (!hasEnded(task) && performance.now() < endMs) await Bun.sleep(0.2);
+  remoteCall(request, SYS_WAIT4, [task, 0, WNOHANG | WALL, 0]);
 }
 
 const TWO_TO_64 = 2n ** 64n;
@@ -176,42 +175,4 @@ async function isReadable(fd: number): Promise<boolean> {
     await new Promise<void>((resolve) => setImmediate(resolve));
   }
   return false;
-}
-
-/**
- * Takes it out of QEMU again. What a task still uses stays: a task that is stopped, or whose disk hangs.
- * @param pids of all tasks whose ends are waited for
- */
-export async function removeInjection(
-  request: Lender,
-  areas: readonly HelperArea[],
-  pids: readonly number[],
-): Promise<void> {
-  const endMs = performance.now() + PATIENCE_MS;
-  while (!pids.every(hasEnded) && performance.now() < endMs) await Bun.sleep(1);
-  try {
-    // Only those that QEMU is told nothing of: its own children are of another kind.
-    while (remoteCall(request, SYS_WAIT4, [TWO_TO_64 - 1n, 0, WNOHANG | WCLONE, 0]) > 0);
-    if (!pids.every(hasEnded)) return;
-    for (const { startAddr, length } of areas) {
-      if (length > 0) remoteCall(request, SYS_MUNMAP, [startAddr, length]);
-    }
-  } catch {
-    // It has ended, or somebody traces it.
-  }
-}
-
-/**
- * Of a fsl that has died: its helpers have ended with it, and nobody has waited for them. What was mapped stays, some
- * pages.
- */
-export async function reapInjected(lender: Lender): Promise<void> {
-  const path = `/proc/${lender.pid}/task/${lender.pid}/children`;
-  let children: number[];
-  try {
-    children = readFileSync(path, "latin1").split(" ").filter(Boolean).map(Number);
-  } catch {
-    return; // It has ended.
-  }
-  if (children.some(hasEnded)) await removeInjection(lender, [], []);
 }

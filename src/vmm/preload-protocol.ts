@@ -6,26 +6,18 @@
 import { HELPER_RECORD_BYTES, HELPERS_MAX } from "../sys/abi.ts";
 import type { HelperRecord } from "../sys/helper-task.ts";
 
-const HEADER_LENGTH = 40;
+const HEADER_LENGTH = 24;
 /** Most bytes of the message that the library sends, and most descriptors that come with it. */
 export const PRELOAD_MESSAGE_LENGTH_MAX = HEADER_LENGTH + HELPERS_MAX * HELPER_RECORD_BYTES;
 export const PRELOAD_DESCRIPTORS_MAX = 1 + HELPERS_MAX;
 const MAGIC = 0x756c7366; // "fslu"
-const VERSION = 3;
-
-/** Address and length in the target; 0 and 0 when there is none. */
-export interface HelperArea {
-  readonly startAddr: number;
-  readonly length: number;
-}
+const VERSION = 2;
 
 export interface PreloadMessage {
   /** Process that made the userfaultfd, in its own pid namespace. */
   readonly pid: number;
   /** Its number there, or -errno when none could be made. */
   readonly result: number;
-  /** What was mapped for the helpers. */
-  readonly area: HelperArea;
   /** Tasks in its address space; none when none were asked for. */
   readonly helpers: readonly HelperRecord[];
 }
@@ -55,9 +47,7 @@ export function parsePreloadMessage(
       stagingLength: Number(view.getBigUint64(at + 16, true)),
     };
   });
-  const [startAddr, length] = [24, 32].map((at) => Number(view.getBigUint64(at, true)));
-  const area = { startAddr: startAddr ?? 0, length: length ?? 0 };
-  return { pid: view.getInt32(8, true), result, area, helpers };
+  return { pid: view.getInt32(8, true), result, helpers };
 }
 
 /**

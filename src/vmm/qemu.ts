@@ -30,8 +30,7 @@ import {
   PARAMETERS_IN_THE_WAY,
   parseUndo,
 } from "./migration-settings.ts";
-import { injectHelpers, mayInject, removeInjection, SOCKET_NAME } from "./injection.ts";
-import type { HelperArea } from "./preload-protocol.ts";
+import { injectHelpers, mayInject, SOCKET_NAME } from "./injection.ts";
 import { linksOf } from "./process-links.ts";
 import { ProcessMaps } from "./process-maps.ts";
 import { type QmpClient, type QmpReply, formatVersion, isRecord } from "./qmp.ts";
@@ -184,8 +183,6 @@ export class QemuTarget implements Target {
   /** Take seeds out of QEMU's descriptor sets. */
   readonly #dropSeedsLater: (() => Promise<void>)[] = [];
   #keptNames = new Set<string>();
-  /** What is in somebody else's QEMU for the sake of helpers, and their pids. */
-  #injected: { areas: readonly HelperArea[]; pids: readonly number[] } | undefined;
   /** Helper tasks that nobody has taken. */
   #helpers: HelperRecord[] = [];
   /** Of a program that was not QEMU: somebody may still read ahead with them. */
@@ -605,11 +602,8 @@ export class QemuTarget implements Target {
     this.#phase = "abandoned";
     if (this.#process.isSpawned) {
       await this.#end();
-    } else {
-      this.#endHelpers();
-      await this.#removeInjected();
-      // The error that led here is the one to report.
-      if (canUndo && !this.#qmp.isClosed) await this.#putBack().catch(() => {});
+    } else if (canUndo && !this.#qmp.isClosed) {
+      await this.#putBack().catch(() => {}); // The error that led here is the one to report.
     }
     this.close();
   }
@@ -618,7 +612,6 @@ export class QemuTarget implements Target {
     assert(["loading", "loaded"].includes(this.#phase), `release in phase ${this.#phase}`);
     this.#phase = "released";
     this.#endHelpers();
-    await this.#removeInjected();
     await this.#ask(async (qmp) => {
       await this.#putBack();
       if (this.#wasCut) await dropLeftSeeds(qmp, this.pid);
@@ -721,27 +714,15 @@ export class QemuTarget implements Target {
 
   /** With helper tasks, where that can be. */
   async #inject(): Promise<TakenUserfaultfd | null> {
-    if (this.#injected !== undefined) return null;
     const helpers = this.#options.helperTasks ?? defaultWidth() + 1;
     try {
-      const injected = await injectHelpers(this.#request(), helpers, INJECTED_SLOTS);
-      if (injected === null) return null;
-      const { taken } = injected;
-      this.#helpers.push(...taken.helpers);
-      this.#injected = { areas: injected.areas, pids: taken.helpers.map(({ pid }) => pid) };
+      const taken = await injectHelpers(this.#request(), helpers, INJECTED_SLOTS);
+      this.#helpers.push(...(taken?.helpers ?? []));
       return taken;
     } catch (error) {
       if (!isFslError(error)) throw error;
       return null; // What is wrong shows when it is done without.
     }
-  }
-
-  /** When nobody uses the helpers any more. */
-  async #removeInjected(): Promise<void> {
-    const injected = this.#injected;
-    this.#injected = undefined;
-    if (injected === undefined) return;
-    await removeInjection(this.#request(), injected.areas, injected.pids);
   }
 
   #endHelpers(): void {

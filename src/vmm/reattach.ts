@@ -9,7 +9,6 @@ import { type ExitWatch, watchExit } from "./exit-watch.ts";
 import { Control } from "./control.ts";
 import { dropLeftSeeds } from "./fdset.ts";
 import { watchHotplugOf } from "./hotplug-watch.ts";
-import { reapInjected } from "./injection.ts";
 import { MigrationSettings, parseUndo } from "./migration-settings.ts";
 import { isRecord, type QmpClient } from "./qmp.ts";
 import { holdBy, pauseBy, USERFAULTFD_NAME } from "./qemu.ts";
@@ -123,7 +122,6 @@ class ReattachedQemu implements FoundTarget {
       await this.#restore(qmp);
     });
     this.#control.close();
-    await reapInjected(this);
     // The load is over: nobody will come back for it.
     this.#removeControl();
   }

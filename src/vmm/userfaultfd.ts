@@ -29,7 +29,6 @@ import { grantDevice } from "../sys/device-access.ts";
 import { type HelperRecord, reapHelper } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import {
-  type HelperArea,
   PRELOAD_DESCRIPTORS_MAX,
   PRELOAD_MESSAGE_LENGTH_MAX,
   parsePreloadMessage,
@@ -46,9 +45,6 @@ export interface UserfaultfdRequest {
   readonly description: string;
 }
 
-/** Whose main thread makes system calls. */
-export type Lender = Pick<UserfaultfdRequest, "pid" | "description">;
-
 /** fsl's own end of a userfaultfd that lives in QEMU. */
 export interface TakenUserfaultfd {
   /** Owned by the caller. */
@@ -58,8 +54,6 @@ export interface TakenUserfaultfd {
   readonly remoteFd: number | null;
   /** Helper tasks that came with it. Owned by the caller. */
   readonly helpers: readonly HelperRecord[];
-  /** What was mapped in QEMU for them. */
-  readonly area?: HelperArea;
 }
 
 /**
@@ -99,8 +93,7 @@ export function receivePreloaded(socket: number, pid: number): TakenUserfaultfd 
   const fd = fds[0] ?? -1;
   const message = fd < 0 ? null : parsePreloadMessage(bytes.subarray(0, received), fds);
   if (message?.pid === pid && isUserfaultfd(fd)) {
-    const { helpers, area } = message;
-    return { fd, way: "preload", remoteFd: null, helpers, area };
+    return { fd, way: "preload", remoteFd: null, helpers: message.helpers };
   }
   for (const each of fds) native.close(each);
   // Their sockets are among those; they are children of this process all the same.
@@ -219,7 +212,7 @@ function fetchUserfaultfd(
  * @throws FslError when it could not be made
  */
 export function remoteCall(
-  request: Lender,
+  request: UserfaultfdRequest,
   number: number,
   args: readonly (number | bigint)[],
   at = 0,
@@ -257,7 +250,7 @@ function linkOf(path: string): string {
   }
 }
 
-function refused(request: Lender, call: string, result: number): FslError {
+function refused(request: UserfaultfdRequest, call: string, result: number): FslError {
   const errno = native.errnoName(result);
   const isPermission = result === -EPERM || result === -EACCES;
   const tracer = call === "ptrace" ? tracerOf(request.pid) : 0;

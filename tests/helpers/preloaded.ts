@@ -8,7 +8,7 @@ import * as sys from "../../src/sys/native.ts";
 import { preloadBytes } from "../../src/sys/preload.ts";
 
 /** Written down a second time on purpose. @source shim/preload.c */
-const HEADER_BYTES = 40;
+const HEADER_BYTES = 24;
 const RECORD_BYTES = 24;
 const SOCKET_IN_TARGET = 3;
 const LIBRARY_IN_TARGET = 4;

@@ -6,22 +6,17 @@ function message(...words: number[]): Uint8Array {
 }
 
 const MAGIC = 0x756c7366;
-/** Address and length of what was mapped. */
-const AREA = [0x4000_0000, 0x7f12, 0x90_0000, 0];
-const area = { startAddr: 0x7f12_4000_0000, length: 0x90_0000 };
 
 describe("parsePreloadMessage", () => {
   test("reads process and result", () => {
-    expect(parsePreloadMessage(message(MAGIC, 3, 123, 7, 1, 0, ...AREA), [9])).toEqual({
+    expect(parsePreloadMessage(message(MAGIC, 2, 123, 7, 1, 0), [9])).toEqual({
       pid: 123,
       result: 7,
-      area,
       helpers: [],
     });
-    expect(parsePreloadMessage(message(MAGIC, 3, 123, -1, 2, 1, ...AREA), [])).toEqual({
+    expect(parsePreloadMessage(message(MAGIC, 2, 123, -1, 2, 1), [])).toEqual({
       pid: 123,
       result: -1,
-      area,
       helpers: [],
     });
   });
@@ -29,7 +24,7 @@ describe("parsePreloadMessage", () => {
   test("pairs each helper with its socket", () => {
     const first = [124, 7, 0x4000_0000, 0x7f12, 0x40_0000, 0];
     const second = [125, 7, 0x4040_0000, 0x7f12, 0x40_0000, 0];
-    const bytes = message(MAGIC, 3, 123, 7, 1, 0, ...AREA, ...first, ...second);
+    const bytes = message(MAGIC, 2, 123, 7, 1, 0, ...first, ...second);
     const staging = { stagingLength: 0x40_0000, uffdFd: 7 };
     expect(parsePreloadMessage(bytes, [9, 10, 11])?.helpers).toEqual([
       { fd: 10, pid: 124, stagingAddr: 0x7f12_4000_0000, ...staging },
@@ -41,38 +36,24 @@ describe("parsePreloadMessage", () => {
     ["a descriptor too few", [9]],
     ["a descriptor too many", [9, 10, 11]],
   ])("refuses one helper with %s", (_what, fds) => {
-    const bytes = message(
-      MAGIC,
-      3,
-      123,
-      7,
-      1,
-      0,
-      ...AREA,
-      124,
-      7,
-      0x4000_0000,
-      0x7f12,
-      0x40_0000,
-      0,
-    );
+    const bytes = message(MAGIC, 2, 123, 7, 1, 0, 124, 7, 0x4000_0000, 0x7f12, 0x40_0000, 0);
     expect(parsePreloadMessage(bytes, fds)).toBeNull();
   });
 
   test.each([
     ["nothing", message()],
-    ["a short message", message(MAGIC, 3, 123, 7, 1, 0)],
-    ["a long message", message(MAGIC, 3, 123, 7, 1, 0, ...AREA, 0)],
-    ["another magic", message(MAGIC + 1, 3, 123, 7, 1, 0, ...AREA)],
-    ["another version", message(MAGIC, 2, 123, 7, 1, 0, ...AREA)],
+    ["a short message", message(MAGIC, 2, 123, 7, 1)],
+    ["a long message", message(MAGIC, 2, 123, 7, 1, 0, 0)],
+    ["another magic", message(MAGIC + 1, 2, 123, 7, 1, 0)],
+    ["another version", message(MAGIC, 1, 123, 7, 1, 0)],
   ])("refuses %s", (_what, bytes) => {
     expect(parsePreloadMessage(bytes, [9])).toBeNull();
   });
 
   test("reads a message in the middle of a buffer", () => {
-    const buffer = new Uint8Array(60);
-    buffer.set(message(MAGIC, 3, 5, 6, 1, 0, ...AREA), 3);
-    expect(parsePreloadMessage(buffer.subarray(3, 43), [9])?.pid).toBe(5);
+    const buffer = new Uint8Array(40);
+    buffer.set(message(MAGIC, 2, 5, 6, 1, 0), 3);
+    expect(parsePreloadMessage(buffer.subarray(3, 27), [9])?.pid).toBe(5);
   });
 });
 
