@@ -44,7 +44,7 @@ import * as native from "./native.ts";
 export interface HelperRecord {
   /** This process's end of the socket. Closing it ends the helper. */
   readonly fd: number;
-  /** A child of this process, to be waited for when the helper has ended; or of QEMU, see src/vmm/injection.ts. */
+  /** A child of this process, to be waited for when the helper has ended; or of init, see src/vmm/injection.ts. */
   readonly pid: number;
   /** Address in the target of memory that only this helper uses; 2 MiB aligned, huge pages. */
   readonly stagingAddr: number;
@@ -377,7 +377,7 @@ export async function reapHelper(pid: number): Promise<boolean> {
   const status = new Int32Array(1);
   for (let attempt = 0; attempt < REAP_TRIES; attempt += 1) {
     const waited = native.waitpid(pid, WNOHANG | WALL, status);
-    // Not a child of this process: QEMU's (src/vmm/injection.ts).
+    // Not a child of this process: init's (src/vmm/injection.ts).
     if (waited > 0 || (waited < 0 && hasEnded(pid))) return true;
     if (attempt === SIGKILL_AFTER_TRIES) killChild(pid);
     await new Promise<void>((resolve) => {
