@@ -37,6 +37,7 @@ import * as native from "../sys/native.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { readImage } from "./elf.ts";
 import {
+  linkOf,
   receivePreloaded,
   remoteCall,
   type TakenUserfaultfd,
@@ -90,17 +91,18 @@ export function mayInject(pid: number): boolean {
   }
 }
 
-/** A socket's link text has its inode. */
+/** The number that a socket of fsl's has in QEMU: its link text has its inode. -1 when it is not there. */
 function remoteNumberOf(pid: number, fd: number): number {
   const link = readlinkSync(`/proc/self/fd/${fd}`);
-  for (const number of readdirSync(`/proc/${pid}/fd`)) {
-    try {
-      if (readlinkSync(`/proc/${pid}/fd/${number}`) === link) return Number(number);
-    } catch {
-      // It was closed meanwhile.
-    }
+  return numbersOf(pid).find((number) => linkOf(`/proc/${pid}/fd/${number}`) === link) ?? -1;
+}
+
+function numbersOf(pid: number): number[] {
+  try {
+    return readdirSync(`/proc/${pid}/fd`).map(Number);
+  } catch {
+    return []; // It has ended.
   }
-  return -1;
 }
 
 async function inject(
@@ -137,7 +139,7 @@ async function inject(
     remoteCall(request, SYS_MUNMAP, [startAddr, length]);
     return null;
   }
-  const taken = (await isReadable(socket)) ? receivePreloaded(socket, pid) : null;
+  const taken = (await isHeard(socket, task)) ? receivePreloaded(socket, pid) : null;
   await reap(request, task);
   return taken === null ? null : { ...taken, way: "ptrace" };
 }
@@ -146,7 +148,11 @@ async function inject(
 async function reap(request: UserfaultfdRequest, task: number): Promise<void> {
   const endMs = performance.now() + PATIENCE_MS;
   while (!hasEnded(task) && performance.now() < endMs) await Bun.sleep(0.2);
-  remoteCall(request, SYS_WAIT4, [task, 0, WNOHANG | WALL, 0]);
+  try {
+    remoteCall(request, SYS_WAIT4, [task, 0, WNOHANG | WALL, 0]);
+  } catch {
+    // It has ended, or somebody traces it since a moment ago: the zombie stays.
+  }
 }
 
 const TWO_TO_64 = 2n ** 64n;
@@ -167,11 +173,15 @@ function write(pid: number, addr: number, bytes: Uint8Array): boolean {
   return native.processVmWritev(pid, addr, native.ptrOf(bytes), bytes.length) === bytes.length;
 }
 
-async function isReadable(fd: number): Promise<boolean> {
+/** A task that has ended without a word was not allowed one. */
+async function isHeard(socket: number, task: number): Promise<boolean> {
   const revents = new Int32Array(1);
   const endMs = performance.now() + PATIENCE_MS;
   while (performance.now() < endMs) {
-    if (native.poll(Int32Array.of(fd), revents, 1, POLLIN, WAIT_MS) > 0) return true;
+    const isOver = hasEnded(task);
+    if (native.poll(Int32Array.of(socket), revents, 1, POLLIN, isOver ? 0 : WAIT_MS) > 0)
+      return true;
+    if (isOver) return false;
     await new Promise<void>((resolve) => setImmediate(resolve));
   }
   return false;

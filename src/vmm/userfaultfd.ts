@@ -242,7 +242,8 @@ function isUserfaultfd(fd: number): boolean {
   return linkOf(`/proc/self/fd/${fd}`) === USERFAULTFD_LINK;
 }
 
-function linkOf(path: string): string {
+/** Empty when it cannot be read. */
+export function linkOf(path: string): string {
   try {
     return readlinkSync(path);
   } catch {

@@ -1,5 +1,11 @@
 import { afterAll, describe, expect, test } from "bun:test";
-import { findInterpreter, isGlibcInterpreter, readElfInterpreter } from "../../src/vmm/elf.ts";
+import { preloadBytes } from "../../src/sys/preload.ts";
+import {
+  findInterpreter,
+  isGlibcInterpreter,
+  readElfInterpreter,
+  readImage,
+} from "../../src/vmm/elf.ts";
 import { Scratch } from "../helpers/qemu-vmm.ts";
 
 const scratch = new Scratch();
@@ -87,5 +93,15 @@ describe("isGlibcInterpreter", () => {
     [null, false],
   ])("%p → %p", (interpreter, expected) => {
     expect(isGlibcInterpreter(interpreter)).toBe(expected);
+  });
+});
+
+describe("readImage", () => {
+  test("has the preload library's code, whose entry point is a system call instruction", () => {
+    const { bytes, entry } = readImage(preloadBytes());
+    const isArm = process.arch === "arm64";
+    const instruction = isArm ? [0x01, 0x00, 0x00, 0xd4] : [0x0f, 0x05];
+    expect([...bytes.subarray(entry, entry + instruction.length)]).toEqual(instruction);
+    expect([...bytes.subarray(0, 4)]).toEqual([0x7f, 0x45, 0x4c, 0x46]);
   });
 });
