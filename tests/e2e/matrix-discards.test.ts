@@ -36,8 +36,8 @@ const FLAGS = ["--eager-rate", "12M", "--eager-workers", "2"];
 /** Without helper tasks, page by page by several Workers. */
 const MANY = 4;
 const MANY_FLAGS = ["--eager-rate", "12M", "--eager-workers", `${MANY}`];
-/** A program that becomes QEMU by exec has none: they are in the memory that it had before. */
-const WITHOUT_HELPERS = ["env"];
+/** Those of the preloaded library are of another program's memory, and in a sandbox none are made anew. */
+const WITHOUT_HELPERS = { prefix: ["env"], sandbox: ["-sandbox", "on"] };
 
 const SMALL = { memoryMiB: 160, dataMiB: 16 };
 
@@ -89,15 +89,16 @@ interface Way {
   readonly workers?: number;
   /** What stands before QEMU's command line when it is loaded. */
   readonly prefix?: readonly string[];
+  readonly sandbox?: readonly string[];
 }
 
-const RACE: Way = { flags: MANY_FLAGS, workers: MANY, prefix: WITHOUT_HELPERS };
+const RACE: Way = { flags: MANY_FLAGS, workers: MANY, ...WITHOUT_HELPERS };
 
 /** Loads it slowly, has the guest give memory back, and looks at every page of that. */
 async function giveBack(
   argv: readonly string[],
   give: (given: Given) => Promise<void>,
-  { save = SAVE, flags = FLAGS, workers = 1, prefix = [] }: Way = {},
+  { save = SAVE, flags = FLAGS, workers = 1, prefix = [], sandbox = [] }: Way = {},
 ): Promise<void> {
   using snapshot = await saveGuest(argv, save);
   const trace = join(snapshot.directory, "trace");
@@ -105,7 +106,7 @@ async function giveBack(
   await using run = await FslRun.start(snapshot, {
     flags,
     argv: [...prefix, ...snapshot.argv],
-    qemuArgs: traceArgs(trace),
+    qemuArgs: [...traceArgs(trace), ...sandbox],
   });
   await run.serial.waitFor(/^tick /);
   const state = await until(() => openLoadState(run.pid), MATRIX_TIMEOUT_MS, "a load state");
