@@ -87,10 +87,10 @@ export function compileProgram(
 const ENTRY = "-Wl,-e,injection_entry";
 
 function compile(library: keyof typeof LIBRARIES, arch: string, path: string): void {
-  const files: string[] = LIBRARIES[library].map((file) => join("shim", file));
-  if (library === "preload") files.push(ENTRY);
+  const files = LIBRARIES[library].map((file) => join("shim", file));
+  const flags = library === "preload" ? [...FLAGS, ENTRY] : FLAGS;
   const partPath = `${path}.${process.pid}`;
-  run([zigPath(), "cc", "-target", `${arch}-linux-gnu`, ...FLAGS, ...files, "-o", partPath], {
+  run([zigPath(), "cc", "-target", `${arch}-linux-gnu`, ...flags, ...files, "-o", partPath], {
     ZIG_GLOBAL_CACHE_DIR: CACHE,
     ZIG_LOCAL_CACHE_DIR: CACHE,
   });

@@ -18,7 +18,7 @@ import { contentRanges, writtenRanges } from "./contents.ts";
 import type { FillJob } from "./fill.ts";
 import { MemoryWriter } from "./memory-writer.ts";
 import type { BlockPlan } from "./plan.ts";
-import { type AddressRange, type PageSpan, residentRanges, spansOf } from "./resident.ts";
+import { type AddressRange, pagesIn, type PageSpan, residentRanges, spansOf } from "./resident.ts";
 import { add, type BlockState, C_EAGER_PAGES, type LoadState, MAIN_THREAD } from "./state.ts";
 import { SUPPLIED, type Supply } from "./supply.ts";
 
@@ -164,11 +164,7 @@ export function findResident(
 
 /** In bytes. */
 export function residentLength(resident: readonly ResidentPages[]): number {
-  return resident
-    .flatMap(({ block, runs }) =>
-      runs.map(({ first, end }) => (end - first) * block.block.pageSize),
-    )
-    .reduce((sum, length) => sum + length, 0);
+  return resident.reduce((sum, { block, runs }) => sum + pagesIn(runs) * block.block.pageSize, 0);
 }
 
 /** What gives such pages their bytes: zeros for clear bits. */

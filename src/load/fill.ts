@@ -11,7 +11,7 @@ import { type BlockPlace, MemoryWriter } from "./memory-writer.ts";
 import { PageReader } from "./page-reader.ts";
 import { placeAs } from "./placement.ts";
 import type { FillFailure, FillStart } from "./protocol.ts";
-import type { PageSpan } from "./resident.ts";
+import { pagesIn, type PageSpan } from "./resident.ts";
 import type { Crew, FillEnd } from "./workers.ts";
 
 /** What of a block is written. */
@@ -67,13 +67,9 @@ export async function fillMemory(jobs: readonly FillJob[], options: FillOptions)
 
 /** Length of all that is looked at, bytes. */
 function lengthOf(jobs: readonly FillJob[]): number {
-  const pagesOf = (spans: readonly PageSpan[]): number =>
-    spans.reduce((sum, { first, end }) => sum + end - first, 0);
-  return jobs
-    .map(({ zeros, contents, pageSize }) => {
-      return Math.max(pagesOf(zeros), pagesOf(contents)) * pageSize;
-    })
-    .reduce((sum, length) => sum + length, 0);
+  return jobs.reduce((sum, { zeros, contents, pageSize }) => {
+    return sum + Math.max(pagesIn(zeros), pagesIn(contents)) * pageSize;
+  }, 0);
 }
 
 /** As helpers read them. */

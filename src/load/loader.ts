@@ -547,7 +547,7 @@ class Load {
       mayRead: () => this.#mayRead(),
     });
     filled.catch(() => {});
-    // Workers have begun before a word is said: the first one takes 12 ms.
+    // Workers have begun before a word is said: on a terminal the first one takes 12 ms.
     await new Promise(setImmediate);
     try {
       this.#tellWhatIsFilled(fill, residentLength(resident));

@@ -132,6 +132,11 @@ export interface PageSpan {
   readonly end: number;
 }
 
+/** How many pages they are. */
+export function pagesIn(spans: readonly PageSpan[]): number {
+  return spans.reduce((sum, { first, end }) => sum + end - first, 0);
+}
+
 /** The host pages of a block that ranges cover, clipped to it, by address; those that touch or overlap are one. */
 export function spansOf(
   ranges: readonly AddressRange[],

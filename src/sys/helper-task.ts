@@ -378,7 +378,7 @@ export async function reapHelper(pid: number): Promise<boolean> {
   for (let attempt = 0; attempt < REAP_TRIES; attempt += 1) {
     const waited = native.waitpid(pid, WNOHANG | WALL, status);
     // Not a child of this process: init's (src/vmm/injection.ts).
-    if (waited > 0 || (waited < 0 && hasEnded(pid))) return true;
+    if (waited > 0 || (waited < 0 && isEndedTask(pid))) return true;
     if (attempt === SIGKILL_AFTER_TRIES) killChild(pid);
     await new Promise<void>((resolve) => {
       setTimeout(resolve, REAP_PAUSE_MS).unref();
@@ -395,21 +395,22 @@ function isHelper(pid: number): boolean {
   }
 }
 
-/** Whether a task that is another process's child runs no more: nobody may have waited for it yet. */
-export function hasEnded(pid: number): boolean {
-  try {
-    return /^State:\s+[ZX]/m.test(readFileSync(`/proc/${pid}/status`, "latin1"));
-  } catch {
-    return true;
-  }
+/** Whether a task runs no more: nobody may have waited for it yet. */
+export function isEndedTask(pid: number): boolean {
+  return ["", "Z", "X"].includes(stateOf(pid));
 }
 
 /** Whether somebody has stopped it (SIGSTOP, a debugger). */
 export function isStoppedTask(pid: number): boolean {
+  return ["T", "t"].includes(stateOf(pid));
+}
+
+/** The letter of proc(5); empty when there is no such task. */
+function stateOf(pid: number): string {
   try {
-    return /^State:\s+[Tt]/m.test(readFileSync(`/proc/${pid}/status`, "latin1"));
+    return /^State:\s+(\w)/m.exec(readFileSync(`/proc/${pid}/status`, "latin1"))?.[1] ?? "";
   } catch {
-    return false;
+    return "";
   }
 }
 

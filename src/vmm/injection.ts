@@ -14,7 +14,7 @@
  * Not where QEMU has a seccomp filter (`-sandbox on`, as libvirt's has): a clone(2) that it does not expect
  * kills it.
  */
-import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { readFileSync, readlinkSync } from "node:fs";
 import { alignDown, alignUp } from "../pages.ts";
 import {
   MAP_ANONYMOUS,
@@ -32,12 +32,12 @@ import {
   WALL,
   WNOHANG,
 } from "../sys/abi.ts";
-import { hasEnded } from "../sys/helper-task.ts";
+import { isEndedTask } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { readImage } from "./elf.ts";
+import { descriptorsOf, linkOf } from "./process-links.ts";
 import {
-  linkOf,
   receivePreloaded,
   remoteCall,
   type TakenUserfaultfd,
@@ -50,7 +50,7 @@ const CLONE_VM = 0x100;
 const HOST_PAGE = 4096;
 /** Of the task that makes the helpers. */
 const STACK_LENGTH = 64 * 1024;
-/** How long that task may take, which takes a millisecond; and how long helpers may take to end, ms. */
+/** How long that task may take to send, which takes a millisecond, and then to end, ms. */
 const PATIENCE_MS = 1_000;
 const WAIT_MS = 5;
 
@@ -70,7 +70,9 @@ export async function injectHelpers(
   try {
     await request.qmp.request("getfd", { fdname: SOCKET_NAME }, { fd: theirs });
     try {
-      return await inject(request, own, remoteNumberOf(request.pid, theirs), helpers, slots);
+      // A socket's link text has its inode.
+      const [remote] = descriptorsOf(request.pid, linkOf(`/proc/self/fd/${theirs}`));
+      return remote === undefined ? null : await inject(request, own, remote, helpers, slots);
     } finally {
       await request.qmp.execute("closefd", { fdname: SOCKET_NAME });
     }
@@ -91,20 +93,6 @@ export function mayInject(pid: number): boolean {
   }
 }
 
-/** The number that a socket of fsl's has in QEMU: its link text has its inode. -1 when it is not there. */
-function remoteNumberOf(pid: number, fd: number): number {
-  const link = readlinkSync(`/proc/self/fd/${fd}`);
-  return numbersOf(pid).find((number) => linkOf(`/proc/${pid}/fd/${number}`) === link) ?? -1;
-}
-
-function numbersOf(pid: number): number[] {
-  try {
-    return readdirSync(`/proc/${pid}/fd`).map(Number);
-  } catch {
-    return []; // It has ended.
-  }
-}
-
 async function inject(
   request: UserfaultfdRequest,
   socket: number,
@@ -117,13 +105,12 @@ async function inject(
   const codeLength = alignUp(bytes.length, HOST_PAGE);
   const length = codeLength + STACK_LENGTH;
   const access = PROT_READ | PROT_WRITE;
-  if (remoteSocket < 0) return null;
   const startAddr = remoteCall(request, SYS_MMAP, [
     0,
     length,
     access,
     MAP_PRIVATE | MAP_ANONYMOUS,
-    TWO_TO_64 - 1n,
+    -1,
     0,
   ]);
   if (startAddr < 0) return null;
@@ -147,7 +134,7 @@ async function inject(
 /** One that does not end (somebody has stopped it) becomes a zombie when it does: its code stays. */
 async function reap(request: UserfaultfdRequest, task: number): Promise<void> {
   const endMs = performance.now() + PATIENCE_MS;
-  while (!hasEnded(task) && performance.now() < endMs) await Bun.sleep(0.2);
+  while (!isEndedTask(task) && performance.now() < endMs) await Bun.sleep(0.2);
   try {
     remoteCall(request, SYS_WAIT4, [task, 0, WNOHANG | WALL, 0]);
   } catch {
@@ -155,7 +142,6 @@ async function reap(request: UserfaultfdRequest, task: number): Promise<void> {
   }
 }
 
-const TWO_TO_64 = 2n ** 64n;
 /** Two words that the task pops, then struct injected (shim/preload.c). */
 const FRAME_LENGTH = 32;
 
@@ -178,7 +164,7 @@ async function isHeard(socket: number, task: number): Promise<boolean> {
   const revents = new Int32Array(1);
   const endMs = performance.now() + PATIENCE_MS;
   while (performance.now() < endMs) {
-    const isOver = hasEnded(task);
+    const isOver = isEndedTask(task);
     if (native.poll(Int32Array.of(socket), revents, 1, POLLIN, isOver ? 0 : WAIT_MS) > 0)
       return true;
     if (isOver) return false;

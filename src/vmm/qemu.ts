@@ -707,9 +707,8 @@ export class QemuTarget implements Target {
         `userfaultfd: ${this.description} did not send one at its start`,
       );
     }
-    return (
-      (way === "device" ? null : await this.#inject()) ?? makeUserfaultfd(this.#request(), way)
-    );
+    const injected = way === "device" ? null : await this.#inject();
+    return injected ?? makeUserfaultfd(this.#request(), way);
   }
 
   /** With helper tasks, where that can be. */

@@ -10,7 +10,7 @@
  * Never UFFD_USER_MODE_ONLY: device emulation reads guest memory in system calls, which would get
  * EFAULT.
  */
-import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import {
   EACCES,
@@ -33,6 +33,7 @@ import {
   PRELOAD_MESSAGE_LENGTH_MAX,
   parsePreloadMessage,
 } from "./preload-protocol.ts";
+import { linkOf } from "./process-links.ts";
 import type { QmpClient } from "./qmp.ts";
 
 export type UserfaultfdWay = "preload" | "ptrace" | "device";
@@ -214,7 +215,7 @@ function fetchUserfaultfd(
 export function remoteCall(
   request: UserfaultfdRequest,
   number: number,
-  args: readonly (number | bigint)[],
+  args: readonly number[],
   at = 0,
 ): number {
   const result = new BigInt64Array(1);
@@ -230,7 +231,7 @@ export function remoteCall(
   return Number(result[0] ?? 0n);
 }
 
-function remoteArguments(args: readonly (number | bigint)[]): BigUint64Array {
+function remoteArguments(args: readonly number[]): BigUint64Array {
   const result = new BigUint64Array(6);
   args.forEach((value, index) => {
     result[index] = BigInt(value);
@@ -240,15 +241,6 @@ function remoteArguments(args: readonly (number | bigint)[]): BigUint64Array {
 
 function isUserfaultfd(fd: number): boolean {
   return linkOf(`/proc/self/fd/${fd}`) === USERFAULTFD_LINK;
-}
-
-/** Empty when it cannot be read. */
-export function linkOf(path: string): string {
-  try {
-    return readlinkSync(path);
-  } catch {
-    return "";
-  }
 }
 
 function refused(request: UserfaultfdRequest, call: string, result: number): FslError {

@@ -12,7 +12,7 @@ import { type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.t
 import { differencesFromOracle } from "../helpers/load-oracle.ts";
 import { isOver } from "../helpers/helper-target.ts";
 import { until } from "../helpers/kernel-target.ts";
-import { openFiles, whyNoExecutable } from "../helpers/load-runs.ts";
+import { nameOf, openFiles, whyNoExecutable } from "../helpers/load-runs.ts";
 import { TWO_NODES, withNode } from "../helpers/load-snapshots.ts";
 import { isUserfaultfdRefused, NOBODY, Published } from "../helpers/published.ts";
 import { askQmp } from "../helpers/qemu-vmm.ts";
@@ -43,14 +43,6 @@ function helpersOf(pid: number): number[] {
   return readdirSync("/proc")
     .map(Number)
     .filter((one) => one > 0 && nameOf(one) === "fsl-helper" && native.kcmpVm(pid, one) === 0);
-}
-
-function nameOf(pid: number): string {
-  try {
-    return readFileSync(`/proc/${pid}/comm`, "utf8").trim();
-  } catch {
-    return ""; // It has ended.
-  }
 }
 
 describe.skipIf(skip)("fsl load --qmp", () => {

@@ -20,7 +20,7 @@ import {
   differencesOfBareGuest,
   wholeRound,
 } from "../helpers/load-oracle.ts";
-import { childrenOf, until, whyNoExecutable } from "../helpers/load-runs.ts";
+import { childrenOf, nameOf, until, whyNoExecutable } from "../helpers/load-runs.ts";
 import { type MatrixSnapshot, saveGuest } from "../helpers/matrix-guests.ts";
 
 const TIMEOUT_MS = 60_000;
@@ -188,14 +188,6 @@ describe.skipIf(reason !== null)("a helper task that somebody has stopped", () =
 function helpersAnywhere(): number[] {
   const numbers = readdirSync("/proc").map(Number).filter(Number.isInteger);
   return numbers.filter((pid) => nameOf(pid) === "fsl-helper");
-}
-
-function nameOf(pid: number): string {
-  try {
-    return readFileSync(`/proc/${pid}/comm`, "latin1").trim();
-  } catch {
-    return ""; // It has ended.
-  }
 }
 
 /** The helpers of the eager load that is just being started, as soon as there are any. */

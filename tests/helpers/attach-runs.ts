@@ -17,7 +17,15 @@ import { basename, dirname, join } from "node:path";
 import type { FoundLoad } from "../../src/index.ts";
 import { type Ended, FslProcess } from "./fault-runs.ts";
 import { type GuestSnapshot, QmpClient, SerialConsole } from "./guests.ts";
-import { FSL, isRunning, openFiles, plainEnvironment, until } from "./load-runs.ts";
+import {
+  childrenOf,
+  FSL,
+  isRunning,
+  nameOf,
+  openFiles,
+  plainEnvironment,
+  until,
+} from "./load-runs.ts";
 import { byUser, type Published } from "./published.ts";
 
 const MARK = "FSL_ATTACH_RUN";
@@ -229,7 +237,7 @@ export class AttachRun extends MarkedRun {
       capabilities: list.filter(({ state }) => state).map(({ capability }) => capability),
       fdsets: await this.qmp.execute("query-fdsets"),
       descriptors: openFiles(this.pid).filter(isOfFsl),
-      children: childrenOf(this.pid),
+      children: childrenOf(this.pid).map(nameOf),
       areas: await this.#ramAreas(),
     };
   }
@@ -253,12 +261,6 @@ export class AttachRun extends MarkedRun {
     this.qmp.close();
     rmSync(join(this.qmpPath, ".."), { recursive: true, force: true });
   }
-}
-
-/** Names of its children, also of those that have ended. */
-function childrenOf(pid: number): string[] {
-  const children = readFileSync(`/proc/${pid}/task/${pid}/children`, "latin1").split(" ");
-  return children.filter(Boolean).map((child) => readFileSync(`/proc/${child}/comm`, "latin1"));
 }
 
 /** Processes whose environment has the mark of a run. */

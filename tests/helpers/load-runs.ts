@@ -319,9 +319,10 @@ export function childrenOf(pid: number): number[] {
   }
 }
 
-function nameOf(pid: number): string {
+/** Empty when it has ended and was waited for. */
+export function nameOf(pid: number): string {
   try {
-    return readFileSync(`/proc/${pid}/comm`, "latin1");
+    return readFileSync(`/proc/${pid}/comm`, "latin1").trim();
   } catch {
     return "";
   }
