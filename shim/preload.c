@@ -10,13 +10,14 @@
  * wrong is told over the socket, or shows as silence.
  *
  * Environment (all removed, in place):
- *   FSL_PRELOAD=<socket>:<memfd>[:[c][hN][sM]]
+ *   FSL_PRELOAD=<socket>:<memfd>[:[c][t][hN][sM]]
  *                                     descriptors: where to send, and where this library was loaded
- *                                     from (or -1). `c` closes all of fsl's descriptors when done;
- *                                     `hN` makes N helpers, 0 to 9, `sM` with M slots of staging
- *                                     memory each, 1 to 256; without it 1
+ *                                     from (or -1). `c` closes all of fsl's descriptors when done; `t`
+ *                                     says that GLIBC_TUNABLES is fsl's; `hN` makes N helpers, 0 to 9,
+ *                                     `sM` with M slots of staging memory each, 1 to 256; without it 1
  *   FSL_PRELOAD_NEXT=<text>           the user's own LD_PRELOAD, put back; without it LD_PRELOAD is
  *                                     removed
+ *   FSL_TUNABLES_NEXT=<text>          with `t`: the same for GLIBC_TUNABLES
  *
  * Message (host byte order; by SCM_RIGHTS the userfaultfd when there is one, then a socket for each
  * helper). Fewer helpers than asked for is no error; without a userfaultfd there are none.
@@ -92,6 +93,18 @@ static void remove_at(char **envp, int32_t index) {
   do {
     envp[index] = envp[index + 1];
   } while (envp[index++] != (char *)0);
+}
+
+/*
+ * "FSL_PRELOAD_NEXT=x" becomes "LD_PRELOAD=x" in its own memory: the text moves to the left, so the new
+ * name, with its '=', must be no longer than the old one.
+ */
+static void rename_variable(char *entry, const char *from_name, const char *to_name) {
+  const char *from = value_of(entry, from_name);
+  while (*to_name != 0) *entry++ = *to_name++;
+  do {
+    *entry++ = *from;
+  } while (*from++ != 0);
 }
 
 /* Sends the userfaultfd and the helpers' sockets. */
@@ -190,10 +203,13 @@ static void preload(int argc, char **argv, char **envp) {
     return;
   }
   int32_t preload_at = -1, next_at = -1, loader_at = -1, count = 0;
+  int32_t tunables_at = -1, tunables_next_at = -1;
   for (; envp[count] != (char *)0; count++) {
     if (value_of(envp[count], "FSL_PRELOAD") != (char *)0) preload_at = count;
     if (value_of(envp[count], "FSL_PRELOAD_NEXT") != (char *)0) next_at = count;
     if (value_of(envp[count], "LD_PRELOAD") != (char *)0) loader_at = count;
+    if (value_of(envp[count], "GLIBC_TUNABLES") != (char *)0) tunables_at = count;
+    if (value_of(envp[count], "FSL_TUNABLES_NEXT") != (char *)0) tunables_next_at = count;
   }
   if (preload_at < 0) return;
   name_for_debuggers();
@@ -202,10 +218,11 @@ static void preload(int argc, char **argv, char **envp) {
   const int32_t socket = number_at(&text);
   if (*text == ':') text++;
   const int32_t memfd = number_at(&text);
-  int32_t closing = 0, helpers_wanted = 0, slots = 1;
+  int32_t closing = 0, has_tunables = 0, helpers_wanted = 0, slots = 1;
   while (*text != 0) {
     const char option = *text++;
     if (option == 'c') closing = 1;
+    if (option == 't') has_tunables = 1;
     if (option == 'h') helpers_wanted = number_at(&text);
     if (option == 's') slots = number_at(&text);
   }
@@ -219,21 +236,15 @@ static void preload(int argc, char **argv, char **envp) {
     if (memfd >= 0) sys(NR_close, memfd);
   }
 
-  /*
-   * "FSL_PRELOAD_NEXT=x" becomes "LD_PRELOAD=x" in its own memory: the text moves to the left, so
-   * it always fits. The highest index is removed first, so that the others stay valid.
-   */
-  if (next_at >= 0) {
-    char *entry = envp[next_at];
-    const char *from = value_of(entry, "FSL_PRELOAD_NEXT");
-    const char *name = "LD_PRELOAD=";
-    while (*name != 0) *entry++ = *name++;
-    do {
-      *entry++ = *from;
-    } while (*from++ != 0);
+  if (next_at >= 0) rename_variable(envp[next_at], "FSL_PRELOAD_NEXT", "LD_PRELOAD=");
+  if (!has_tunables) {
+    tunables_at = -1;
+  } else if (tunables_next_at >= 0) {
+    rename_variable(envp[tunables_next_at], "FSL_TUNABLES_NEXT", "GLIBC_TUNABLES=");
   }
+  /* The highest index first, so that the others stay valid. */
   for (int32_t index = count - 1; index >= 0; index--) {
-    if (index == preload_at || index == loader_at) remove_at(envp, index);
+    if (index == preload_at || index == loader_at || index == tunables_at) remove_at(envp, index);
   }
 }
 

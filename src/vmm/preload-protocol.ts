@@ -50,25 +50,43 @@ export function parsePreloadMessage(
   return { pid: view.getInt32(8, true), result, helpers };
 }
 
+type Environment = Readonly<Record<string, string | undefined>>;
+
+export interface PreloadWishes {
+  /** How many helpers the library is to make, 0 to 9. */
+  readonly helperTasks: number;
+  /** Chunks that the staging memory of each has room for, 1 to 256. */
+  readonly stagingSlots: number;
+  /** The program's own heap in huge pages where the host has them to be asked for (glibc 2.35). */
+  readonly hugeHeap: boolean;
+}
+
+/** @source glibc manual, Memory Allocation Tunables */
+const HUGE_HEAP_TUNABLE = "glibc.malloc.hugetlb";
+
 /**
  * The environment for a program that is to load the library; the library puts it back to `env`.
  * @param socket number of the socket in the program
  * @param library number of the memfd with the library in the program
- * @param helperTasks how many helpers the library is to make, 0 to 9
- * @param stagingSlots chunks that the staging memory of each has room for, 1 to 256
  */
 export function preloadEnvironment(
-  env: Readonly<Record<string, string | undefined>>,
+  env: Environment,
   socket: number,
   library: number,
-  helperTasks: number,
-  stagingSlots: number,
-): Record<string, string | undefined> {
-  const path = `/proc/self/fd/${library}`;
-  const own = env["LD_PRELOAD"];
+  { helperTasks, stagingSlots, hugeHeap }: PreloadWishes,
+): Environment {
   const helpers = `h${Math.min(helperTasks, HELPERS_MAX)}s${stagingSlots}`;
-  const options = helperTasks > 0 ? `c${helpers}` : "c";
-  const base = { ...env, FSL_PRELOAD: `${socket}:${library}:${options}` };
-  if (own === undefined || own === "") return { ...base, LD_PRELOAD: path };
-  return { ...base, LD_PRELOAD: `${path}:${own}`, FSL_PRELOAD_NEXT: own };
+  const tunables = env["GLIBC_TUNABLES"] ?? "";
+  // Who has chosen otherwise has a reason.
+  const isTuned = hugeHeap && !tunables.includes(HUGE_HEAP_TUNABLE);
+  const options = `c${isTuned ? "t" : ""}${helperTasks > 0 ? helpers : ""}`;
+  const ours = [put("LD_PRELOAD", `/proc/self/fd/${library}`, env, "FSL_PRELOAD_NEXT")];
+  if (isTuned) ours.push(put("GLIBC_TUNABLES", `${HUGE_HEAP_TUNABLE}=1`, env, "FSL_TUNABLES_NEXT"));
+  return Object.assign({ ...env, FSL_PRELOAD: `${socket}:${library}:${options}` }, ...ours);
+}
+
+/** The variable with fsl's part in front of the user's own, which goes into `next` to be put back. */
+function put(name: string, part: string, env: Environment, next: string): Environment {
+  const own = env[name] ?? "";
+  return own === "" ? { [name]: part } : { [name]: `${part}:${own}`, [next]: own };
 }

@@ -60,16 +60,18 @@ export function startsStopped(argv: readonly string[]): boolean {
   return argv.slice(1).some((argument) => optionName(argument) === "S");
 }
 
-/**
- * What a command line tells of the QEMU that it starts. Errs on the safe side: what is not certain
- * is asked.
- */
-export function readQemuCommand(argv: readonly string[]): {
-  hasNoDiscards: boolean;
-  hasDefaultSettings: boolean;
-  hasPlainMemory: boolean;
-  vcpus: number | null;
-} {
+/** What a command line tells of the QEMU that it starts. */
+export interface QemuCommand {
+  readonly hasNoDiscards: boolean;
+  readonly hasDefaultSettings: boolean;
+  readonly hasPlainMemory: boolean;
+  readonly vcpus: number | null;
+  /** QEMU reads a kernel into its own heap before its monitor answers. */
+  readonly readsKernel: boolean;
+}
+
+/** Errs on the safe side: what is not certain is asked. */
+export function readQemuCommand(argv: readonly string[]): QemuCommand {
   const options = argv.slice(1);
   // These bring more options, or change those that are there.
   const isAll = !hasOptionFile(options) && !options.some((option) => optionName(option) === "set");
@@ -78,6 +80,7 @@ export function readQemuCommand(argv: readonly string[]): {
     hasDefaultSettings: isAll && !options.some((option) => option.includes("migration")),
     hasPlainMemory: isAll && !options.some((option) => OTHER_MEMORY.test(option)),
     vcpus: isAll ? vcpusOf(argv) : null,
+    readsKernel: options.some((option) => optionName(option) === "kernel"),
   };
 }
 

@@ -18,6 +18,7 @@ import { anyFdset, newSeedFile } from "./fdset.ts";
 import { preloadEnvironment } from "./preload-protocol.ts";
 import {
   checkQemuCommand,
+  type QemuCommand,
   MONITOR_CONFIG,
   qemuCommandLine,
   readQemuCommand,
@@ -99,8 +100,7 @@ export function spawnQemu(options: SpawnOptions): QemuTarget {
     const config = textFile("fsl-config", MONITOR_CONFIG);
     forChild.add(config);
     const known = readQemuCommand(options.argv);
-    const stagingSlots = known.hasPlainMemory ? STAGING_SLOTS : 1;
-    child = startChild(options, program, env, { listener, config, seed, preload }, stagingSlots);
+    child = startChild(options, program, env, { listener, config, seed, preload }, known);
     // The child cannot have been waited for yet: the event loop has not run since it was started.
     const pidfd = checked(native.pidfdOpen(child.pid, 0), "open a pidfd");
     forTarget.add(pidfd);
@@ -290,7 +290,7 @@ function startChild(
   program: string,
   env: Readonly<Record<string, string | undefined>>,
   { listener, config, seed, preload }: ChildParts,
-  stagingSlots: number,
+  { hasPlainMemory, readsKernel }: QemuCommand,
 ): Bun.Subprocess {
   const own = [listener, config, seed.fd];
   if (preload !== null) own.push(preload.childSocket, preload.library);
@@ -299,11 +299,13 @@ function startChild(
   const [childSocket = NO_FD, library = NO_FD] = ofPreload;
   const inherited = { qmpFd, configFd, seedFd, seedSet: seed.set };
   const [, ...args] = qemuCommandLine(options.argv, inherited);
-  const helperTasks = options.helperTasks ?? defaultWidth() + 1;
+  const wishes = {
+    helperTasks: options.helperTasks ?? defaultWidth() + 1,
+    stagingSlots: hasPlainMemory ? STAGING_SLOTS : 1,
+    hugeHeap: readsKernel,
+  };
   const environment =
-    preload === null
-      ? { ...env }
-      : preloadEnvironment(env, childSocket, library, helperTasks, stagingSlots);
+    preload === null ? { ...env } : preloadEnvironment(env, childSocket, library, wishes);
   try {
     return Bun.spawn([program, ...args], {
       argv0: options.argv[0] ?? program,

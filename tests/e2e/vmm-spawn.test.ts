@@ -8,13 +8,14 @@ import {
   setDefaultTimeout,
   test,
 } from "bun:test";
-import { chmodSync, closeSync, openSync } from "node:fs";
+import { chmodSync, closeSync, openSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { F_SETFD } from "../../src/sys/abi.ts";
 import * as native from "../../src/sys/native.ts";
 import type { QemuTarget } from "../../src/vmm/qemu.ts";
 import { saveSnapshot } from "../../src/vmm/save.ts";
 import { spawnQemu } from "../../src/vmm/spawn.ts";
+import { guestFile } from "../helpers/guests.ts";
 import {
   askQmp,
   bootDrive,
@@ -38,6 +39,8 @@ const runtimeDirectories = ownRuntimeDirectory(scratch);
 const disk = scratch.file("disk.img", bootSector());
 const snapshotPath = join(scratch.path, "stopped.snap");
 const liveSnapshotPath = join(scratch.path, "live.snap");
+const HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled";
+const NO_HUGE_HEAP = { GLIBC_TUNABLES: "glibc.malloc.hugetlb=0" };
 let target: QemuTarget | undefined;
 
 function spawn(argv: readonly string[], options = {}): QemuTarget {
@@ -127,6 +130,19 @@ describe("connect", () => {
     expect(wrapped.userfaultfdWay).toBe("ptrace");
     wrapped.kill();
     await wrapped.exited;
+  });
+
+  test.each([
+    ["with a kernel has its heap", ["-kernel", guestFile("bare.elf")], {}, true],
+    ["without one has nothing", [], {}, false],
+    ["whose heap is tuned has nothing", ["-kernel", guestFile("bare.elf")], NO_HUGE_HEAP, false],
+  ])("a QEMU %s in huge pages", async (_what, args, env, expected) => {
+    const qemu = spawn(guestArgv("q35", ...args), { env: { ...process.env, ...env } });
+    await qemu.connect();
+    // Elsewhere glibc asks for none: it would have them anyway, or never.
+    const isAsked = readFileSync(HUGE_PAGES, "utf8").includes("[madvise]");
+    const [, heap = ""] = readFileSync(`/proc/${qemu.pid}/smaps`, "latin1").split("[heap]");
+    expect(/^VmFlags:(.*)$/m.exec(heap)?.[1]?.includes(" hg")).toBe(expected && isAsked);
   });
 
   test("hands on the caller's descriptors under their own numbers", async () => {

@@ -190,6 +190,27 @@ describe("the preload library in a dynamic program", () => {
     expect(seen.env).toEqual({ LD_PRELOAD: "" });
   });
 
+  test.each([
+    ["t", {}, {}],
+    [
+      "t",
+      { FSL_TUNABLES_NEXT: "glibc.malloc.check=3" },
+      { GLIBC_TUNABLES: "glibc.malloc.check=3" },
+    ],
+    ["", {}, { GLIBC_TUNABLES: "glibc.malloc.hugetlb=1" }],
+  ])("with the option '%s' and %p the program finds %p", async (option, more, expected) => {
+    const { theirs, library } = prepare();
+    const env = {
+      A: "1",
+      ...more,
+      GLIBC_TUNABLES: "glibc.malloc.hugetlb=1",
+      LD_PRELOAD,
+      FSL_PRELOAD: `${SOCKET}:${LIBRARY}:c${option}`,
+    };
+    const seen = await run([targetProgram(), "environment"], env, [theirs, library]);
+    expect(seen.env).toEqual({ A: "1", ...expected });
+  });
+
   test("without the closing flag the program keeps all three", async () => {
     const { own, theirs, library } = prepare();
     const env = { LD_PRELOAD, FSL_PRELOAD: `${SOCKET}:${LIBRARY}` };

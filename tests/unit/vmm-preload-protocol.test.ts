@@ -58,8 +58,10 @@ describe("parsePreloadMessage", () => {
 });
 
 describe("preloadEnvironment", () => {
+  const wishes = { helperTasks: 0, stagingSlots: 1, hugeHeap: false };
+
   test("adds its variables to the user's", () => {
-    expect(preloadEnvironment({ HOME: "/h" }, 4, 5, 0, 1)).toEqual({
+    expect(preloadEnvironment({ HOME: "/h" }, 4, 5, wishes)).toEqual({
       HOME: "/h",
       FSL_PRELOAD: "4:5:c",
       LD_PRELOAD: "/proc/self/fd/5",
@@ -70,15 +72,42 @@ describe("preloadEnvironment", () => {
     [1, 1, "4:5:ch1s1"],
     [9, 24, "4:5:ch9s24"],
     [10, 256, "4:5:ch9s256"],
-  ])("asks for %d helpers with %d slots each", (count, slots, expected) => {
-    expect(preloadEnvironment({}, 4, 5, count, slots)["FSL_PRELOAD"]).toBe(expected);
+  ])("asks for %d helpers with %d slots each", (helperTasks, stagingSlots, expected) => {
+    const asked = { ...wishes, helperTasks, stagingSlots };
+    expect(preloadEnvironment({}, 4, 5, asked)["FSL_PRELOAD"]).toBe(expected);
   });
 
   test("keeps the user's own LD_PRELOAD behind it, and says what to put back", () => {
-    expect(preloadEnvironment({ LD_PRELOAD: "a.so:b.so" }, 4, 5, 0, 1)).toEqual({
+    expect(preloadEnvironment({ LD_PRELOAD: "a.so:b.so" }, 4, 5, wishes)).toEqual({
       FSL_PRELOAD: "4:5:c",
       FSL_PRELOAD_NEXT: "a.so:b.so",
       LD_PRELOAD: "/proc/self/fd/5:a.so:b.so",
+    });
+  });
+
+  test("has the heap in huge pages, and says what of GLIBC_TUNABLES to put back", () => {
+    const asked = { ...wishes, helperTasks: 3, hugeHeap: true };
+    expect(preloadEnvironment({ GLIBC_TUNABLES: "" }, 4, 5, asked)).toEqual({
+      FSL_PRELOAD: "4:5:cth3s1",
+      LD_PRELOAD: "/proc/self/fd/5",
+      GLIBC_TUNABLES: "glibc.malloc.hugetlb=1",
+    });
+    const own = "glibc.malloc.check=3";
+    expect(preloadEnvironment({ GLIBC_TUNABLES: own }, 4, 5, asked)).toEqual({
+      FSL_PRELOAD: "4:5:cth3s1",
+      LD_PRELOAD: "/proc/self/fd/5",
+      GLIBC_TUNABLES: `glibc.malloc.hugetlb=1:${own}`,
+      FSL_TUNABLES_NEXT: own,
+    });
+  });
+
+  test("leaves a heap alone that the user has tuned", () => {
+    const own = "glibc.malloc.hugetlb=0";
+    const asked = { ...wishes, hugeHeap: true };
+    expect(preloadEnvironment({ GLIBC_TUNABLES: own }, 4, 5, asked)).toEqual({
+      FSL_PRELOAD: "4:5:c",
+      LD_PRELOAD: "/proc/self/fd/5",
+      GLIBC_TUNABLES: own,
     });
   });
 });

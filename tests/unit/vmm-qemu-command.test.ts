@@ -66,9 +66,10 @@ describe("qemuCommandLine", () => {
 });
 
 describe("readQemuCommand", () => {
+  const rest = { vcpus: null, readsKernel: false };
   const [nothing, all] = [
-    { hasNoDiscards: false, hasDefaultSettings: false, hasPlainMemory: false, vcpus: null },
-    { hasNoDiscards: true, hasDefaultSettings: true, hasPlainMemory: true, vcpus: null },
+    { hasNoDiscards: false, hasDefaultSettings: false, hasPlainMemory: false, ...rest },
+    { hasNoDiscards: true, hasDefaultSettings: true, hasPlainMemory: true, ...rest },
   ];
   test.each([
     [["qemu", "-m", "1G", "-device", "virtio-net-pci"], all],
@@ -80,6 +81,8 @@ describe("readQemuCommand", () => {
     [["qemu", "-overcommit", "mem-lock=on"], { ...all, hasPlainMemory: false }],
     [["qemu", "-m", "1G", "-mem-path", "/dev/shm"], { ...all, hasPlainMemory: false }],
     [["qemu", "-object", "memory-backend-ram,prealloc=on"], { ...all, hasPlainMemory: false }],
+    [["qemu", "-kernel", "bzImage", "-append", "quiet"], { ...all, readsKernel: true }],
+    [["qemu", "-append", "kernel"], all],
     [["qemu", "-readconfig", "guest.cfg"], nothing],
     [["qemu", "--set", "device.x.y=z"], nothing],
     [["/usr/bin/qemu-system-x86_64", "-cpu", "max"], { ...all, vcpus: 1 }],
