@@ -109,10 +109,10 @@ export function compileIdly(isIdle = true): void {
 }
 
 /**
- * How much more often code of a Worker runs before it is compiled. A load has some hundred steps in all; 50
- * as in the main thread would leave the fault loop of a guest that reads at random uncompiled for too long.
+ * How much more often code of a Worker runs before it is compiled, until there is much to do. A load has some
+ * hundred steps in all, so that hardly any of it need be.
  */
-const RELUCTANCE = 5;
+const RELUCTANCE = 15;
 
 /** For the calling thread: most of what runs in a load runs a few hundred times. */
 export function compileReluctantly(): void {
