@@ -172,6 +172,8 @@ export const SCHED_IDLE = 5;
 export const MADV_RANDOM = 1;
 export const MADV_WILLNEED = 3;
 export const MADV_DONTNEED = 4;
+export const MADV_REMOVE = 9;
+export const MADV_POPULATE_WRITE = 23; // 5.14
 export const MADV_COLLAPSE = 25; // 6.1
 
 // ---- processes ----
