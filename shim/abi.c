@@ -35,6 +35,7 @@ int32_t fsl_abi(uint64_t *out, int32_t capacity) {
       HELPER_YIELDS,
       HELPER_MOVE,
       HELPER_TOUCH,
+      HELPER_CLEAR,
       HELPER_STOP_IF_NEGATIVE,
       HELPER_STOP_UNLESS_EXPECTED,
       sizeof(struct helper_call),

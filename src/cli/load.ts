@@ -88,11 +88,6 @@ const args = {
     type: "boolean",
     description: "shared memory and huge pages lazily although the guest may give memory back",
   },
-  "lazy-despite-prealloc": {
-    type: "boolean",
-    description:
-      "give memory that QEMU has preallocated back to the host, and bring it lazily; taken again afterwards",
-  },
   ...servingArgs,
 } satisfies ArgsDef;
 
@@ -276,7 +271,6 @@ interface LoadFlags extends ServingFlags {
   readonly mode?: string | undefined;
   readonly paused?: boolean | undefined;
   readonly "lazy-despite-discards"?: boolean | undefined;
-  readonly "lazy-despite-prealloc"?: boolean | undefined;
   readonly "working-set"?: string | undefined;
   readonly offset?: string | undefined;
 }
@@ -288,7 +282,6 @@ function loadOptions(flags: LoadFlags): Omit<LoadOptions, "target"> {
     mode: flags.mode === "copy" ? "copy" : "lazy",
     paused: flags.paused === true,
     lazyDespiteDiscards: flags["lazy-despite-discards"] === true,
-    lazyDespitePrealloc: flags["lazy-despite-prealloc"] === true,
     startedAtMs: 0,
     ...workingSet(flags["working-set"], flags.snapshot),
     ...servingOptions(flags),

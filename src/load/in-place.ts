@@ -1,14 +1,14 @@
 /**
  * RAM that is filled before the guest runs gets its bytes in place: the target's helper tasks read them from the
- * snapshot straight into it, each a packet at a time, and zeros from /dev/zero. That is what an ordinary load does, on
- * as many CPUs as there are helpers. Runs on the main thread, and lets its events through meanwhile.
+ * snapshot straight into it, each a packet at a time, and make the rest zero where it is not. That is what an ordinary
+ * load does, on as many CPUs as there are helpers. Runs on the main thread, and lets its events through meanwhile.
  *
  * Whoever asks has another way (fill.ts), which also knows to say what is wrong: here there is only "all has come" or
  * not.
  */
 import { FslError } from "../errors.ts";
 import { MiB } from "../pages.ts";
-import { HELPER_CALLS_MAX, O_CLOEXEC, O_RDONLY, POLLIN } from "../sys/abi.ts";
+import { HELPER_CALLS_MAX, POLLIN } from "../sys/abi.ts";
 import { type HelperRecord, HelperTask, isStoppedTask, reapHelper } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
 
@@ -49,21 +49,14 @@ export async function fillInPlace(
   runs: Iterable<InPlaceRun>,
   options: InPlaceOptions,
 ): Promise<boolean> {
-  const zeroFd = openZeros();
   const fillers: Filler[] = [];
   try {
     const calls = callsOf(runs);
-    for (const record of options.helpers) fillers.push(new Filler(record, options.fileFd, zeroFd));
+    for (const record of options.helpers) fillers.push(new Filler(record, options.fileFd));
     return await fillAll(calls, fillers, options.mayRead);
   } finally {
     for (const filler of fillers) await filler.end();
-    sys.close(zeroFd);
   }
-}
-
-/** A container may have no /dev/zero: then -1, which no helper takes. */
-function openZeros(): number {
-  return sys.open("/dev/zero", O_RDONLY | O_CLOEXEC, 0);
 }
 
 async function fillAll(
@@ -109,17 +102,15 @@ function* callsOf(runs: Iterable<InPlaceRun>): Generator<InPlaceRun, undefined> 
 class Filler {
   readonly #helper: HelperTask;
   readonly #fileFd: number;
-  readonly #zeroFd: number;
   #calls = 0;
   isRunning = false;
   /** All that it was told to fill has come. */
   isRight: boolean;
 
-  constructor(record: HelperRecord, fileFd: number, zeroFd: number) {
+  constructor(record: HelperRecord, fileFd: number) {
     this.#helper = new HelperTask(record, PATIENCE_MS);
     this.#fileFd = this.#helper.openFile(fileFd);
-    this.#zeroFd = this.#fileFd < 0 ? -1 : this.#helper.sendDescriptor(zeroFd);
-    this.isRight = this.#zeroFd >= 0;
+    this.isRight = this.#fileFd >= 0;
   }
 
   get fd(): number {
@@ -138,8 +129,9 @@ class Filler {
     for (let length = 0; this.#calls < HELPER_CALLS_MAX && length < PACKET_LENGTH;) {
       const run = calls.next().value;
       if (run === undefined) break;
-      const fd = run.offset === null ? this.#zeroFd : this.#fileFd;
-      this.#helper.preadInto(fd, run.addr, run.length, run.offset ?? 0);
+      const { addr, length: bytes, offset } = run;
+      if (offset === null) this.#helper.clear(addr, bytes);
+      else this.#helper.preadInto(this.#fileFd, addr, bytes, offset);
       this.#calls += 1;
       length += run.length;
     }
@@ -168,9 +160,5 @@ class Filler {
       const message = `helper task ${pid} does not end; end QEMU and load again`;
       throw new FslError("TARGET_LOST", message, { pid });
     }
-    if (this.#zeroFd < 0 || this.#helper.isGone) return;
-    this.#helper.begin();
-    this.#helper.closeDescriptor(this.#zeroFd);
-    this.#helper.run();
   }
 }

@@ -47,7 +47,6 @@ import {
 } from "./arm.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { fillMemory } from "./fill.ts";
-import { giveBack, takeAgain } from "./given-back.ts";
 import { SnapshotGuard } from "./guard.ts";
 import { PageReader } from "./page-reader.ts";
 import { type BlockPlan, type LoadPlan, planLoad, SEED_DATA_MAX } from "./plan.ts";
@@ -115,8 +114,6 @@ export interface LoadOptions extends ServingOptions {
   readonly workingSet?: string;
   /** Shared memory and huge pages lazily, although discards of them cannot be noticed. */
   readonly lazyDespiteDiscards?: boolean;
-  /** Memory that the target has touched already is given back and comes lazily, see given-back.ts. */
-  readonly lazyDespitePrealloc?: boolean;
   /** `performance.now()` from which the report's times count; default: the call. */
   readonly startedAtMs?: number;
   /** Gives the load up with the signal's reason, unless the state has been handed over by then. */
@@ -190,8 +187,6 @@ class Load {
   #early: EarlyServing | undefined;
   /** Of the target, since somebody had a use for them. */
   readonly #helpers: HelperRecord[] = [];
-  /** Memory that the target has given back, to be taken again. */
-  #given: readonly AddressRange[] = [];
   /** The load state, and the open file that holds its lock. */
   readonly #stateFds: number[] = [];
   #dataBytes = 0;
@@ -511,8 +506,6 @@ class Load {
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
     if (early === undefined) uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
-    // A guess is made only of memory that is not there yet.
-    if (this.#options.lazyDespitePrealloc === true && early === undefined) this.#giveBack(lazy);
     const movable = registerBlocks(uffd, lazy);
     const registrations = lazy.map((plan) => planRegistration(prepared.zeroRuns, plan));
     const layout = {
@@ -569,23 +562,6 @@ class Load {
     if (this.#options.source !== undefined) await kept;
     this.#times.armedMs = this.#now();
     return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
-  }
-
-  #giveBack(lazy: readonly BlockPlan[]): void {
-    this.#takeHelpers();
-    // Those that read ahead have something to do.
-    const free = this.#helpers.slice(this.#staging === undefined ? 0 : eagerWidth(this.#options));
-    const { given, kept } = giveBack(this.#target, lazy, free[0]);
-    this.#given = given;
-    for (const { idstr, reason } of kept) {
-      this.#options.logger?.info(`RAMBlock ${idstr}: QEMU cannot give its memory back: ${reason}`);
-    }
-  }
-
-  /** A source of the caller's own is asked for every page: then there is nothing for them to do. */
-  #takeHelpers(): void {
-    if (this.#options.source !== undefined) return;
-    this.#helpers.push(...(this.#target.takeHelpers?.() ?? []));
   }
 
   /** Before it is over: it may take long. */
@@ -651,7 +627,7 @@ class Load {
   #makeServing({ snapshot, blocks, order }: Prepared, state: LoadState, uffd: Uffd): Serving {
     const isOwnSource = this.#options.source !== undefined;
     // A guess that was wrong has taken them.
-    this.#takeHelpers();
+    if (!isOwnSource) this.#helpers.push(...(this.#target.takeHelpers?.() ?? []));
     return new Serving(
       this.#target,
       state,
@@ -659,7 +635,8 @@ class Load {
       (this.#crew ??= new Crew()),
       this.#options,
       {
-        records: this.#helpers,
+        // A source of the caller's own is asked for every page.
+        records: isOwnSource ? [] : this.#helpers,
         fileFd: snapshot.fd,
         order: areAligned(state.blocks, blocks) ? order : undefined,
       },
@@ -846,28 +823,20 @@ class Load {
       if (!this.#isPaused) {
         this.#recordWorkingSet(set, recordedLength ?? this.#state?.faultLogLength ?? 0);
       }
-      const left = await serving.finish(this.#given.length === 0);
+      const left = await serving.finish();
       this.#unfinished ??= left;
     } else {
       await serving.stop();
     }
     const report = this.#report(complete);
-    this.#tidied = this.#tidy(complete, serving);
+    this.#tidied = this.#tidy(complete);
     return report;
   }
 
-  /** After the load: huge pages and what was given back, at leisure; then nothing of it is left. */
-  async #tidy(complete: boolean, serving: Serving): Promise<void> {
-    const isOver = (): boolean => this.#isTargetOver;
+  /** After the load: huge pages back, at leisure; then nothing of it is left. */
+  async #tidy(complete: boolean): Promise<void> {
     if (complete && this.#state !== undefined) {
-      await giveHugePagesBack(this.#target, this.#state, isOver);
-    }
-    if (complete && this.#given.length > 0) {
-      // What a guest has given back itself is to stay so.
-      const [helper] = this.#info?.canDiscard === true ? [] : serving.freeHelpers;
-      const isTaken = helper !== undefined && (await takeAgain(this.#given, helper, isOver));
-      if (!isTaken && !isOver()) this.#options.logger?.info(GIVEN_AWAY);
-      await serving.endHelpers();
+      await giveHugePagesBack(this.#target, this.#state, () => this.#isTargetOver);
     }
     this.#closeOwn();
   }
@@ -958,9 +927,6 @@ const STAGED_PATIENCE_MS = 2000;
 const STAGED_WAIT_MS = 1;
 /** How often it is looked whether a writer has gone away, ms. */
 const HOLD_LOOK_MS = 5;
-
-const GIVEN_AWAY =
-  "memory that was preallocated, and is zero, is not all allocated again: it comes when the guest touches it";
 
 /** How long a target whose state cannot be loaded may take to end in order, before SIGKILL. */
 const END_GRACE_MS = 2000;

@@ -375,14 +375,13 @@ export class Serving {
   /**
    * Lets every range go and takes everything of fsl out of the target. Only when no page is
    * missing.
-   * @param endsHelpers false: `endHelpers` is to be called
    * @returns why something of fsl is left in a target that lives; null when all is well
    */
-  async finish(endsHelpers = true): Promise<FslError | null> {
+  async finish(): Promise<FslError | null> {
     this.#unregister();
     this.#state.phase = PHASE_FINISHED;
     this.#guard?.close();
-    await this.stop(endsHelpers);
+    await this.stop();
     const target = this.#target;
     const problems: string[] = [];
     for (const part of [() => target.dropDescriptor(KEPT_STATE), () => target.release()]) {
@@ -417,19 +416,10 @@ export class Serving {
     sys.write(this.#stopFd, ONE);
     await Promise.race([this.#crew.faultLoopEnded.catch(() => {}), Bun.sleep(LOOP_END_MS)]);
     this.#crew.dismiss();
-    if (endsHelpers) await this.endHelpers();
+    const left = this.#helpers.records.filter((record) => !this.#lostHelpers.has(record));
+    if (endsHelpers) await Promise.all(left.map(endHelper));
     sys.close(this.#stopFd);
     sys.close(this.#goFd);
-  }
-
-  async endHelpers(): Promise<void> {
-    const left = this.#helpers.records.filter((record) => !this.#lostHelpers.has(record));
-    await Promise.all(left.map(endHelper));
-  }
-
-  /** After the end: those that owe nobody an answer. */
-  get freeHelpers(): HelperRecord[] {
-    return this.#eagerHelpers.filter((record) => !this.#lostHelpers.has(record));
   }
 
   /**
@@ -472,7 +462,7 @@ export class Serving {
     const state = this.#state;
     const eager = this.#options.eager ?? {};
     const width = eagerWidth(this.#options);
-    const records = this.freeHelpers;
+    const records = this.#eagerHelpers.filter((record) => !this.#lostHelpers.has(record));
     // One Worker keeps all helpers busy: another would cost 30 ms of CPU time to start, and memory.
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
     const workers = isMoved ? 1 : width;

@@ -172,8 +172,6 @@ export const SCHED_IDLE = 5;
 export const MADV_RANDOM = 1;
 export const MADV_WILLNEED = 3;
 export const MADV_DONTNEED = 4;
-export const MADV_REMOVE = 9;
-export const MADV_POPULATE_WRITE = 23; // 5.14
 export const MADV_COLLAPSE = 25; // 6.1
 
 // ---- processes ----
@@ -217,6 +215,7 @@ export const HELPER_CALLS_MAX = 256;
 export const HELPER_YIELDS = 1;
 export const HELPER_MOVE = 0xfffffffe;
 export const HELPER_TOUCH = 0xffffffff;
+export const HELPER_CLEAR = 0xfffffffd;
 export const HELPER_STOP_IF_NEGATIVE = 1;
 export const HELPER_STOP_UNLESS_EXPECTED = 2;
 
@@ -258,6 +257,7 @@ export const ABI_TABLE: readonly (readonly [name: string, value: number])[] = [
   ["HELPER_YIELDS", HELPER_YIELDS],
   ["HELPER_MOVE", HELPER_MOVE],
   ["HELPER_TOUCH", HELPER_TOUCH],
+  ["HELPER_CLEAR", HELPER_CLEAR],
   ["HELPER_STOP_IF_NEGATIVE", HELPER_STOP_IF_NEGATIVE],
   ["HELPER_STOP_UNLESS_EXPECTED", HELPER_STOP_UNLESS_EXPECTED],
   ["sizeof(helper_call)", HELPER_CALL.BYTES],

@@ -23,6 +23,7 @@ import {
   EPIPE,
   HELPER_CALL,
   HELPER_CALLS_MAX,
+  HELPER_CLEAR,
   HELPER_MOVE,
   HELPER_REPLY,
   HELPER_REQUEST,
@@ -155,6 +156,13 @@ export class HelperTask {
    */
   preadInto(fdInHelper: number, addr: number, length: number, offset: number): number {
     const index = this.add(SYS_PREAD64, fdInHelper, addr, length, offset, 0, 0, true);
+    this.stopUnless(index, length);
+    return index;
+  }
+
+  /** Adds making pages zero that are in memory: see shim/helper.h. */
+  clear(addr: number, length: number): number {
+    const index = this.add(HELPER_CLEAR, addr, length, 0, 0, 0, 0, true);
     this.stopUnless(index, length);
     return index;
   }

@@ -85,8 +85,11 @@ export function preloadEnvironment(
   return Object.assign({ ...env, FSL_PRELOAD: `${socket}:${library}:${options}` }, ...ours);
 }
 
-/** The variable with fsl's part in front of the user's own, which goes into `next` to be put back. */
+/** The variable with fsl's part in front of the user's own, which goes into `next` to be put back unless it is empty. */
 function put(name: string, part: string, env: Environment, next: string): Environment {
   const own = env[name] ?? "";
-  return own === "" ? { [name]: part } : { [name]: `${part}:${own}`, [next]: own };
+  // What somebody else has put into `next` is nobody's.
+  return own === ""
+    ? { [name]: part, [next]: undefined }
+    : { [name]: `${part}:${own}`, [next]: own };
 }

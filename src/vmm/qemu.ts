@@ -10,7 +10,6 @@ import { closeSync, openSync } from "node:fs";
 import { constants } from "node:os";
 import { resolve } from "node:path";
 import { FslError, assert, isFslError } from "../errors.ts";
-import { EPERM, SYS_MADVISE } from "../sys/abi.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import { checkDescriptorRoom, defaultWidth } from "../sys/limits.ts";
 import * as native from "../sys/native.ts";
@@ -57,7 +56,6 @@ import {
   isOfProcess,
   makeUserfaultfd,
   receivePreloaded,
-  remoteCall,
 } from "./userfaultfd.ts";
 
 /** The seed of a QEMU that was given it at its start. */
@@ -375,15 +373,6 @@ export class QemuTarget implements Target {
       if (taken.remoteFd !== null) closeRemote(this.#request(), taken.remoteFd);
     }
     return taken.fd;
-  }
-
-  advise(addr: number, length: number, advice: number): number {
-    try {
-      return remoteCall(this.#request(), SYS_MADVISE, [addr, length, advice]);
-    } catch (error) {
-      if (!isFslError(error)) throw error;
-      return -EPERM; // It cannot be borrowed.
-    }
   }
 
   /**

@@ -160,11 +160,6 @@ export interface Target extends ServedTarget {
    */
   takeUserfaultfd(): Promise<number>;
   /**
-   * Before anything is registered: madvise(2) by a thread of the target's own. @returns 0 or -errno.
-   * Absent: it has none for that
-   */
-  advise?(addr: number, length: number, advice: number): number;
-  /**
    * While the target starts: tasks in its address space, for reading ahead into their own memory; as
    * soon as they are there, empty when there will be none. They are the target's, and may turn out to be
    * of no use: `hasHelpers` says so after `connect`, and such ones end in `takeUserfaultfd`.

@@ -46,23 +46,18 @@ const READY = /^(tick|beat) /;
 const BARE = { guest: "bare", memoryBackend: "memory-backend-ram" } as const;
 /** On tmpfs, and on a disk. */
 const SHM = `/dev/shm/fsl-matrix-${process.pid}`;
-const HUGE = "hugetlb=on,hugetlbsize=2M";
 const DISK = join(import.meta.dir, "../../.cache", `fsl-matrix-${process.pid}`);
 
 let snapshot: MatrixSnapshot;
-/** Of a guest that leaves the upper half of its RAM zero. */
-let halfZero: MatrixSnapshot;
 let virtioMemSnapshot: MatrixSnapshot | undefined;
 let directory: ReturnType<typeof matrixDirectory>;
 beforeAll(async () => {
   if (skip) return;
   directory = matrixDirectory();
   snapshot = await saveGuest(guestArgv(BARE), { ready: READY });
-  halfZero = await saveGuest(guestArgv({ ...BARE, guestOptions: "zero=upper" }), { ready: READY });
 }, MATRIX_TIMEOUT_MS);
 afterAll(async () => {
   snapshot?.[Symbol.dispose]();
-  halfZero?.[Symbol.dispose]();
   virtioMemSnapshot?.[Symbol.dispose]();
   directory?.[Symbol.dispose]();
   for (const path of [SHM, DISK])
@@ -72,8 +67,8 @@ afterAll(async () => {
 });
 
 /** The same guest, its RAM from another backend. */
-function withBackend(backend: string, { argv } = snapshot): string[] {
-  return argv.map((argument) => argument.replace(/^memory-backend-ram/, backend));
+function withBackend(backend: string): string[] {
+  return snapshot.argv.map((argument) => argument.replace(/^memory-backend-ram/, backend));
 }
 
 /** 64 MiB with old contents where the snapshot has data and where it has zeros. */
@@ -153,25 +148,6 @@ const VHOST_USER_ANSWERS = new Map([
 const ANSWER_FLAGS = 1 | (1 << 2);
 const MESSAGE_HEADER = 12;
 
-type Process = FslRun | AttachRun;
-
-async function pidOf(run: Process): Promise<number> {
-  return run instanceof FslRun ? run.qemuPid() : run.pid;
-}
-
-/** Bytes that a RAMBlock has in memory, by the kernel's account. */
-async function residentBytes(run: Process, name: string): Promise<number> {
-  const block = (await ramBlocks(run.qmp)).find((b) => b.name.replace(/^.*\//, "") === name);
-  const pagemap = openSync(`/proc/${await pidOf(run)}/pagemap`, "r");
-  const pages = (block?.used ?? 0) / PAGE;
-  const entries = Buffer.alloc(8 * pages);
-  readSync(pagemap, entries, 0, entries.length, ((block?.address ?? 0) / PAGE) * 8);
-  closeSync(pagemap);
-  let present = 0;
-  for (let page = 0; page < pages; page += 1) present += (entries[8 * page + 7] ?? 0) >>> 7;
-  return present * PAGE;
-}
-
 /** As much of a vhost-user network back end as QEMU wants to see before it takes it. */
 function vhostUserNet(path: string): Disposable {
   const server = Bun.listen({
@@ -220,83 +196,6 @@ describe.skipIf(skip)("memory back ends", () => {
       await using loaded = await loadAndCompare(snapshot, { argv: withBackend(backend) });
       expect(loaded.ways["ram0"]).toBe(way);
       expect(loaded.said.includes("loaded in full before resume")).toBe(way === "fill");
-    },
-    MATRIX_TIMEOUT_MS,
-  );
-
-  const BY_REQUEST = "--lazy-despite-prealloc";
-  const FILLED = "filled before the guest runs";
-
-  test.each<[string, string, number]>([
-    ["prealloc=on, by request", "memory-backend-ram,prealloc=on", 0],
-    [
-      "huge pages, prealloc=on, by request",
-      `memory-backend-memfd,${HUGE},share=on,prealloc=on`,
-      40,
-    ],
-    [
-      "private huge pages, prealloc=on, by request",
-      `memory-backend-memfd,${HUGE},share=off,prealloc=on`,
-      40,
-    ],
-  ])(
-    "%s",
-    async (_, backend, pages) => {
-      using _pages = await hugePages(pages);
-      let inMemory = 0;
-      await using loaded = await loadAndCompare(halfZero, {
-        flags: [BY_REQUEST],
-        argv: withBackend(backend, halfZero),
-        look: async (run) => {
-          // What is zero comes when all the rest has.
-          for (let left = 200; left > 0 && inMemory < 64 * MIB; left -= 1) {
-            inMemory = await residentBytes(run, "ram0");
-            await Bun.sleep(20);
-          }
-        },
-      });
-      expect(loaded.ways["ram0"]).toBe("lazy");
-      expect(loaded.said).not.toContain(FILLED);
-      expect(inMemory).toBe(64 * MIB);
-    },
-    MATRIX_TIMEOUT_MS,
-  );
-
-  test.each<[string, string, readonly string[], string]>([
-    ["mem-lock=on, by request", "memory-backend-ram", ["-overcommit", "mem-lock=on"], "EINVAL"],
-    [
-      "memfd, share=on, prealloc=on, by request",
-      "memory-backend-memfd,share=on,prealloc=on",
-      [],
-      "to free shared memory in small pages takes longer",
-    ],
-  ])(
-    "%s",
-    async (_, backend, more, why) => {
-      const argv = [...withBackend(backend, halfZero), ...more];
-      await using loaded = await loadAndCompare(halfZero, { argv, flags: [BY_REQUEST] });
-      expect(loaded.said).toContain(`RAMBlock ram0: QEMU cannot give its memory back: ${why}`);
-      expect(loaded.said).toContain(FILLED);
-    },
-    MATRIX_TIMEOUT_MS,
-  );
-
-  test.each<[string, readonly string[], boolean]>([
-    ["prealloc=on where fsl is attached, by request", [], true],
-    ["prealloc=on in a sandbox where fsl is attached, by request", ["-sandbox", "on"], false],
-  ])(
-    "%s",
-    async (_, more, isTakenAgain) => {
-      const argv = [...withBackend("memory-backend-ram,prealloc=on", halfZero), ...more];
-      await using run = await AttachRun.start(halfZero, { argv });
-      const { code, stderr } = await run.attach(halfZero, "--paused", BY_REQUEST).end();
-      expect(code).toBe(0);
-      expect(stderr).not.toContain(FILLED);
-      expect(stderr.includes("is not all allocated again")).toBe(!isTakenAgain);
-      expect((await residentBytes(run, "ram0")) === 64 * MIB).toBe(isTakenAgain);
-      expect(await differencesFromOracle(halfZero as MatrixSnapshot & GuestSnapshot, run)).toEqual(
-        [],
-      );
     },
     MATRIX_TIMEOUT_MS,
   );
@@ -653,6 +552,19 @@ describe.skipIf(skip)("several blocks", () => {
       if (left === 0) throw new Error("virtio-mem: nothing was plugged in");
       await Bun.sleep(50); // The event of it comes before it is over.
     }
+  }
+
+  /** Bytes that a RAMBlock has in memory, by the kernel's account. */
+  async function residentBytes(run: FslRun, name: string): Promise<number> {
+    const block = (await ramBlocks(run.qmp)).find((b) => b.name.endsWith(`/${name}`));
+    const pagemap = openSync(`/proc/${await run.qemuPid()}/pagemap`, "r");
+    const pages = (block?.used ?? 0) / PAGE;
+    const entries = Buffer.alloc(8 * pages);
+    readSync(pagemap, entries, 0, entries.length, ((block?.address ?? 0) / PAGE) * 8);
+    closeSync(pagemap);
+    let present = 0;
+    for (let page = 0; page < pages; page += 1) present += (entries[8 * page + 7] ?? 0) >>> 7;
+    return present * PAGE;
   }
 
   test.each<[string, string, readonly string[], Way]>([

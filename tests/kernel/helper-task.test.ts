@@ -359,6 +359,53 @@ describe("HelperTask.touch", () => {
   );
 });
 
+describe("HelperTask.clear", () => {
+  test(
+    "makes pages zero, and those beside them stay as they are",
+    async () => {
+      const it = await start();
+      const { stagingAddr } = it.task.record;
+      const fd = it.task.openFile(it.file.fd);
+      it.task.begin();
+      it.task.preadInto(fd, stagingAddr, 4 * PAGE, 0);
+      it.task.clear(stagingAddr + PAGE, 2 * PAGE);
+      expect(it.task.run()).toBe(2);
+      const found = new Uint8Array(4 * PAGE);
+      const read = sys.processVmReadv(it.target.pid, stagingAddr, sys.ptrOf(found), found.length);
+      expect(read).toBe(found.length);
+      const expected = new Uint8Array(4 * PAGE);
+      for (const page of [0, 3]) {
+        const at = page * PAGE;
+        expect(sys.pread(it.file.fd, sys.ptrOf(expected) + at, PAGE, at)).toBe(PAGE);
+      }
+      expect(found).toEqual(expected);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "finds the last word of a page, and writes to none that is zero",
+    async () => {
+      const it = await start();
+      const { stagingAddr } = it.task.record;
+      it.task.begin();
+      it.task.clear(stagingAddr, HUGE);
+      expect(it.task.run()).toBe(1);
+      // Who only reads gets the kernel's page of zeros.
+      expect(hugeKib(it.target.pid, stagingAddr, HUGE)).toBe(0);
+      const word = Float64Array.of(1);
+      const last = stagingAddr + 2 * PAGE - 8;
+      expect(sys.processVmWritev(it.target.pid, last, sys.ptrOf(word), 8)).toBe(8);
+      it.task.begin();
+      it.task.clear(stagingAddr, HUGE);
+      expect(it.task.run()).toBe(1);
+      expect(sys.processVmReadv(it.target.pid, last, sys.ptrOf(word), 8)).toBe(8);
+      expect(word[0]).toBe(0);
+    },
+    TIMEOUT_MS,
+  );
+});
+
 describe("HelperTask.sendDescriptor", () => {
   test(
     "says the number in the helper, which is close-on-exec and can be closed",

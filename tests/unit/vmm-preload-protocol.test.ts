@@ -101,6 +101,12 @@ describe("preloadEnvironment", () => {
     });
   });
 
+  test("puts nothing back that is not the user's own", () => {
+    const env = { FSL_PRELOAD_NEXT: "a.so", FSL_TUNABLES_NEXT: "glibc.malloc.check=3" };
+    const found = preloadEnvironment(env, 4, 5, { ...wishes, hugeHeap: true });
+    expect(found["FSL_PRELOAD_NEXT"] ?? found["FSL_TUNABLES_NEXT"]).toBeUndefined();
+  });
+
   test("leaves a heap alone that the user has tuned", () => {
     const own = "glibc.malloc.hugetlb=0";
     const asked = { ...wishes, hugeHeap: true };
