@@ -132,7 +132,8 @@ function startLine(all: Cells, start: Result["start"]): string | null {
     ready === null
       ? ""
       : `; QEMU is ready after ${ready.toFixed(1)} ms, so that starting it from there is ` +
-        `${((ready + empty) / ready).toFixed(2)} times that, whatever is done meanwhile`;
+        `${((ready + empty) / ready).toFixed(2)} times that, whatever is done meanwhile, but for the time that ` +
+        "QEMU itself is spared (its heap has huge pages here)";
   const idle = all.ratio(first, "idle", "readyMs", "fsl-copy", "ordinary");
   const whenIdle =
     idle === null

@@ -228,6 +228,7 @@ class Load {
     await (
       await this.#handOver(snapshot, false)
     ).loaded;
+    this.#guard?.check();
     this.#times.residentMs = this.#now();
     if (!this.#isPaused) await this.#resume();
     await this.#target.release();

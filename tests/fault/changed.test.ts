@@ -281,6 +281,30 @@ describe.skipIf(reason !== null)("the snapshot while it is loaded", () => {
   );
 
   test(
+    "is written to while QEMU loads it itself (--mode copy), without a lease: the guest never runs",
+    async () => {
+      using file = new Spoilt(await snapshotOf(LARGE));
+      chownSync(file.path, 65_534, 65_534);
+      await using run = await FaultRun.start(file.snapshot, {
+        path: file.path,
+        flags: ["--mode", "copy"],
+        prefix: NO_LEASE,
+      });
+      const pid = await run.qemuPid();
+      await run.qmp.ready;
+      process.kill(pid, "SIGSTOP");
+      overwrite(file.path);
+      process.kill(pid, "SIGCONT");
+      const { code, stderr } = await run.fsl.end();
+      expect(stderr).toContain(`${file.path}: it was written to; load again from an intact copy`);
+      expect(code).toBe(3);
+      expect(run.serial.lines).toEqual([]);
+      expect(await run.leftovers()).toEqual([]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
     "is written to, with --on-error kill: QEMU is killed at once",
     async () => {
       using file = new Spoilt(await snapshotOf({ guest: "bare" }));
