@@ -64,6 +64,9 @@ process.on("exit", () => {
   for (const group of groups) group.closeNow();
 });
 
+/** @source proc(5) /proc/PID/comm */
+const NAME_MAX = 15;
+
 /** The processes of one run: their CPU time, and their end. */
 export class ProcessGroup {
   readonly #path: string | null;
@@ -97,7 +100,12 @@ export class ProcessGroup {
 
   /** Pids of the group whose program's file name begins with `name`. */
   find(name: string): number[] {
-    return this.#tree().filter((pid) => commandName(pid).startsWith(name.slice(0, 15)));
+    return this.#tree().filter((pid) => commandName(pid).startsWith(name.slice(0, NAME_MAX)));
+  }
+
+  /** That of fsl itself: its helpers in QEMU are called fsl-helper. */
+  findExactly(name: string): number | undefined {
+    return this.#tree().find((pid) => commandName(pid) === name.slice(0, NAME_MAX));
   }
 
   kill(): void {

@@ -223,7 +223,7 @@ class PeakWatch {
     this.#snapshot = snapshot;
     this.#qemuPid = group.find("qemu")[0] ?? 0;
     this.#qemu = new MemoryPeaks(this.#qemuPid, SAMPLE_MS);
-    const fslPid = group.find(basename(FSL))[0];
+    const fslPid = group.findExactly(basename(FSL));
     this.#fsl = fslPid === undefined ? null : new MemoryPeaks(fslPid, SAMPLE_MS);
   }
 
