@@ -36,8 +36,7 @@
 #define HELPER_TOUCH 0xffffffffu
 /*
  * In place of a system call's number: makes args[1] bytes at args[0] zero, whole pages of 4 KiB. Looks first, and
- * writes only to pages that are something else: memory is read twice as fast as it is written. The result is
- * args[1].
+ * writes only to pages that are something else. The result is args[1].
  */
 #define HELPER_CLEAR 0xfffffffdu
 
