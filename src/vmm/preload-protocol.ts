@@ -85,7 +85,7 @@ export function preloadEnvironment(
   return Object.assign({ ...env, FSL_PRELOAD: `${socket}:${library}:${options}` }, ...ours);
 }
 
-/** The variable with fsl's part in front of the user's own, which goes into `next` to be put back unless it is empty. */
+/** The variable with fsl's part in front of the user's own, which goes into `next` unless it is empty. */
 function put(name: string, part: string, env: Environment, next: string): Environment {
   const own = env[name] ?? "";
   // What somebody else has put into `next` is nobody's.
