@@ -18,8 +18,8 @@ import { anyFdset, newSeedFile } from "./fdset.ts";
 import { preloadEnvironment } from "./preload-protocol.ts";
 import {
   checkQemuCommand,
-  type QemuCommand,
   MONITOR_CONFIG,
+  type QemuCommand,
   qemuCommandLine,
   readQemuCommand,
   startsStopped,
@@ -145,7 +145,7 @@ interface Preload {
   readonly library: number;
 }
 
-interface SpawnedParts {
+interface SpawnedParts extends QemuCommand {
   readonly child: Bun.Subprocess;
   readonly pidfd: number;
   readonly program: string;
@@ -156,10 +156,6 @@ interface SpawnedParts {
   readonly seed: GivenSeed;
   readonly endsWithFsl: boolean;
   readonly startsStopped: boolean;
-  readonly hasNoDiscards: boolean;
-  readonly hasDefaultSettings: boolean;
-  readonly hasPlainMemory: boolean;
-  readonly vcpus: number | null;
 }
 
 class SpawnedQemu implements QemuProcess {
