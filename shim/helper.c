@@ -31,7 +31,6 @@
 
 #include "task.h"
 
-#define CLONE_VM 0x00000100ul
 #define CLONE_PARENT 0x00008000ul
 #define PR_SET_PDEATHSIG 1
 #define PR_SET_NAME 15

@@ -38,6 +38,7 @@
  */
 #include "helper.h"
 #include "kernel.h"
+#include "task.h"
 
 #define MAGIC 0x756c7366u
 #define VERSION 2u
@@ -256,21 +257,33 @@ __attribute__((used, section(".init_array"))) static constructor_t *const constr
 
 /*
  * fsl writes the library's read-only segments into the program's memory, and has its main thread
- * clone(2) a task by the system call at the library's entry point (src/vmm/injection.ts). That task makes
- * what the constructor makes, sends it, and ends: a child of the program that it is not told of (exit
- * signal 0), with descriptors of its own. The helpers are init's then.
+ * clone(2) another one by the system call at the library's entry point (src/vmm/injection.ts). All signals are
+ * blocked there, as they are in a borrowed thread. It has a task make what the constructor makes, and send it: a
+ * child of the program that it is not told of (exit signal 0), with descriptors of its own. The helpers are
+ * init's when that task has ended.
  */
 struct injected {
-  int32_t socket, helpers, slots, reserved;
+  int32_t socket, helpers, slots;
+  int32_t task_stack; /* that of the task ends so many bytes below this */
 };
 
-__attribute__((used)) static void injected_main(const struct injected *injected) {
+static void make_injected(const struct injected *injected) {
   const int32_t program = (int32_t)sys(NR_getppid);
   const struct helpers_wanted wanted = {injected->helpers, injected->slots, -1, program, 0};
   make_and_send(injected->socket, wanted);
 }
 
-/* The program's thread is taken elsewhere behind the call; the task finds its argument on its stack. */
+__attribute__((used)) static void injected_main(const struct injected *injected) {
+  uint64_t *top = (uint64_t *)(((uint64_t)injected - (uint64_t)injected->task_stack) & ~15ul) - 2;
+  top[0] = (uint64_t)(uintptr_t)make_injected;
+  top[1] = (uint64_t)(uintptr_t)injected;
+  const long task = start_task(CLONE_VM, top, (int32_t *)0);
+  if (task < 0) return;
+  while (sys(NR_wait4, task, 0, WALL, 0) == -EINTR) {
+  }
+}
+
+/* The program's thread is taken elsewhere behind the call; the new one finds its argument on its stack. */
 #if defined(__x86_64__)
 __asm__(
     ".text\n.globl injection_entry\n.hidden injection_entry\ninjection_entry:\n"

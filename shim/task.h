@@ -6,6 +6,10 @@
 
 #include <stdint.h>
 
+#define CLONE_VM 0x00000100ul
+/* Of wait(2): children with any exit signal, or none. */
+#define WALL 0x40000000
+
 /*
  * clone(flags, stack_top, tid): the new task's id, or -errno. The new task finds its function and
  * that function's argument at the top of its stack (two words, which leave the stack 16-byte

@@ -392,6 +392,7 @@ class Load {
     // Told at once: a target that dies at its start must not leave an unhandled rejection behind.
     const connected = this.#target.connect();
     connected.catch(() => {});
+    await this.#target.asked?.();
     const snapshot = openSnapshot(
       resolve(this.#options.snapshot),
       snapshotOffset === undefined ? {} : { offset: snapshotOffset },

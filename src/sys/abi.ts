@@ -204,7 +204,6 @@ export const SYS_MMAP = byArch(9, 222);
 export const SYS_MPROTECT = byArch(10, 226);
 export const SYS_MUNMAP = byArch(11, 215);
 export const SYS_CLONE = byArch(56, 220);
-export const SYS_WAIT4 = byArch(61, 260);
 export const SYS_MADVISE = byArch(28, 233);
 export const SYS_PREAD64 = byArch(17, 67);
 

@@ -2,12 +2,13 @@
  * A userfaultfd and helper tasks in a QEMU that runs already. What the preloaded library makes in a QEMU that fsl
  * starts (shim/preload.c) is made here by a task that QEMU's main thread is borrowed for to clone:
  *
- *   1. QEMU is handed a socket by QMP's `getfd`, and maps memory (a borrowed system call, shim/remote.c)
+ *   1. QEMU is handed a socket by QMP's `getfd`. That it arrives in that process proves that it is the one which
+ *      answers. It maps memory (a borrowed system call, shim/remote.c)
  *   2. the library's read-only segments are written there, and made executable
- *   3. clone(CLONE_VM) by the system call instruction at the library's entry point: the new task goes on
- *      behind it, makes all that is wanted, sends it over the socket, and ends
- *   4. QEMU's thread waits for that task, which nobody has told it of. The helpers are init's by then; when they
- *      end they unmap their staging memory. The code and some stacks stay in QEMU, 0.3 MiB of address space
+ *   3. clone(2) by the system call instruction at the library's entry point makes a thread, which goes on behind
+ *      it: has a task of its own make all that is wanted and send it over the socket, waits for that, and ends
+ *   4. the helpers are init's by then; when they end they unmap their staging memory. The code and some stacks
+ *      stay in QEMU, 0.3 MiB of address space
  *
  * All of it before the guest runs: a fsl that is killed while it borrows the thread takes QEMU along.
  *
@@ -28,9 +29,6 @@ import {
   SYS_MMAP,
   SYS_MPROTECT,
   SYS_MUNMAP,
-  SYS_WAIT4,
-  WALL,
-  WNOHANG,
 } from "../sys/abi.ts";
 import { isEndedTask } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
@@ -46,17 +44,18 @@ import {
 
 /** Name of the socket, among the `getfd` descriptors, while it is needed. */
 export const SOCKET_NAME = "fsl-helpers";
-const CLONE_VM = 0x100;
+/** CLONE_VM, FS, FILES, SIGHAND, THREAD: one more of QEMU's threads. */
+const THREAD = 0x1_0f00;
 const HOST_PAGE = 4096;
-/** Of the task that makes the helpers. */
+/** Of the thread and its task, half each. */
 const STACK_LENGTH = 64 * 1024;
-/** How long that task may take to send, which takes a millisecond, and then to end, ms. */
+/** How long they may take to send, which takes a millisecond. */
 const PATIENCE_MS = 1_000;
 const WAIT_MS = 5;
 
 /**
  * @param helpers how many, 1 to 9 @param slots chunks of staging memory that each has
- * @returns null where it cannot be done, and QEMU is as it was
+ * @returns null where it cannot be done, or the process is not the one that answers, and QEMU is as it was
  */
 export async function injectHelpers(
   request: UserfaultfdRequest,
@@ -74,7 +73,7 @@ export async function injectHelpers(
       const [remote] = descriptorsOf(request.pid, linkOf(`/proc/self/fd/${theirs}`));
       return remote === undefined ? null : await inject(request, own, remote, helpers, slots);
     } finally {
-      await request.qmp.execute("closefd", { fdname: SOCKET_NAME });
+      request.qmp.execute("closefd", { fdname: SOCKET_NAME }).catch(() => {});
     }
   } finally {
     native.close(own);
@@ -120,29 +119,17 @@ async function inject(
     write(pid, stackAddr, frameOf(stackAddr, remoteSocket, helpers, slots)) &&
     remoteCall(request, SYS_MPROTECT, [startAddr, codeLength, PROT_READ | PROT_EXEC]) === 0;
   const task = isReady
-    ? remoteCall(request, SYS_CLONE, [CLONE_VM, stackAddr, 0, 0, 0, 0], startAddr + entry)
+    ? remoteCall(request, SYS_CLONE, [THREAD, stackAddr, 0, 0, 0, 0], startAddr + entry)
     : -1;
   if (task < 0) {
     remoteCall(request, SYS_MUNMAP, [startAddr, length]);
     return null;
   }
   const taken = (await isHeard(socket, task)) ? receivePreloaded(socket, pid) : null;
-  await reap(request, task);
   return taken === null ? null : { ...taken, way: "ptrace" };
 }
 
-/** One that does not end (somebody has stopped it) becomes a zombie when it does: its code stays. */
-async function reap(request: UserfaultfdRequest, task: number): Promise<void> {
-  const endMs = performance.now() + PATIENCE_MS;
-  while (!isEndedTask(task) && performance.now() < endMs) await Bun.sleep(0.2);
-  try {
-    remoteCall(request, SYS_WAIT4, [task, 0, WNOHANG | WALL, 0]);
-  } catch {
-    // It has ended, or somebody traces it since a moment ago: the zombie stays.
-  }
-}
-
-/** Two words that the task pops, then struct injected (shim/preload.c). */
+/** Two words that the thread pops, then struct injected (shim/preload.c). */
 const FRAME_LENGTH = 32;
 
 function frameOf(addr: number, socket: number, helpers: number, slots: number): Uint8Array {
@@ -152,6 +139,7 @@ function frameOf(addr: number, socket: number, helpers: number, slots: number): 
   view.setInt32(16, socket, true);
   view.setInt32(20, helpers, true);
   view.setInt32(24, slots, true);
+  view.setInt32(28, STACK_LENGTH / 2, true);
   return frame;
 }
 
@@ -159,7 +147,7 @@ function write(pid: number, addr: number, bytes: Uint8Array): boolean {
   return native.processVmWritev(pid, addr, native.ptrOf(bytes), bytes.length) === bytes.length;
 }
 
-/** A task that has ended without a word was not allowed one. */
+/** A thread that has ended without a word was not allowed one. */
 async function isHeard(socket: number, task: number): Promise<boolean> {
   const revents = new Int32Array(1);
   const endMs = performance.now() + PATIENCE_MS;

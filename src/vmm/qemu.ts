@@ -133,6 +133,8 @@ const EXIT_LAG_MS = 400;
  * SIGKILL.
  */
 const ABANDON_GRACE_MS = 2_000;
+/** QEMU's monitor greets within half a millisecond, unless somebody else is connected to it. */
+const GREETING_LAG_MS = 5;
 /** In case an event is lost: how often the progress of a load is asked for. */
 const LOAD_CHECK_MS = 2_000;
 /** And when the connection was cut meanwhile. */
@@ -220,7 +222,7 @@ export class QemuTarget implements Target {
     this.#seedSet = seed?.set ?? anyFdset();
     if (seed !== undefined) this.#dropSeedLater({ "fdset-id": seed.set }, Promise.resolve());
     // While QEMU starts there is time to compile what runs when it is ready: 3 ms less then.
-    setImmediate(warmUp);
+    if (isSpawned) setImmediate(warmUp);
   }
 
   get description(): string {
@@ -302,6 +304,12 @@ export class QemuTarget implements Target {
     };
   }
 
+  async asked(): Promise<void> {
+    // A QEMU that starts greets when there is nothing else to do any more.
+    if (!this.isAttached) return;
+    await Promise.race([this.#met.catch(() => {}), Bun.sleep(GREETING_LAG_MS)]);
+  }
+
   /** What was mapped in the last moment is not in the first account of QEMU's memory. */
   async #locate({ ramblocks, hasHelpers }: Inventory): Promise<GuestRegion[]> {
     const maps = this.#maps;
@@ -355,22 +363,24 @@ export class QemuTarget implements Target {
     if (this.isAttached) {
       // A refused setting is told while not one byte of somebody else's memory is touched.
       await this.#guard(Promise.all(this.#prepared));
-      await this.#guard(proveProcess(this.#qmp, this.pid));
     }
     const preloaded = this.#preloaded;
     this.#preloaded = null;
     if (preloaded !== null) return preloaded.fd;
     const taken = await this.#guard(this.#make());
     this.#way = taken.way;
+    const kept = this.keepDescriptor(USERFAULTFD_NAME, taken.fd);
+    kept.catch(() => {}); // `loadState` waits for the answer.
+    if (taken.remoteFd === null) return taken.fd;
     try {
-      await this.keepDescriptor(USERFAULTFD_NAME, taken.fd);
+      await kept;
     } catch (error) {
       native.close(taken.fd);
       throw error;
     } finally {
       // The named copy can be dropped by QMP when the load is over; the one made by ptrace only by
       // ptrace.
-      if (taken.remoteFd !== null) closeRemote(this.#request(), taken.remoteFd);
+      closeRemote(this.#request(), taken.remoteFd);
     }
     return taken.fd;
   }
@@ -678,10 +688,13 @@ export class QemuTarget implements Target {
 
   /** What an earlier fsl, dead by now, has left in a QEMU that still waits goes first. */
   async #withoutEarlier(known: Inventory): Promise<Inventory> {
+    // Refused where there is none.
     const dropped = LEFT_NAMES.map((fdname) => this.#qmp.execute("closefd", { fdname }));
-    await Promise.all(dropped); // Refused where there is none.
-    await dropLeftSeeds(this.#qmp, this.pid);
+    const left = Promise.all([...dropped, dropLeftSeeds(this.#qmp, this.pid)]);
+    this.#prepare(left);
+    // What is sent from here on is done after that.
     if (this.#earlier === null) return known;
+    await left;
     await MigrationSettings.changedBefore(this.#qmp, parseUndo(this.#earlier.undo)).restore();
     const settings = await MigrationSettings.read(this.#qmp);
     if (!linksOf(this.pid).includes(KEPT_STATE_LINK)) return { ...known, settings };
@@ -708,7 +721,9 @@ export class QemuTarget implements Target {
       );
     }
     const injected = way === "device" ? null : await this.#inject();
-    return injected ?? makeUserfaultfd(this.#request(), way);
+    if (injected !== null) return injected;
+    if (this.isAttached) await proveProcess(this.#qmp, this.pid);
+    return makeUserfaultfd(this.#request(), way);
   }
 
   /** With helper tasks, where that can be. */

@@ -152,6 +152,12 @@ export interface Target extends ServedTarget {
   disconnect(): void;
   /** Waits until the target can take the state, checks who it is, and learns its RAM. */
   connect(): Promise<TargetInfo>;
+  /**
+   * After `connect` was called: resolves when the target has been asked what there is to ask, if that takes no more
+   * than some milliseconds: whoever has much else to do does it while the target answers. Never rejects. Absent:
+   * there is nothing to be waited for.
+   */
+  asked?(): Promise<void>;
   /** After `connect`. */
   record(): TargetRecord;
   /**
