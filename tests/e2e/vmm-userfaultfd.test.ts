@@ -3,7 +3,7 @@
  * another user, a storm of signals. Each is proved by use: it is registered on the guest's RAM.
  */
 import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { readlinkSync } from "node:fs";
+import { readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { FslError } from "../../src/errors.ts";
 import { REGISTER_MISSING } from "../../src/sys/abi.ts";
 import { endHelper } from "../../src/sys/helper-task.ts";
@@ -19,6 +19,7 @@ import {
   ownDescriptors,
   processState,
   refusalOf,
+  until,
 } from "../helpers/qemu-vmm.ts";
 
 setDefaultTimeout(60_000);
@@ -57,6 +58,18 @@ function isOf(fd: number, info: TargetInfo): boolean {
 
 function userfaultfdsOf(pid: number): number {
   return descriptorLinks(pid).filter((link) => link === "anon_inode:[userfaultfd]").length;
+}
+
+function tasksOf(pid: number): string[] {
+  return readdirSync(`/proc/${pid}/task`, "utf8");
+}
+
+/** Processes that it has not waited for, too. */
+function childrenOf(pid: number): string[] {
+  return tasksOf(pid).flatMap((tid) => {
+    const text = readFileSync(`/proc/${pid}/task/${tid}/children`, "latin1");
+    return text.split(" ").filter((child) => child !== "");
+  });
 }
 
 const WAYS = ["preload", "ptrace", "device"] as const;
@@ -164,13 +177,22 @@ describe("takeUserfaultfd", () => {
         stdio: ["ignore", "ignore", "ignore"],
       });
       const before = ownDescriptors().length;
+      const threads = tasksOf(qemu.pid).length;
+      let helpersMade = 0;
       for (let round = 0; round < rounds; round++) {
         const fd = await qemu.takeUserfaultfd();
         expect(isOf(fd, info)).toBe(true);
         native.close(fd);
         await qemu.dropDescriptor("fsl-uffd");
-        for (const helper of qemu.takeHelpers()) expect(await endHelper(helper)).toBe(true);
+        const helpers = qemu.takeHelpers();
+        // There may be none: SIGCONT interrupts every clone(2).
+        helpersMade += helpers.length;
+        for (const helper of helpers) expect(await endHelper(helper)).toBe(true);
       }
+      expect(helpersMade).toBeGreaterThan(0);
+      // What has made the helpers is gone, and waited for.
+      await until(() => tasksOf(qemu.pid).length <= threads, "the thread that made helpers");
+      expect(childrenOf(qemu.pid)).toEqual([]);
       expect(ownDescriptors().length).toBe(before);
       expect(userfaultfdsOf(qemu.pid)).toBe(0);
       storm.kill("SIGKILL");
