@@ -1,14 +1,14 @@
 /**
  * A userfaultfd and helper tasks in a QEMU that runs already. What the preloaded library makes in a QEMU that fsl
- * starts (shim/preload.c) is made here by a task that QEMU's main thread is borrowed for to clone:
+ * starts (shim/preload.c) is made here by a thread that QEMU's main thread is borrowed for to clone:
  *
  *   1. QEMU is handed a socket by QMP's `getfd`. That it arrives in that process proves that it is the one which
  *      answers. It maps memory (a borrowed system call, shim/remote.c)
  *   2. the library's read-only segments are written there, and made executable
  *   3. clone(2) by the system call instruction at the library's entry point makes a thread, which goes on behind
  *      it: has a task of its own make all that is wanted and send it over the socket, waits for that, and ends
- *   4. the helpers are init's by then; when they end they unmap their staging memory. The code and some stacks
- *      stay in QEMU, 0.3 MiB of address space
+ *   4. the helpers are init's when that task has ended; when they end they unmap their staging memory. The code
+ *      and some stacks stay in QEMU, 0.3 MiB of address space
  *
  * All of it before the guest runs: a fsl that is killed while it borrows the thread takes QEMU along.
  *
@@ -34,6 +34,7 @@ import { isEndedTask } from "../sys/helper-task.ts";
 import * as native from "../sys/native.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { readImage } from "./elf.ts";
+import { HOST_PAGE_LENGTH } from "./inventory.ts";
 import { descriptorsOf, linkOf } from "./process-links.ts";
 import {
   receivePreloaded,
@@ -44,9 +45,11 @@ import {
 
 /** Name of the socket, among the `getfd` descriptors, while it is needed. */
 export const SOCKET_NAME = "fsl-helpers";
-/** CLONE_VM, FS, FILES, SIGHAND, THREAD: one more of QEMU's threads. */
-const THREAD = 0x1_0f00;
-const HOST_PAGE = 4096;
+/**
+ * CLONE_VM, FS, SIGHAND, THREAD: one more of QEMU's threads, but for its descriptors: should it run late, the socket
+ * still has its number.
+ */
+const THREAD = 0x1_0b00;
 /** Of the thread and its task, half each. */
 const STACK_LENGTH = 64 * 1024;
 /** How long they may take to send, which takes a millisecond. */
@@ -101,7 +104,7 @@ async function inject(
 ): Promise<TakenUserfaultfd | null> {
   const { pid } = request;
   const { bytes, entry } = readImage(preloadBytes());
-  const codeLength = alignUp(bytes.length, HOST_PAGE);
+  const codeLength = alignUp(bytes.length, HOST_PAGE_LENGTH);
   const length = codeLength + STACK_LENGTH;
   const access = PROT_READ | PROT_WRITE;
   const startAddr = remoteCall(request, SYS_MMAP, [

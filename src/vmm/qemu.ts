@@ -692,7 +692,7 @@ export class QemuTarget implements Target {
     const dropped = LEFT_NAMES.map((fdname) => this.#qmp.execute("closefd", { fdname }));
     const left = Promise.all([...dropped, dropLeftSeeds(this.#qmp, this.pid)]);
     this.#prepare(left);
-    // What is sent from here on is done after that.
+    // `loadState` waits for it. A descriptor that is given from here on is not among them.
     if (this.#earlier === null) return known;
     await left;
     await MigrationSettings.changedBefore(this.#qmp, parseUndo(this.#earlier.undo)).restore();
@@ -851,6 +851,8 @@ export class QemuTarget implements Target {
 
   /** Capabilities, parameters and kept descriptors, as before fsl came. Can be done again. */
   async #putBack(): Promise<void> {
+    // A descriptor on its way would come behind its own `closefd`.
+    if (this.#known !== null) await Promise.allSettled(this.#prepared);
     const dropped = [...this.#keptNames].map((name) =>
       this.#qmp.execute("closefd", { fdname: name }),
     );

@@ -175,6 +175,23 @@ describe("attachQemu", () => {
     await expectLoaded(pid);
   });
 
+  test("leaves nothing that it was given too late, when it is given up", async () => {
+    const { pid } = await start();
+    await qemu?.ask("query-status"); // It has started by now.
+    const links = descriptorLinks(pid).length;
+    const taken = attach();
+    await taken.connect();
+    await stopProcess(pid);
+    // One descriptor at a time: the second one is not sent before the first is answered for.
+    const kept = ["fsl-test", "fsl-test-2"].map((name) => taken.keepDescriptor(name, 0));
+    const all = Promise.allSettled(kept);
+    const abandoned = taken.abandon();
+    process.kill(pid, "SIGCONT");
+    await Promise.all([abandoned, all]);
+    await until(() => descriptorLinks(pid).length <= links, "descriptors closed");
+    expect(await capabilitiesOn()).toEqual([]);
+  });
+
   test("works by the pid that it is told, through a relay", async () => {
     const { pid, qmpPath } = await start();
     const relayPath = join(scratch.path, "relay");
