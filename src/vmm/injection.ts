@@ -52,7 +52,7 @@ export const SOCKET_NAME = "fsl-helpers";
 const THREAD = 0x1_0b00;
 /** Of the thread and its task, half each. */
 const STACK_LENGTH = 64 * 1024;
-/** How long they may take to send, which takes a millisecond. */
+/** How long they may take to send, which takes a millisecond, ms. */
 const PATIENCE_MS = 1_000;
 const WAIT_MS = 5;
 
@@ -121,14 +121,14 @@ async function inject(
     write(pid, startAddr, bytes) &&
     write(pid, stackAddr, frameOf(stackAddr, remoteSocket, helpers, slots)) &&
     remoteCall(request, SYS_MPROTECT, [startAddr, codeLength, PROT_READ | PROT_EXEC]) === 0;
-  const task = isReady
+  const thread = isReady
     ? remoteCall(request, SYS_CLONE, [THREAD, stackAddr, 0, 0, 0, 0], startAddr + entry)
     : -1;
-  if (task < 0) {
+  if (thread < 0) {
     remoteCall(request, SYS_MUNMAP, [startAddr, length]);
     return null;
   }
-  const taken = (await isHeard(socket, task)) ? receivePreloaded(socket, pid) : null;
+  const taken = (await isHeard(socket, thread)) ? receivePreloaded(socket, pid) : null;
   return taken === null ? null : { ...taken, way: "ptrace" };
 }
 
@@ -151,11 +151,11 @@ function write(pid: number, addr: number, bytes: Uint8Array): boolean {
 }
 
 /** A thread that has ended without a word was not allowed one. */
-async function isHeard(socket: number, task: number): Promise<boolean> {
+async function isHeard(socket: number, thread: number): Promise<boolean> {
   const revents = new Int32Array(1);
   const endMs = performance.now() + PATIENCE_MS;
   while (performance.now() < endMs) {
-    const isOver = isEndedTask(task);
+    const isOver = isEndedTask(thread);
     if (native.poll(Int32Array.of(socket), revents, 1, POLLIN, isOver ? 0 : WAIT_MS) > 0)
       return true;
     if (isOver) return false;
