@@ -44,6 +44,7 @@ import {
   registerBlocks,
   releaseZeroExtents,
   residentLength,
+  type ResidentPages,
 } from "./arm.ts";
 import type { PageFailure } from "./fault-loop.ts";
 import { fillMemory } from "./fill.ts";
@@ -184,7 +185,7 @@ class Load {
   #state: LoadState | undefined;
   #serving: Serving | undefined;
   /** Begun on a guess that nobody has looked at yet. */
-  #early: EarlyServing | undefined;
+  #early: BegunServing | undefined;
   /** Of the target, since somebody had a use for them. */
   readonly #helpers: HelperRecord[] = [];
   /** The load state, and the open file that holds its lock. */
@@ -242,6 +243,8 @@ class Load {
       this.#isTargetOver = true;
     });
     const { prepared, plan } = await this.#meet();
+    // Each helper ends what it is reading, and will have answered when the target is armed.
+    this.#staging?.stop();
     const lazy = plan.blocks.filter((block) => block.way === "lazy");
     const fill = plan.blocks.filter((block) => block.way === "fill");
     const reader = this.#openReader(prepared);
@@ -252,7 +255,7 @@ class Load {
     if (this.#options.source === undefined) this.#guard?.check();
     state.phase = PHASE_HANDING_OVER;
     const { snapshot } = prepared;
-    this.#staging?.stop();
+    if (this.#staging?.isAnswered === true) this.#startMoves(state);
     const { loaded } = await this.#handOver(snapshot, !this.#isPaused && runsFromSeed(snapshot));
     await this.#bringMeanwhile(loaded, serving, state, zero);
     try {
@@ -446,7 +449,7 @@ class Load {
     });
     const uffd = new Uffd(guess.uffdFd);
     uffd.api(0);
-    const { state, fd } = this.#makeState(
+    this.#early = this.#beginServing(
       prepared,
       {
         blocks: plans.map(({ block, region }) =>
@@ -458,11 +461,29 @@ class Load {
         watched: { balloons: blocks.length > 0, helpers: false },
       },
       blocks.map(({ data }) => data),
+      uffd,
     );
+  }
+
+  /**
+   * The Worker gets ready, and the target takes its copy of the load state, while we go on: whoever comes after a
+   * fsl that has died sees by it what to undo. @param data for each block: bit set = page with bytes in the snapshot
+   */
+  #beginServing(
+    prepared: Prepared,
+    layout: StateLayout,
+    data: readonly Int32Array[],
+    uffd: Uffd,
+  ): BegunServing {
+    const { state, fd } = LoadState.create(this.#describe(prepared, layout));
+    this.#stateFds.push(fd, lockState(fd));
+    for (const block of state.blocks) block.data.set(data[block.index] ?? []);
     const serving = this.#makeServing(prepared, state, uffd);
     this.#serving = serving;
     const served = this.#serve(prepared, serving, state);
-    this.#early = { state, fd, serving, served };
+    const kept = this.#keepState(fd);
+    kept.catch(() => {});
+    return { state, serving, served, kept };
   }
 
   /** Its helpers read what the guest will need first. */
@@ -517,27 +538,34 @@ class Load {
       canDiscard,
       watched: this.#watched(lazy),
     };
-    const begun = await this.#adoptEarly(prepared, layout);
-    const { state, fd } =
-      begun ??
-      this.#makeState(
-        prepared,
-        layout,
-        lazy.map(({ bitmap }) => bitmap.words),
-      );
+    const data = lazy.map(({ bitmap }) => bitmap.words);
+    const { state, serving, served, kept } =
+      (await this.#adoptEarly(prepared, layout)) ??
+      this.#beginServing(prepared, layout, data, uffd);
     this.#state = state;
     for (const { bitmap, block } of lazy) this.#dataBytes += bitmap.dataPages * block.pageSize;
-    // The Worker gets ready, if it is not, and the target takes its copies while we go on here.
-    const serving = begun?.serving ?? this.#makeServing(prepared, state, uffd);
-    this.#serving = serving;
-    const served = begun?.served ?? this.#serve(prepared, serving, state);
-    const { pid } = this.#target;
-    const resident = findResident(pid, lazy, state);
-    // Before much is written: whoever comes after a fsl that has died sees by it what to undo.
-    const kept = this.#keepState(fd);
-    kept.catch(() => {});
+    const resident = findResident(this.#target.pid, lazy, state);
+    if (fill.length > 0 || residentLength(resident) > 0) {
+      await this.#fill(prepared, reader, resident, fill);
+    }
+    // The default source cannot fail later, and `loadState` itself waits for QEMU's answer about the
+    // kept descriptor.
+    await served;
+    if (this.#options.source !== undefined) await kept;
+    this.#times.armedMs = this.#now();
+    return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
+  }
+
+  /** What is in memory already gets its bytes, and what cannot be lazy all of them. */
+  async #fill(
+    prepared: Prepared,
+    reader: PageReader,
+    resident: readonly ResidentPages[],
+    blocks: readonly BlockPlan[],
+  ): Promise<void> {
+    const { pid, isAttached } = this.#target;
     const width = eagerWidth(this.#options);
-    const filled = fillMemory([...jobsOfResident(resident), ...jobsOfFilled(pid, fill)], {
+    const filled = fillMemory([...jobsOfResident(resident), ...jobsOfFilled(pid, blocks)], {
       pid,
       reader,
       // Those that read ahead have something to do.
@@ -545,25 +573,19 @@ class Load {
       fileFd: prepared.snapshot.fd,
       crew: (this.#crew ??= new Crew()),
       width,
-      survives: this.#target.isAttached,
+      survives: isAttached,
       mayRead: () => this.#mayRead(),
     });
     filled.catch(() => {});
     // Workers have begun before a word is said: on a terminal the first one takes 12 ms.
     await new Promise(setImmediate);
     try {
-      this.#tellWhatIsFilled(fill, residentLength(resident));
+      this.#tellWhatIsFilled(blocks, residentLength(resident));
     } finally {
       // Whatever the caller's logger does: nothing is undone before it has ended.
       await filled;
     }
     markResident(resident);
-    // The default source cannot fail later, and `loadState` itself waits for QEMU's answer about the
-    // kept descriptor.
-    await served;
-    if (this.#options.source !== undefined) await kept;
-    this.#times.armedMs = this.#now();
-    return { state, serving, served, zero: registrations.map(({ zero }) => zero) };
   }
 
   /** Before it is over: it may take long. */
@@ -582,7 +604,7 @@ class Load {
    * What was begun while the target was starting, if that was right. If not, it is undone: no fault can
    * have come.
    */
-  async #adoptEarly(prepared: Prepared, layout: StateLayout): Promise<EarlyServing | undefined> {
+  async #adoptEarly(prepared: Prepared, layout: StateLayout): Promise<BegunServing | undefined> {
     const early = this.#early;
     this.#early = undefined;
     if (early === undefined) return undefined;
@@ -612,18 +634,6 @@ class Load {
       serving: recordServing(this.#options),
       source: this.#sourceOf(snapshot),
     };
-  }
-
-  /** @param data for each block: bit set = page with bytes in the snapshot */
-  #makeState(
-    prepared: Prepared,
-    layout: StateLayout,
-    data: readonly Int32Array[],
-  ): { state: LoadState; fd: number } {
-    const { state, fd } = LoadState.create(this.#describe(prepared, layout));
-    this.#stateFds.push(fd, lockState(fd));
-    for (const block of state.blocks) block.data.set(data[block.index] ?? []);
-    return { state, fd };
   }
 
   #makeServing({ snapshot, blocks, order }: Prepared, state: LoadState, uffd: Uffd): Serving {
@@ -671,7 +681,7 @@ class Load {
     );
     const hasStaged = await this.#hasStaged(() => isLoaded !== undefined);
     if (isLoaded === false) return;
-    if (hasStaged) this.#moveStaged(serving, state);
+    if (hasStaged) this.#endMoves(serving, state);
     await this.#letZeroExtentsGo(state, zero);
   }
 
@@ -696,17 +706,11 @@ class Load {
     return staging.isAnswered;
   }
 
-  /**
-   * Into RAM that the guest has not touched: while the target loads its devices, or later. Helpers that have
-   * not answered are given up.
-   */
-  #moveStaged(serving: Serving, state: LoadState): void {
-    const [uffd, staging] = [this.#uffd, this.#staging];
-    if (uffd === undefined || staging === undefined) return;
-    this.#staging = undefined;
-    const { lost } = staging;
+  /** What was read ahead goes into RAM that nobody has touched: by helpers, which are not waited for. */
+  #startMoves(state: LoadState): void {
+    if (this.#uffd === undefined) return;
     const whole = new WholeChunks({
-      uffd,
+      uffd: this.#uffd,
       state,
       counters: state.counters(MAIN_THREAD),
       workerIndex: MAIN_THREAD,
@@ -714,7 +718,17 @@ class Load {
       readsEvents: false,
       pagesCounter: C_EAGER_PAGES,
     });
-    staging.moveInto(state, whole);
+    this.#staging?.startMoves(state, whole);
+  }
+
+  /** While the target loads its devices, or later. Helpers that have not answered are given up. */
+  #endMoves(serving: Serving, state: LoadState): void {
+    const staging = this.#staging;
+    if (staging === undefined) return;
+    const { lost } = staging;
+    if (!staging.hasStartedMoves) this.#startMoves(state);
+    this.#staging = undefined;
+    staging.endMoves();
     serving.loseHelpers([...lost, ...staging.lost]);
   }
 
@@ -816,7 +830,7 @@ class Load {
     const hotplug = new HotplugHold(this.#target, serving, watched, this.#options.logger);
     const endMs = performance.now() + STAGED_PATIENCE_MS;
     await this.#hasStaged(() => performance.now() > endMs);
-    this.#moveStaged(serving, state);
+    this.#endMoves(serving, state);
     const complete = await serving.bringRest();
     this.#unfinished ??= await hotplug.end(complete);
     clearTimeout(timer);
@@ -877,6 +891,7 @@ class Load {
    */
   async #undo(error: unknown): Promise<void> {
     this.#staging?.stop();
+    this.#staging?.endMoves();
     const isCut = isFslError(error) && error.code === "TARGET_LOST" && this.#uffd === undefined;
     if (isCut && this.#target.isAttached && this.#target.isCommitted) {
       this.#target.disconnect();
@@ -1022,12 +1037,13 @@ interface StateLayout extends Pick<StateMetadata, "blocks" | "paused" | "canDisc
   readonly registered: readonly AddressRange[];
 }
 
-/** What was begun while the target was starting. */
-interface EarlyServing {
+/** From a guess on, while the target was starting, or from arming on. */
+interface BegunServing {
   readonly state: LoadState;
-  readonly fd: number;
   readonly serving: Serving;
   readonly served: Promise<void>;
+  /** The target has its copy of the state. */
+  readonly kept: Promise<void>;
 }
 
 function lengthOf({ pageCount, pageSize }: AlignedBlock): number {

@@ -109,6 +109,8 @@ class Reader {
   #isRunning = false;
   /** What is there to be moved. */
   #staged: readonly StagedChunk[] = [];
+  /** What is under way. */
+  readonly #moving: ClaimedChunk[] = [];
   /** Chunks that have been. */
   moved = 0;
 
@@ -160,9 +162,9 @@ class Reader {
     this.#staged = this.#begun.filter(({ calls }) => calls <= made);
   }
 
-  /** Sends what is to be moved, where nobody has touched it. Does not wait. @returns it */
-  startMoves(state: LoadState, whole: WholeChunks): ClaimedChunk[] {
-    const batch: ClaimedChunk[] = [];
+  /** Sends what is to be moved, where nobody has touched it. Does not wait. */
+  startMoves(state: LoadState, whole: WholeChunks): void {
+    const batch = this.#moving;
     this.helper.begin();
     for (const { idstr, chunk, slot } of this.#staged) {
       const block = state.blocks.find((one) => one.block.idstr === idstr);
@@ -173,10 +175,10 @@ class Reader {
       batch.push({ block, chunk });
     }
     if (batch.length > 0) this.helper.start();
-    return batch;
   }
 
-  endMoves(batch: readonly ClaimedChunk[], whole: WholeChunks): void {
+  endMoves(whole: WholeChunks): void {
+    const batch = this.#moving.splice(0);
     if (batch.length === 0) return;
     this.helper.finish();
     for (const [call, { block, chunk }] of batch.entries()) {
@@ -197,6 +199,8 @@ class Reader {
 
 export class Staging {
   #readers: readonly Reader[];
+  /** Whose chunks are being moved. */
+  #whole: WholeChunks | undefined;
 
   /**
    * Sets the helpers to work: they take the chunks of the plan in turns. @param others have nothing to do
@@ -254,18 +258,28 @@ export class Staging {
   }
 
   /**
-   * Moves what was read into the target where nobody has touched it, and lets the rest go. After `stop`;
-   * blocks until that is done. @returns how many chunks have come
+   * After `stop`: has what was read moved into the target where nobody has touched it. Does not wait for that,
+   * but for a helper that has not answered, a moment: see `isAnswered`. Once.
    */
-  moveInto(state: LoadState, whole: WholeChunks): number {
+  startMoves(state: LoadState, whole: WholeChunks): void {
     this.#readers = this.#readers.filter((reader) => reader.isAnswered());
     for (const reader of this.#readers) reader.finish();
-    if (!state.halted) {
-      whole.enterGate();
-      const batches = this.#readers.map((reader) => reader.startMoves(state, whole));
-      for (const [index, batch] of batches.entries()) this.#readers[index]?.endMoves(batch, whole);
-      whole.leaveGate();
-    }
+    this.#whole = whole;
+    whole.enterGate();
+    if (state.halted) return;
+    for (const reader of this.#readers) reader.startMoves(state, whole);
+  }
+
+  get hasStartedMoves(): boolean {
+    return this.#whole !== undefined;
+  }
+
+  /** Blocks until the chunks are there, and lets the rest go. @returns how many have come */
+  endMoves(): number {
+    const whole = this.#whole;
+    if (whole === undefined) return 0;
+    for (const reader of this.#readers) reader.endMoves(whole);
+    whole.leaveGate();
     for (const reader of this.#readers) reader.clear();
     return this.#readers.reduce((sum, { moved }) => sum + moved, 0);
   }

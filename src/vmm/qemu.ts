@@ -159,7 +159,7 @@ export class QemuTarget implements Target {
   /** Another one when that one was cut, and made again. */
   #qmp: QmpClient;
   readonly #options: QemuTargetOptions;
-  readonly #inventory: Promise<Inventory>;
+  readonly #inventory = Promise.withResolvers<Inventory>();
   /** What is done when QEMU greets, which is before it is ready. */
   readonly #met: Promise<void>;
   /** Commands that have been sent and must have succeeded before the state is handed over. */
@@ -172,8 +172,6 @@ export class QemuTarget implements Target {
   #maps: ProcessMaps | undefined;
   /** Has been sent to QEMU, and nobody has taken it. */
   #preloaded: TakenUserfaultfd | null = null;
-  /** QEMU has answered about its copy of it, one way or the other. */
-  #preloadedKept: Promise<void> = Promise.resolve();
   #phase: Phase = "new";
   /** The way that the userfaultfd was come by, for reports. */
   #way: UserfaultfdWay | null = null;
@@ -208,16 +206,11 @@ export class QemuTarget implements Target {
       notice: options.notice,
     });
     this.#heedEvents(qmp);
-    // Asked at once: the answers are there a moment after QEMU is able to give them.
-    const { isSpawned, hasNoDiscards, hasDefaultSettings, vcpus } = process;
-    const settings = hasDefaultSettings ? MigrationSettings.ofNewQemu(qmp) : undefined;
-    const known = { isWaiting: isSpawned, hasNoDiscards, vcpus, ...(settings ? { settings } : {}) };
-    this.#inventory = takeInventory(qmp, known);
-    this.#inventory.catch(() => {});
-    this.#met = qmp.greeted.then(() => this.#meet());
+    this.#inventory.promise.catch(() => {});
+    this.#met = qmp.greeted.then(() => this.#meet(qmp));
     this.#met.catch(() => {});
-    this.#defaultSettings = settings;
-    const { seed } = process;
+    const { isSpawned, hasDefaultSettings, seed } = process;
+    this.#defaultSettings = hasDefaultSettings ? MigrationSettings.ofNewQemu(qmp) : undefined;
     this.#seedFile = seed?.file;
     this.#seedSet = seed?.set ?? anyFdset();
     if (seed !== undefined) this.#dropSeedLater({ "fdset-id": seed.set }, Promise.resolve());
@@ -257,17 +250,29 @@ export class QemuTarget implements Target {
    * QEMU has greeted, and builds its machine: what can be done 20 ms before it answers the first
    * question.
    */
-  #meet(): void {
+  #meet(qmp: QmpClient): void {
     this.#process.identify();
+    // First: the next descriptor cannot be sent before QEMU has answered for this one.
     this.#takePreloaded();
+    const { isSpawned, hasNoDiscards, vcpus } = this.#process;
+    const settings = this.#defaultSettings;
+    const known = { isWaiting: isSpawned, hasNoDiscards, vcpus, ...(settings ? { settings } : {}) };
+    // Asked now: the answers are there a moment after QEMU is able to give them.
+    this.#inventory.resolve(takeInventory(qmp, known));
     if (this.isAttached || !this.#process.runsStartedProgram) return;
+    // Of our own nothing is lost if it turns out to be another QEMU than it should be.
+    if (settings !== undefined) this.#prepare(settings.apply(LOAD_CHANGES));
     this.#readMaps();
     const timer = setInterval(() => this.#readMaps(), MAPS_PERIOD_MS);
     const stop = (): void => {
       this.#isReady = true;
       clearInterval(timer);
     };
-    this.#qmp.ready.then(stop, stop);
+    this.#qmp.ready.then(() => {
+      stop();
+      // While QEMU answers: what it maps last is in no earlier account.
+      this.#readMaps();
+    }, stop);
   }
 
   #readMaps(): void {
@@ -284,15 +289,12 @@ export class QemuTarget implements Target {
     await this.#guard(this.#qmp.ready);
     const readyAtMs = performance.now();
     await this.#guard(this.#met);
-    const known = await this.#guard(this.#inventory.then((asked) => this.#judge(asked)));
+    const known = await this.#guard(this.#inventory.promise.then((asked) => this.#judge(asked)));
     this.#known = known;
     this.#phase = "connected";
-    // QEMU works on this while the process's maps are read here.
+    // QEMU works on this while the process's maps are read here. (Our own does already.)
     this.#prepare(known.settings.apply(LOAD_CHANGES));
     const regions = await this.#guard(this.#locate(known));
-    // QEMU has answered by now. Were that not heard before all the work that follows, the next
-    // descriptor would be sent after it, and nothing be told to load before that: 2 ms.
-    await this.#preloadedKept;
     return {
       readyAtMs,
       version: formatVersion(known.version),
@@ -353,7 +355,7 @@ export class QemuTarget implements Target {
       isControlOwn,
       isControlPrivate: isSpawned,
       endsWithFsl,
-      undo: this.#known?.settings.undoRecord() ?? {},
+      undo: (this.#known?.settings ?? this.#defaultSettings)?.undoRecord() ?? {},
     };
   }
 
@@ -401,9 +403,8 @@ export class QemuTarget implements Target {
     }
     this.#way = preloaded.way;
     this.#helpers.push(...preloaded.helpers);
-    const kept = this.keepDescriptor(USERFAULTFD_NAME, preloaded.fd);
-    this.#preloadedKept = kept.catch(() => {});
-    this.#prepare(kept);
+    // `loadState` waits for the answer.
+    this.keepDescriptor(USERFAULTFD_NAME, preloaded.fd).catch(() => {});
   }
 
   #receivePreloaded(): void {
@@ -458,7 +459,7 @@ export class QemuTarget implements Target {
 
   async keepDescriptor(name: string, fd: number): Promise<void> {
     const kept = this.#qmp.request("getfd", { fdname: name }, { fd });
-    if (this.#phase === "connected") this.#prepare(kept);
+    if (this.#phase === "new" || this.#phase === "connected") this.#prepare(kept);
     // From now on: a load that is given up before the answer has to drop it, too.
     this.#keptNames.add(name);
     try {
@@ -525,7 +526,11 @@ export class QemuTarget implements Target {
       await prepared;
       // With all that fsl leaves in it. One that began, and failed, would never take a state again.
       await this.#guard(this.#checkRoom());
-    } else await this.#qmp.descriptorsSent();
+    } else {
+      await this.#qmp.descriptorsSent();
+      // What it has answered by now is heard, so that `cont` can follow at once.
+      for (let turn = 0; turn < 2; turn += 1) await new Promise(setImmediate);
+    }
     this.#phase = "loading";
     const loaded = this.#endLoad(prepared, this.#guard(this.#loadFrom(known, streamOffset)));
     loaded.catch(() => {});

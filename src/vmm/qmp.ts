@@ -102,9 +102,9 @@ export class QmpClient {
   #greeted = false;
   /** Not from 1: an answer to a client that was there before must not pass for one to this client. */
   #nextId = randomInteger(1, ID_START_MAX);
-  /** Resolves when the last command that carries a descriptor is answered; and when it is sent. */
-  #descriptorTurn: Promise<unknown> = Promise.resolve();
-  #descriptorSent: Promise<unknown> = Promise.resolve();
+  /** Resolves when the last command that carries a descriptor is answered; absent: it is. And when it is sent. */
+  #descriptorTurn: Promise<void> | undefined;
+  #descriptorSent: Promise<void> | undefined;
 
   private constructor(fd: number, options: QmpOpenOptions) {
     this.#fd = fd;
@@ -151,9 +151,16 @@ export class QmpClient {
     if (options.fd === undefined) return this.#send(command, args, options);
     // QEMU's socket holds the descriptors of one message only: a second message with descriptors
     // closes those of the first if no command has fetched them yet.
-    const turn = this.#descriptorTurn.then(() => this.#send(command, args, options));
-    this.#descriptorSent = this.#descriptorTurn;
-    this.#descriptorTurn = turn.catch(() => {});
+    const before = this.#descriptorTurn;
+    const send = (): Promise<QmpReply> => this.#send(command, args, options);
+    const turn = before === undefined ? send() : before.then(send);
+    const answered = turn
+      .catch(() => {})
+      .then(() => {
+        if (this.#descriptorTurn === answered) this.#descriptorTurn = undefined;
+      });
+    this.#descriptorTurn = answered;
+    this.#descriptorSent = before;
     return turn;
   }
 

@@ -5,7 +5,7 @@
 import { afterEach, describe, expect, test } from "bun:test";
 import { alignBlocks, orderChunks } from "../../src/load/order.ts";
 import { planStaging, Staging } from "../../src/load/staging.ts";
-import { C_EAGER_PAGES, CHUNK_FREE, CHUNK_MOVED } from "../../src/load/state.ts";
+import { type LoadState, C_EAGER_PAGES, CHUNK_FREE, CHUNK_MOVED } from "../../src/load/state.ts";
 import { WholeChunks } from "../../src/load/whole-chunks.ts";
 import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE, stateOf } from "../helpers/helper-target.ts";
 import { until, within } from "../helpers/kernel-target.ts";
@@ -73,6 +73,12 @@ async function stopped(staging: Staging): Promise<void> {
   await until(() => staging.isAnswered || null, 5000, "the helpers' answers");
 }
 
+/** @returns how many chunks have come */
+function moveAll(staging: Staging, state: LoadState, whole: WholeChunks): number {
+  staging.startMoves(state, whole);
+  return staging.endMoves();
+}
+
 describe("Staging", () => {
   test(
     "brings what was read as huge pages, marks and counts it, and leaves nothing behind",
@@ -83,7 +89,7 @@ describe("Staging", () => {
       await until(() => staging.isAnswered || null, 15_000, "all chunks read");
       expect(stagedKib(it)).toBe(CHUNKS * 2048);
       await stopped(staging);
-      expect(staging.moveInto(state, whole)).toBe(CHUNKS);
+      expect(moveAll(staging, state, whole)).toBe(CHUNKS);
       expect([...block.chunks]).toEqual(Array(CHUNKS).fill(CHUNK_MOVED));
       expect(state.counters(WORKER)[C_EAGER_PAGES]).toBe(CHUNKS * HUGE_PAGES);
       expect(stagedKib(it)).toBe(0);
@@ -105,7 +111,7 @@ describe("Staging", () => {
       const staging = begin(1);
       await until(() => staging.isAnswered || null, 15_000, "a chunk read");
       await stopped(staging);
-      expect(staging.moveInto(state, whole)).toBe(1);
+      expect(moveAll(staging, state, whole)).toBe(1);
       const zeros = Bun.hash.crc32(new Uint8Array(3 * PAGE));
       expect([await it.read(0, 3), await it.read(5, 3)]).toEqual([zeros, zeros]);
       expect([await it.read(3, 2), await it.read(300, 212)]).toEqual([
@@ -126,7 +132,7 @@ describe("Staging", () => {
       const staging = begin(PIECED_CHUNKS);
       await until(() => staging.isAnswered || null, 15_000, "all chunks read");
       await stopped(staging);
-      expect(staging.moveInto(state, whole)).toBe(PIECED_CHUNKS);
+      expect(moveAll(staging, state, whole)).toBe(PIECED_CHUNKS);
       const last = PIECED_CHUNKS * HUGE_PAGES - 8;
       expect(await it.read(last, 4)).toBe(it.crc(last, 4));
       expect(await it.read(last + 4, 4)).toBe(Bun.hash.crc32(new Uint8Array(4 * PAGE)));
@@ -145,7 +151,7 @@ describe("Staging", () => {
       // The order is bottom, top, bottom.
       expect(block.splitChunk(HUGE_PAGES + 7)).toBe(true);
       const { answer } = await it.blockedRead(9);
-      expect(staging.moveInto(state, whole)).toBe(2);
+      expect(moveAll(staging, state, whole)).toBe(2);
       expect(await within(answer, 5000, "the waiter")).toBe(it.crc(9, 1));
       expect(block.chunks[0]).toBe(CHUNK_MOVED);
       expect(block.chunks[CHUNKS - 1]).toBe(CHUNK_MOVED);
@@ -163,7 +169,7 @@ describe("Staging", () => {
       using _ = made;
       const staging = begin(CHUNKS);
       await stopped(staging);
-      const moved = staging.moveInto(state, whole);
+      const moved = moveAll(staging, state, whole);
       expect([...block.chunks].filter((word) => word === CHUNK_MOVED)).toHaveLength(moved);
       expect(moved).toBeLessThan(CHUNKS);
       for (const [chunk, word] of block.chunks.entries()) {
@@ -187,7 +193,7 @@ describe("Staging", () => {
       await until(() => staging.isAnswered || null, 15_000, "four chunks read");
       process.kill(it.tasks[1]?.record.pid ?? 0, "SIGKILL");
       await stopped(staging);
-      expect(staging.moveInto(state, whole)).toBe(2);
+      expect(moveAll(staging, state, whole)).toBe(2);
       expect(await it.read(0, HUGE_PAGES)).toBe(it.crc(0, HUGE_PAGES));
     },
     TIMEOUT_MS,
@@ -212,7 +218,7 @@ describe("Staging", () => {
       );
       const isLate = staging.lost.length > 0;
       expect(staging.isAnswered).toBe(!isLate);
-      const moved = staging.moveInto(state, whole);
+      const moved = moveAll(staging, state, whole);
       process.kill(second.pid, "SIGCONT");
       expect(moved).toBeLessThanOrEqual(isLate ? 2 : 4);
       for (const chunk of [0, 1]) {
