@@ -167,6 +167,8 @@ export class QemuTarget implements Target {
   #known: Inventory | null = null;
   /** What was changed before anything was asked; `undefined`: nothing. */
   readonly #defaultSettings: MigrationSettings | undefined;
+  /** The negotiation is answered by QEMU's main loop: the machine is built. */
+  readonly #readyAtMs: Promise<number>;
   #isReady = false;
   /** Of a QEMU of our own, whose memory nobody changes, shortly before it was ready. */
   #maps: ProcessMaps | undefined;
@@ -207,6 +209,9 @@ export class QemuTarget implements Target {
     });
     this.#heedEvents(qmp);
     this.#inventory.promise.catch(() => {});
+    // Nothing is done before this, although much is when QEMU is ready.
+    this.#readyAtMs = qmp.ready.then(() => performance.now());
+    this.#readyAtMs.catch(() => {});
     this.#met = qmp.greeted.then(() => this.#meet(qmp));
     this.#met.catch(() => {});
     const { isSpawned, hasDefaultSettings, seed } = process;
@@ -285,9 +290,7 @@ export class QemuTarget implements Target {
 
   async connect(): Promise<TargetInfo> {
     assert(this.#phase === "new", `connect in phase ${this.#phase}`);
-    // The negotiation is answered by QEMU's main loop: the machine is built.
-    await this.#guard(this.#qmp.ready);
-    const readyAtMs = performance.now();
+    const readyAtMs = await this.#guard(this.#readyAtMs);
     await this.#guard(this.#met);
     const known = await this.#guard(this.#inventory.promise.then((asked) => this.#judge(asked)));
     this.#known = known;
