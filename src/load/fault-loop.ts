@@ -140,6 +140,8 @@ export class FaultLoop {
   #eventsRead = 0;
   #lastBlock: BlockState | undefined;
   #faults = 0;
+  /** When the batch was read, ns. */
+  #readAtNs = 0;
   readonly #pace = new Pace();
   #faultsAtRelease = 0;
   /** Where in `replay` the next run is. */
@@ -296,6 +298,7 @@ export class FaultLoop {
   #serveBatch(count: number): Outcome {
     const { state, counters, source } = this.#options;
     const readAtNs = sys.clockNs();
+    this.#readAtNs = readAtNs;
     const events = this.#events;
     state.busy = true;
     this.#servedCount = 0;
@@ -395,7 +398,11 @@ export class FaultLoop {
     }
     if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
     const chunk = state.chunkOf(page);
-    if (this.#options.state.isBulk && state.chunks[chunk] === CHUNK_FREE) {
+    const isUntouched = state.chunks[chunk] === CHUNK_FREE;
+    if (isUntouched && !this.#options.state.isBulk && block.movable && !this.#whole.isEmpty) {
+      if (this.#pace.countSpread(this.#readAtNs)) this.#goBulk();
+    }
+    if (isUntouched && this.#options.state.isBulk) {
       // What came last woke its vCPU, which may ask for the next before the helper has answered.
       if (!this.#whole.hasRoom) this.#advanceWhole();
       if (this.#whole.begin(state, chunk)) return this.#awaitChunk(state, page);
