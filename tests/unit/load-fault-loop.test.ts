@@ -1,5 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test } from "bun:test";
 import { setRange, testBit } from "../../src/bits.ts";
+import type { ChunkMover } from "../../src/load/chunk-mover.ts";
 import { FaultLoop, type PageFailure } from "../../src/load/fault-loop.ts";
 import {
   C_EAGER_PAGES,
@@ -10,6 +11,7 @@ import {
   C_RETRIES,
   C_ZERO_PAGES,
   CHUNK_MOVING,
+  CHUNK_SPLIT,
   histogramOf,
   type LoadState,
   MAIN_THREAD,
@@ -41,6 +43,7 @@ class Bench implements Disposable {
   readonly recovered: PageFailure[] = [];
   source: PageSource & Pick<FakeSource, "calls"> = new FakeSource();
   clusterPages = 1;
+  movers: readonly ChunkMover[] = [];
   /** Runs of the working set: block, first page, pages. */
   replay: readonly number[] = [];
 
@@ -66,7 +69,7 @@ class Bench implements Disposable {
       stopFd: this.uffd.stopFd,
       pidfd: -1,
       clusterPages: this.clusterPages,
-      movers: [],
+      movers: this.movers,
       helperPids: [],
       replay: Int32Array.from(this.replay),
       onFailure: (failure) => this.failures.push(failure),
@@ -569,6 +572,45 @@ describe("a fault in a chunk that the eager load has in hand", () => {
     expect(b.bytes(4)).toBeUndefined();
     expect(wordOf(b)).toBe(CHUNK_MOVING + worker);
     expect(sinceOf(b)).toBeGreaterThan(0);
+  });
+});
+
+describe("faults in one untouched chunk after the other, at once", () => {
+  const CHUNKS = 10;
+  const CHUNK_PAGES = 512;
+
+  /** One in each chunk. @returns the chunks that its helper was given, too */
+  function spread(count: number, movable: boolean, helpers = 1): { b: Bench; given: number[] } {
+    const given: number[] = [];
+    const faults = Array.from({ length: count }, (_, chunk) => fault(chunk * CHUNK_PAGES + 9));
+    // In one batch they have one time.
+    const b = bench([faults], { pages: CHUNKS * CHUNK_PAGES, movable });
+    const helper = {
+      ...{ fd: -1, isGone: false, isRunning: false, isFree: true, isFull: true, batch: [] },
+      add: (_state: unknown, chunk: number) => given.push(chunk),
+      send: () => {},
+    };
+    b.movers = Array.from({ length: helpers }, () => helper as unknown as ChunkMover);
+    b.run();
+    return { b, given };
+  }
+
+  test("from the eighth on each brings its chunk", () => {
+    const { b, given } = spread(CHUNKS, true);
+    expect([b.state.isBulk, given]).toEqual([true, [7, 8, 9]]);
+    const words = [...(b.state.blocks[0]?.chunks ?? [])];
+    expect(words.slice(0, 7)).toEqual(Array(7).fill(CHUNK_SPLIT));
+    expect(words.slice(7)).toEqual(Array(3).fill(CHUNK_MOVING));
+  });
+
+  test.each([
+    ["seven of them", 7, true, 1],
+    ["memory that cannot be moved", CHUNKS, false, 1],
+    ["no helper", CHUNKS, true, 0],
+  ])("are no burst: %s", (_why, count, movable, helpers) => {
+    const { b, given } = spread(count, movable, helpers);
+    expect([b.state.isBulk, given]).toEqual([false, []]);
+    expect(b.count(C_FAULT_PAGES)).toBe(count);
   });
 });
 

@@ -4,9 +4,12 @@ import { Pace } from "../../src/load/pace.ts";
 const MS = 1e6;
 
 /** The number of the fault that made it so, counted from 1. */
-function foundAt(timesMs: readonly number[]): number | undefined {
+function foundAt(
+  timesMs: readonly number[],
+  how: "count" | "countSpread" = "count",
+): number | undefined {
   const pace = new Pace();
-  const found = timesMs.findIndex((ms) => pace.count(1e15 + ms * MS));
+  const found = timesMs.findIndex((ms) => pace[how](1e15 + ms * MS));
   return found < 0 ? undefined : found + 1;
 }
 const every = (count: number, ms: number): number[] =>
@@ -27,5 +30,15 @@ describe("Pace", () => {
     ],
   ])("%s", (_what, timesMs, at) => {
     expect(foundAt(timesMs)).toBe(at);
+  });
+
+  test.each([
+    ["8 at once", every(10, 0), 8],
+    ["7 at once", every(7, 0), undefined],
+    ["one each 0.25 ms", every(10, 0.25), 8],
+    ["one each 0.3 ms", every(300, 0.3), undefined],
+    ["slowly, then fast", [...every(5, 10), ...every(10, 0.1).map((ms) => 100 + ms)], 13],
+  ])("in chunks that nobody had touched: %s", (_what, timesMs, at) => {
+    expect(foundAt(timesMs, "countSpread")).toBe(at);
   });
 });
