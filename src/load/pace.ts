@@ -7,8 +7,8 @@
 const BURST_FAULTS = 24;
 const BURST_NS = 5e6;
 /**
- * And so many in chunks that nobody had touched, each of which comes page by page for it. An idle guest has 2 in all, if
- * what it needs first was read ahead, one that reads at random 8 in 0.4 to 3 ms.
+ * And so many in chunks that nobody had touched, each of which comes page by page for it. An idle guest has 2 in all,
+ * if what it needs first was read ahead, one that reads at random 8 in 0.4 to 3 ms.
  */
 const SPREAD_FAULTS = 8;
 const SPREAD_NS = 2e6;
