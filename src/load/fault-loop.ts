@@ -399,7 +399,7 @@ export class FaultLoop {
     if (testBit(state.done, page)) return this.#supply.zeroRun(state, page, 1);
     const chunk = state.chunkOf(page);
     const isUntouched = state.chunks[chunk] === CHUNK_FREE;
-    if (isUntouched && !this.#options.state.isBulk && block.movable && !this.#whole.isEmpty) {
+    if (isUntouched && !this.#options.state.isBulk && this.#whole.canBegin(state, chunk)) {
       if (this.#pace.countSpread(this.#readAtNs)) this.#goBulk();
     }
     if (isUntouched && this.#options.state.isBulk) {

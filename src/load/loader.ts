@@ -255,7 +255,8 @@ class Load {
     if (this.#options.source === undefined) this.#guard?.check();
     state.phase = PHASE_HANDING_OVER;
     const { snapshot } = prepared;
-    if (this.#staging?.isAnswered === true) this.#startMoves(state);
+    // Where memory can be given back, nothing is waited for between a move's start and its end.
+    if (!state.metadata.canDiscard && this.#staging?.isAnswered) this.#startMoves(state);
     const { loaded } = await this.#handOver(snapshot, !this.#isPaused && runsFromSeed(snapshot));
     await this.#bringMeanwhile(loaded, serving, state, zero);
     try {
@@ -478,11 +479,11 @@ class Load {
     const { state, fd } = LoadState.create(this.#describe(prepared, layout));
     this.#stateFds.push(fd, lockState(fd));
     for (const block of state.blocks) block.data.set(data[block.index] ?? []);
+    const kept = this.#keepState(fd);
+    kept.catch(() => {});
     const serving = this.#makeServing(prepared, state, uffd);
     this.#serving = serving;
     const served = this.#serve(prepared, serving, state);
-    const kept = this.#keepState(fd);
-    kept.catch(() => {});
     return { state, serving, served, kept };
   }
 
@@ -618,8 +619,8 @@ class Load {
     this.#options.logger?.info(
       "QEMU's RAM is not what it seemed to be: the fault loop starts again",
     );
+    // Its state stays locked: the target has it until it gets the other one.
     await early.serving.stop(false);
-    for (const fd of this.#stateFds.splice(0)) sys.close(fd);
     this.#crew = new Crew();
     return undefined;
   }
@@ -757,13 +758,10 @@ class Load {
   }
 
   /** Read-only: a later fsl believes what it says. */
-  async #keepState(fd: number): Promise<void> {
+  #keepState(fd: number): Promise<void> {
     const readable = openSync(`/proc/self/fd/${fd}`, "r");
-    try {
-      await this.#target.keepDescriptor(KEPT_STATE, readable);
-    } finally {
-      closeSync(readable);
-    }
+    const kept = this.#target.keepDescriptor(KEPT_STATE, readable);
+    return kept.finally(() => closeSync(readable));
   }
 
   /** Lets the target have its device state. @param resumes its guest runs then */

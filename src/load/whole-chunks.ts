@@ -62,6 +62,11 @@ export class WholeChunks {
     return this.#options.movers.every(({ isGone }) => isGone);
   }
 
+  /** The chunk could come as a whole, by this Worker, if a helper has time for it. */
+  canBegin(state: BlockState, chunk: number): boolean {
+    return !this.isEmpty && canMove(state, chunk);
+  }
+
   /** A packet is under way. */
   get isRunning(): boolean {
     return this.#options.movers.some(({ isRunning }) => isRunning);
