@@ -140,8 +140,6 @@ export class FaultLoop {
   #eventsRead = 0;
   #lastBlock: BlockState | undefined;
   #faults = 0;
-  /** When the batch was read, ns. */
-  #readAtNs = 0;
   readonly #pace = new Pace();
   #faultsAtRelease = 0;
   /** Where in `replay` the next run is. */
@@ -298,7 +296,6 @@ export class FaultLoop {
   #serveBatch(count: number): Outcome {
     const { state, counters, source } = this.#options;
     const readAtNs = sys.clockNs();
-    this.#readAtNs = readAtNs;
     const events = this.#events;
     state.busy = true;
     this.#servedCount = 0;
@@ -400,7 +397,7 @@ export class FaultLoop {
     const chunk = state.chunkOf(page);
     const isUntouched = state.chunks[chunk] === CHUNK_FREE;
     if (isUntouched && !this.#options.state.isBulk && this.#whole.canBegin(state, chunk)) {
-      if (this.#pace.countSpread(this.#readAtNs)) this.#goBulk();
+      if (this.#pace.countSpread()) this.#goBulk();
     }
     if (isUntouched && this.#options.state.isBulk) {
       // What came last woke its vCPU, which may ask for the next before the helper has answered.

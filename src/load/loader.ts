@@ -757,7 +757,7 @@ class Load {
     }
   }
 
-  /** Read-only: a later fsl believes what it says. */
+  /** Read-only: a later fsl believes what it says. @throws at once when there is no room for a descriptor */
   #keepState(fd: number): Promise<void> {
     const readable = openSync(`/proc/self/fd/${fd}`, "r");
     const kept = this.#target.keepDescriptor(KEPT_STATE, readable);

@@ -19,16 +19,19 @@ export class Pace {
   readonly #all = new Recent(BURST_FAULTS);
   readonly #spread = new Recent(SPREAD_FAULTS);
   #faults = 0;
+  /** Of the fault that was counted last. */
+  #readAtNs = 0;
 
   /** @returns true when the guest reads on and on: from this fault, or from the ones before */
   count(readAtNs: number): boolean {
     this.#faults += 1;
+    this.#readAtNs = readAtNs;
     return this.#all.add(readAtNs) < BURST_NS || this.#faults >= FAULTS_MAX;
   }
 
-  /** A fault that was counted, where a whole chunk could come. @returns as `count` */
-  countSpread(readAtNs: number): boolean {
-    return this.#spread.add(readAtNs) < SPREAD_NS;
+  /** The fault that was counted last is one where a whole chunk could come. @returns as `count` */
+  countSpread(): boolean {
+    return this.#spread.add(this.#readAtNs) < SPREAD_NS;
   }
 }
 

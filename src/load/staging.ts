@@ -258,8 +258,8 @@ export class Staging {
   }
 
   /**
-   * After `stop`: has what was read moved into the target where nobody has touched it. Does not wait for that,
-   * but for a helper that has not answered, a moment: see `isAnswered`. Once.
+   * After `stop`: has what was read moved into the target where nobody has touched it, and does not wait for that.
+   * Helpers that have not answered are left out. Once; `endMoves` must follow.
    */
   startMoves(state: LoadState, whole: WholeChunks): void {
     this.#readers = this.#readers.filter((reader) => reader.isAnswered());

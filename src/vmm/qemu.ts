@@ -143,7 +143,7 @@ const LOAD_LOOK_MS = 20;
 const INJECTED_SLOTS = 4;
 /** How often the preloaded library's message is looked for while QEMU starts. */
 const EARLY_PERIOD_MS = 2;
-/** How often QEMU's maps are read while it builds its machine: the last account of them is nearly always right. */
+/** How often QEMU's maps are read while it builds its machine, for a guess at where its RAM is. */
 const MAPS_PERIOD_MS = 6;
 /** After SHUTDOWN: how long QEMU is watched, how often, and how long it may take for an answer. */
 const END_WATCH_MS = 10_000;
@@ -170,7 +170,7 @@ export class QemuTarget implements Target {
   /** The negotiation is answered by QEMU's main loop: the machine is built. */
   readonly #readyAtMs: Promise<number>;
   #isReady = false;
-  /** Of a QEMU of our own, whose memory nobody changes, shortly before it was ready. */
+  /** Of a QEMU of our own, whose memory nobody changes: while it builds its machine, then when it is ready. */
   #maps: ProcessMaps | undefined;
   /** Has been sent to QEMU, and nobody has taken it. */
   #preloaded: TakenUserfaultfd | null = null;
@@ -243,6 +243,11 @@ export class QemuTarget implements Target {
     return ["loading", "loaded", "released"].includes(this.#phase);
   }
 
+  /** It has not begun to take its state, and has not been given up. */
+  get #canUndo(): boolean {
+    return this.#phase === "new" || this.#phase === "connected";
+  }
+
   forgetEarlier(record: TargetRecord): void {
     this.#earlier = record;
   }
@@ -295,7 +300,7 @@ export class QemuTarget implements Target {
     const known = await this.#guard(this.#inventory.promise.then((asked) => this.#judge(asked)));
     this.#known = known;
     this.#phase = "connected";
-    // QEMU works on this while the process's maps are read here. (Our own does already.)
+    // What was set when it greeted is not sent again.
     this.#prepare(known.settings.apply(LOAD_CHANGES));
     const regions = await this.#guard(this.#locate(known));
     return {
@@ -315,7 +320,7 @@ export class QemuTarget implements Target {
     await Promise.race([this.#met.catch(() => {}), Bun.sleep(GREETING_LAG_MS)]);
   }
 
-  /** What was mapped in the last moment is not in the first account of QEMU's memory. */
+  /** By the account of QEMU's memory that is there; where that cannot be right, by a new one. */
   async #locate({ ramblocks, hasHelpers }: Inventory): Promise<GuestRegion[]> {
     const maps = this.#maps;
     this.#maps = undefined;
@@ -462,7 +467,7 @@ export class QemuTarget implements Target {
 
   async keepDescriptor(name: string, fd: number): Promise<void> {
     const kept = this.#qmp.request("getfd", { fdname: name }, { fd });
-    if (this.#phase === "new" || this.#phase === "connected") this.#prepare(kept);
+    if (this.#canUndo) this.#prepare(kept);
     // From now on: a load that is given up before the answer has to drop it, too.
     this.#keptNames.add(name);
     try {
@@ -531,7 +536,8 @@ export class QemuTarget implements Target {
       await this.#guard(this.#checkRoom());
     } else {
       await this.#qmp.descriptorsSent();
-      // What it has answered by now is heard, so that `cont` can follow at once.
+      // What it has answered by now is heard, so that `cont` can follow at once: one turn of Bun's event loop ends
+      // before sockets are looked at, the next one behind that.
       for (let turn = 0; turn < 2; turn += 1) await new Promise(setImmediate);
     }
     this.#phase = "loading";
@@ -616,7 +622,7 @@ export class QemuTarget implements Target {
 
   async abandon(): Promise<void> {
     if (this.#phase === "abandoned") return;
-    const canUndo = this.#phase === "new" || this.#phase === "connected";
+    const canUndo = this.#canUndo;
     this.#phase = "abandoned";
     if (this.#process.isSpawned) {
       await this.#end();
@@ -690,7 +696,6 @@ export class QemuTarget implements Target {
     if (this.isAttached) return this.#withoutEarlier(known);
     if (this.#process.runsStartedProgram) return known;
     // Whatever runs there was given its command line by another program: a script, taskset.
-    await this.#defaultSettings?.restore();
     return takeInventory(this.#qmp);
   }
 

@@ -3,13 +3,13 @@ import { Pace } from "../../src/load/pace.ts";
 
 const MS = 1e6;
 
-/** The number of the fault that made it so, counted from 1. */
-function foundAt(
-  timesMs: readonly number[],
-  how: "count" | "countSpread" = "count",
-): number | undefined {
+/** The number of the fault that made it so, counted from 1. @param isSpread each in an untouched chunk */
+function foundAt(timesMs: readonly number[], isSpread = false): number | undefined {
   const pace = new Pace();
-  const found = timesMs.findIndex((ms) => pace[how](1e15 + ms * MS));
+  const found = timesMs.findIndex((ms) => {
+    const isBurst = pace.count(1e15 + ms * MS);
+    return isSpread ? pace.countSpread() : isBurst;
+  });
   return found < 0 ? undefined : found + 1;
 }
 const every = (count: number, ms: number): number[] =>
@@ -39,6 +39,6 @@ describe("Pace", () => {
     ["one each 0.3 ms", every(300, 0.3), undefined],
     ["slowly, then fast", [...every(5, 10), ...every(10, 0.1).map((ms) => 100 + ms)], 13],
   ])("in chunks that nobody had touched: %s", (_what, timesMs, at) => {
-    expect(foundAt(timesMs, "countSpread")).toBe(at);
+    expect(foundAt(timesMs, true)).toBe(at);
   });
 });
