@@ -1,5 +1,5 @@
 /** What the machine gives at best, in words, from a result: for goals that are not reached. Pure. */
-import type { Mode } from "./plan.ts";
+import type { Mode, Workload } from "./plan.ts";
 import { type BenchResult, Cells, GUESTS } from "./results.ts";
 
 type Result = Pick<BenchResult, "cells" | "faultPath" | "start">;
@@ -38,6 +38,7 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
         ".",
     ),
     readingLine(each, all, faultPath),
+    besideLine(each, all),
     busiest(faultPath),
     sentence(
       (faultPath?.eager ?? [])
@@ -85,6 +86,31 @@ function readingLine(
     `**All RAM in**: a bare loop in C reads the file into fresh huge pages at ${one.toFixed(1)} GB/s with one ` +
     `thread and at ${two.toFixed(1)} GB/s with two, one for each CPU of this machine. At that rate the guests' RAM ` +
     `is in after ${least} of the ordinary load's time, had neither guest nor loader any need of a CPU.`
+  );
+}
+
+/** The same beside a guest: what is left of that when both want the CPUs. */
+function besideLine(
+  each: (value: (scenario: string) => number | null, digits: number) => string | null,
+  all: Cells,
+): string | null {
+  const of = (workload: Workload, figure: string): string | null =>
+    each((scenario) => all.ratio(scenario, workload, figure, "beside", "ordinary"), 2);
+  const [read, cpu] = [of("idle", "residentMs"), of("idle", "cpuMs")];
+  if (read === null || cpu === null) return null;
+  const random = sentence(
+    of("random", "workMs"),
+    (found) => `; beside one that reads 20,000 random pages, those are read after ${found}`,
+  );
+  const sum = sentence(
+    of("sum", "workMs"),
+    (found) => `, and beside one that checksums all its data, that is done after ${found}`,
+  );
+  return (
+    "**All RAM in, random pages, checksum, CPU**, beside a guest: C with a thread for each CPU, that only takes what " +
+    "the guest leaves it, reads the file into fresh huge pages, and the guest, whose RAM is mapped from the " +
+    `snapshot, never waits for it. Beside an idle guest all is in after ${read} of the ordinary load's time, for ` +
+    `${cpu} times its CPU time${random ?? ""}${sum ?? ""}.`
   );
 }
 

@@ -7,12 +7,17 @@
  *                                       just after the kernel has told the host what is free
  *   warm FILE                           reads the file's data (not its holes) into the page cache
  *   drop FILE                           takes the file out of the page cache
+ *   read FILE THREADS                   reads the file's data into fresh huge pages of its own, with
+ *                                       CPU time that nobody else wants; begins at the first byte of
+ *                                       stdin, prints a line when all is in, keeps it until stdin ends
  *
  * warm and drop print the bytes of the file that are in the page cache afterwards.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -27,6 +32,8 @@
 #define PAGE 4096u
 #define WINDOW (1u << 30)
 #define PIECE (4u << 20)
+#define HUGE (2u << 20)
+#define THREADS_MAX 64
 
 static void fail(const char *what) {
   fprintf(stderr, "bench-host: %s: %s\n", what, strerror(errno));
@@ -128,12 +135,72 @@ static int page_cache(const char *path, int warm) {
   return 0;
 }
 
+/* The file's data in pieces of a huge page each, and where they go. */
+static struct {
+  int fd;
+  size_t count, capacity, next;
+  struct { off_t start, end; } *pieces;
+  uint8_t *memory;
+} reading;
+
+static void add_pieces(int fd, off_t start, off_t end) {
+  (void)fd;
+  for (off_t at = start; at < end; at += HUGE) {
+    if (reading.count == reading.capacity) {
+      reading.capacity = reading.capacity * 2 + 1024;
+      reading.pieces = realloc(reading.pieces, reading.capacity * sizeof *reading.pieces);
+      if (reading.pieces == NULL) fail("realloc");
+    }
+    reading.pieces[reading.count].start = at;
+    reading.pieces[reading.count++].end = end - at < HUGE ? end : at + HUGE;
+  }
+}
+
+static void *read_pieces(void *unused) {
+  struct sched_param none = {0};
+  if (sched_setscheduler(0, SCHED_IDLE, &none) != 0) fail("SCHED_IDLE");
+  for (;;) {
+    size_t index = __atomic_fetch_add(&reading.next, 1, __ATOMIC_RELAXED);
+    if (index >= reading.count) return unused;
+    off_t start = reading.pieces[index].start;
+    size_t length = (size_t)(reading.pieces[index].end - start);
+    volatile uint8_t *target = reading.memory + index * HUGE;
+    *target = 0; /* A whole huge page at once, outside the system call. */
+    if (pread(reading.fd, (void *)target, length, start) != (ssize_t)length) fail("pread");
+  }
+}
+
+static int read_beside(const char *path, long threads) {
+  pthread_t running[THREADS_MAX];
+  char byte;
+  if (threads < 1 || threads > THREADS_MAX) errno = EINVAL, fail("threads");
+  reading.fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (reading.fd < 0) fail(path);
+  for_data(reading.fd, add_pieces);
+  size_t length = (reading.count + 1) * HUGE;
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  uint8_t *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (memory == MAP_FAILED) fail("mmap");
+  madvise(memory, length, MADV_HUGEPAGE);
+  reading.memory = memory + (HUGE - (uintptr_t)memory % HUGE) % HUGE;
+  if (read(0, &byte, 1) != 1) return 0;
+  for (long at = 0; at < threads; at++)
+    if (pthread_create(&running[at], NULL, read_pieces, NULL) != 0) fail("pthread_create");
+  for (long at = 0; at < threads; at++) pthread_join(running[at], NULL);
+  puts("in");
+  fflush(stdout);
+  while (read(0, &byte, 1) > 0) continue;
+  return 0;
+}
+
 int main(int count, char **arguments) {
   if (count >= 4 && strcmp(arguments[1], "launch") == 0) return launch(arguments + 2);
   if (count == 3 && strcmp(arguments[1], "touch") == 0)
     return touch(strtoull(arguments[2], NULL, 0));
   if (count == 3 && strcmp(arguments[1], "warm") == 0) return page_cache(arguments[2], 1);
   if (count == 3 && strcmp(arguments[1], "drop") == 0) return page_cache(arguments[2], 0);
-  fprintf(stderr, "usage: bench-host launch|touch|warm|drop ...\n");
+  if (count == 4 && strcmp(arguments[1], "read") == 0)
+    return read_beside(arguments[2], strtol(arguments[3], NULL, 0));
+  fprintf(stderr, "usage: bench-host launch|touch|warm|drop|read ...\n");
   return 2;
 }

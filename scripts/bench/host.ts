@@ -11,6 +11,7 @@ import {
   rmdirSync,
   writeFileSync,
 } from "node:fs";
+import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import { BUILD, compileProgram, modifiedMs } from "../build-shim.ts";
 
@@ -55,6 +56,28 @@ export async function warmFile(path: string): Promise<number> {
 /** @returns bytes of the file that are in the page cache in spite of it */
 export async function dropFile(path: string): Promise<number> {
   return Number(await host("drop", path));
+}
+
+/** Reads the file's data into huge pages of its own, a thread for each CPU, and keeps it. */
+export class Reader {
+  readonly #child: Bun.Subprocess<"pipe", "pipe", "inherit">;
+
+  /** @param launcher what to put before its command line */
+  constructor(path: string, launcher: readonly string[]) {
+    this.#child = Bun.spawn(
+      [...launcher, benchProgram("host"), "read", path, String(availableParallelism())],
+      { stdin: "pipe", stdout: "pipe", stderr: "inherit" },
+    );
+  }
+
+  /** Begins. @returns when all was in, by `performance.now()` */
+  async read(): Promise<number> {
+    this.#child.stdin.write("\n");
+    this.#child.stdin.flush();
+    const { done } = await this.#child.stdout.getReader().read();
+    if (done) throw new Error("bench-host read ended before all was read");
+    return performance.now();
+  }
 }
 
 // -- a group of processes -------------------------------------------------------------------------

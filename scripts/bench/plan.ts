@@ -10,6 +10,7 @@ export const MODES = {
   "fsl-copy": "fsl load --mode copy",
   "fsl-attach": "fsl load --qmp, first time",
   mapped: "RAM mapped from the snapshot",
+  beside: "RAM mapped, and all read in C",
   upstream: "upstream's lazy load",
   floor: "RAM already there",
 } as const;
@@ -102,11 +103,15 @@ export interface PlanOptions {
 
 const EVERY = Object.keys(MODES) as Mode[];
 /** fsl-copy shows what it costs that fsl is there at all, fsl-attach what another way in costs: once is enough. */
-const ALL = EVERY.filter((mode) => mode !== "fsl-copy" && mode !== "fsl-attach");
+const ALL = without(EVERY, "fsl-copy", "fsl-attach");
 const WITH_ATTACH: readonly Mode[] = [...ALL, "fsl-attach"];
-const NO_MULTIFD = ALL.filter((mode) => mode !== "multifd");
+const NO_MULTIFD = without(ALL, "multifd");
 const SHORT: readonly Mode[] = ["ordinary", "fsl", "fsl-ws", "floor"];
 const COLD: readonly Mode[] = ["ordinary", "fsl", "fsl-ws", "mapped", "upstream"];
+
+function without(modes: readonly Mode[], ...some: readonly Mode[]): readonly Mode[] {
+  return modes.filter((mode) => !some.includes(mode));
+}
 
 export function planBlocks(options: PlanOptions): Block[] {
   const { small, medium, large, zero, sparse } = SCENARIOS;
@@ -129,7 +134,7 @@ export function planBlocks(options: PlanOptions): Block[] {
     : [
         block(small, "idle", EVERY),
         ...(["idle", "sum", "random"] as const).map((load) => block(medium, load, WITH_ATTACH)),
-        block(medium, "busy", ALL),
+        block(medium, "busy", without(ALL, "beside")),
         block(large, "idle", ALL),
         ...(["sum", "random"] as const).map((load) => block(large, load, NO_MULTIFD)),
         block(zero, "idle", ALL),

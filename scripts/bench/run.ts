@@ -31,7 +31,7 @@ import {
   startQemu,
 } from "../../tests/helpers/guests.ts";
 import { ROOT } from "../build-shim.ts";
-import { hugePagesOf, MemoryPeaks, ProcessGroup, type ProcessMemory } from "./host.ts";
+import { hugePagesOf, MemoryPeaks, ProcessGroup, type ProcessMemory, Reader } from "./host.ts";
 import { BUSY_MS, COMMANDS, type Mode, type Workload } from "./plan.ts";
 
 /** `fsl`; FSL_BENCH_FSL names another one. */
@@ -280,11 +280,13 @@ function start(
       return startPlain({ argv, path, capabilities: ["multifd"], group, resumed });
     case "floor":
       return startPlain({ argv, path, capabilities: [], group, resumed, restMs: REST_MS });
-    case "mapped": {
+    case "mapped":
+    case "beside": {
       const seed = join(directory, "seed");
       const mapped = mapRam(snapshot, seed);
       const plan = { argv: mapped, path: seed, capabilities: [], group, resumed };
-      return startPlain({ ...plan, isNeverResident: true });
+      if (mode === "mapped") return startPlain({ ...plan, isNeverResident: true });
+      return startPlain({ ...plan, reader: new Reader(path, group.launcher) });
     }
     case "upstream": {
       const other = upstreamArgv(snapshot);
@@ -305,6 +307,8 @@ interface PlainStart {
   readonly restMs?: number;
   /** RAM comes in as it is touched, and nobody says when all of it has. */
   readonly isNeverResident?: boolean;
+  /** Told to read when QEMU is told to load; all RAM is in when it has read all. */
+  readonly reader?: Reader;
 }
 
 /** A QEMU that loads by itself, told to by plain QMP. */
@@ -321,6 +325,8 @@ async function startPlain(plan: PlainStart): Promise<Running> {
   const startCpuMs = group.cpuMs();
   const from = qmp.events.length;
   let origin = performance.now();
+  const read = plan.reader?.read();
+  read?.catch(() => {});
   const incoming = qmp.execute("migrate-incoming", {
     uri: `file:${plan.path}`,
     "exit-on-error": false,
@@ -342,6 +348,7 @@ async function startPlain(plan: PlainStart): Promise<Running> {
   plan.resumed(serial);
   const whenLoaded = async (): Promise<Loaded> => {
     const { at } = await migrated;
+    if (read !== undefined) return { readyMs, origin, residentAt: await read, report: null };
     const residentAt = plan.restMs !== undefined ? origin : at;
     const told = plan.isNeverResident === true ? Number.NaN : residentAt;
     return { readyMs, origin, residentAt: told, report: null };
