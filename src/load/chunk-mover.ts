@@ -12,6 +12,7 @@
  */
 import { HelperTask, type HelperRecord } from "../sys/helper-task.ts";
 import { HELPER_CALLS_MAX, MADV_DONTNEED } from "../sys/abi.ts";
+import { givesHugePages, keepsPageTables } from "../sys/host-pages.ts";
 import { nextBit } from "../bits.ts";
 import { type BlockState, CHUNK_LENGTH } from "./state.ts";
 
@@ -20,8 +21,8 @@ import { type BlockState, CHUNK_LENGTH } from "./state.ts";
  * saves.
  */
 export const RUNS_MAX = 64;
-/** Calls that a chunk takes at most: staging memory is given back and touched, read into, moved. */
-const CHUNK_CALLS_MAX = 2 + RUNS_MAX + 1;
+/** Calls that a chunk takes at most: staging memory is given back, touched, made huge, read into, moved. */
+const CHUNK_CALLS_MAX = 3 + RUNS_MAX + 1;
 
 /** Whether a chunk can come as a whole; looked at again by the kernel when it does. */
 export function canMove(state: BlockState, chunk: number): boolean {
@@ -59,6 +60,7 @@ interface BatchedChunk extends ChunkInHand {
 export class ChunkMover {
   readonly #helper: HelperTask;
   readonly #isGuarded: boolean;
+  readonly #makesHuge: boolean;
   /** Descriptor of the snapshot in the helper. */
   readonly #fileFd: number;
   /** Chunks that there is staging memory for. */
@@ -75,10 +77,19 @@ export class ChunkMover {
    * @param fileFd descriptor of the snapshot in this process
    * @param isGuarded a chunk is only read; `moveNow` moves it, after a look at what was given back
    * @param patienceMs see `HelperTask`
+   * @param makesHuge a slot whose huge page was split would be of small pages from then on. A chunk is moved as
+   * far as there are pages then: no zero behind the first one
    */
-  constructor(record: HelperRecord, fileFd: number, isGuarded: boolean, patienceMs = -1) {
+  constructor(
+    record: HelperRecord,
+    fileFd: number,
+    isGuarded: boolean,
+    patienceMs = -1,
+    makesHuge = keepsPageTables() && givesHugePages(),
+  ) {
     this.#helper = new HelperTask(record, patienceMs);
     this.#isGuarded = isGuarded;
+    this.#makesHuge = makesHuge;
     this.#fileFd = this.#helper.openFile(fileFd);
     this.#slots = Math.floor(record.stagingLength / CHUNK_LENGTH);
     this.#isGone = this.#fileFd < 0 || this.#slots === 0;
@@ -123,12 +134,17 @@ export class ChunkMover {
       this.#calls = 0;
     }
     const stagingAddr = this.#slotAddr(slot);
-    if (this.#dirty.delete(slot)) {
+    const isDirty = this.#dirty.delete(slot);
+    if (isDirty) {
       this.#helper.madvise(stagingAddr, CHUNK_LENGTH, MADV_DONTNEED);
       this.#calls += 1;
     }
     this.#helper.touch(stagingAddr);
     this.#calls += 1;
+    if (isDirty && this.#makesHuge) {
+      this.#helper.collapse(stagingAddr, CHUNK_LENGTH);
+      this.#calls += 1;
+    }
     // The rest of it is zero, as a fresh page is.
     const { pageSize, pagesOffset } = state.block;
     const start = state.chunkStart(chunk);

@@ -8,6 +8,7 @@
  */
 import { closeSync, fstatSync, openSync, readdirSync, readSync, statSync } from "node:fs";
 import { ENXIO, SEEK_DATA, SEEK_HOLE } from "../sys/abi.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as sys from "../sys/native.ts";
 import { FslError } from "../errors.ts";
 import { hex } from "../pages.ts";
@@ -46,15 +47,13 @@ export function contentRanges(
       const allocated = fstatSync(fd).blocks * STAT_BLOCK;
       if (allocated === 0) return [];
       // hugetlbfs has no SEEK_DATA of its own, and few pages.
-      if (pageSize > HOST_PAGE) return probe(pid, area, pageSize);
+      if (pageSize > HOST_PAGE_LENGTH) return probe(pid, area, pageSize);
       return extents(fd, area, allocated) ?? probe(pid, area, pageSize);
     } finally {
       closeSync(fd);
     }
   });
 }
-
-const HOST_PAGE = 4096;
 
 /**
  * Ranges of [startAddr, startAddr + length) for which the file behind them may hold something else than zeros, by
@@ -73,7 +72,7 @@ export function writtenRanges(
     if (fd < 0) return [whole];
     try {
       if (fstatSync(fd).blocks === 0) return [];
-      return (pageSize > HOST_PAGE ? null : dataRanges(fd, area)) ?? [whole];
+      return (pageSize > HOST_PAGE_LENGTH ? null : dataRanges(fd, area)) ?? [whole];
     } finally {
       closeSync(fd);
     }

@@ -4,8 +4,8 @@
  * from outside. Runs on the main thread, one chunk at a time with pauses, so that the guest keeps
  * its CPU.
  */
-import { readFileSync } from "node:fs";
 import { EAGAIN, MADV_COLLAPSE } from "../sys/abi.ts";
+import { givesHugePages } from "../sys/host-pages.ts";
 import * as sys from "../sys/native.ts";
 import type { ServedTarget } from "../vmm/target.ts";
 import { nextBit } from "../bits.ts";
@@ -18,19 +18,6 @@ const PAUSE_MS = 3;
 const TRIES_MAX = 3;
 
 /**
- * False where an ordinary load would not have had huge pages either. @source
- * Documentation/admin-guide/mm/transhuge.rst
- */
-function hostGivesHugePages(path = "/sys/kernel/mm/transparent_hugepage/enabled"): boolean {
-  try {
-    return !readFileSync(path, "utf8").includes("[never]");
-  } catch {
-    // A kernel without transparent huge pages.
-    return false;
-  }
-}
-
-/**
  * Collapses every chunk that was copied. Only after all ranges were unregistered.
  * @param isOver asked before each chunk: the target has ended
  * @returns how many chunks have become huge pages
@@ -40,7 +27,7 @@ export async function giveHugePagesBack(
   state: LoadState,
   isOver: () => boolean,
 ): Promise<number> {
-  if (!hostGivesHugePages()) return 0;
+  if (!givesHugePages()) return 0;
   let collapsed = 0;
   for (const block of state.blocks) {
     if (!block.block.movable) continue;

@@ -22,6 +22,7 @@ import type { PageSourceSpec } from "../source/page-source.ts";
 import { UFFD_FEATURES } from "../sys/abi.ts";
 import type { HelperRecord } from "../sys/helper-task.ts";
 import * as sys from "../sys/native.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import { Uffd } from "../uffd/uffd.ts";
 import {
   type ExitStatus,
@@ -454,7 +455,11 @@ class Load {
       prepared,
       {
         blocks: plans.map(({ block, region }) =>
-          stateBlock({ ...block, usedLength: lengthOf(block) }, region, true),
+          stateBlock(
+            { ...block, usedLength: lengthOf(block) },
+            region,
+            region.pageSize === block.pageSize,
+          ),
         ),
         registered: plans.flatMap((plan) => planRegistration(zeroRuns, plan).registered),
         paused: this.#options.paused === true || guess.startsStopped,
@@ -492,6 +497,7 @@ class Load {
     const helpers = (await this.#target.earlyHelpers?.()) ?? [];
     const width = Math.min(helpers.length, eagerWidth(this.#options));
     if (width === 0 || this.#info !== undefined || this.#prepared === undefined) return;
+    if (blocks.some(({ pageSize }) => pageSize !== HOST_PAGE_LENGTH)) return; // Nothing that could be moved.
     const plan = planStaging(blocks, order, set, STAGED_CHUNKS);
     this.#staging = new Staging(plan, helpers.slice(0, width), snapshot.fd, helpers.slice(width));
   }

@@ -20,6 +20,7 @@ import {
   UFFD_MSG,
   UFFD_USER_MODE_ONLY,
 } from "../sys/abi.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as sys from "../sys/native.ts";
 import { createPageSource } from "../source/snapshot-source.ts";
 import { Uffd } from "../uffd/uffd.ts";
@@ -63,9 +64,11 @@ const NOTHING: Rehearsed = { faults: 0, eagerPages: 0 };
 
 /**
  * Serves a few made-up faults, and loads a chunk. Runs in the fault Worker.
- * @returns how much; nothing where a process may not have a userfaultfd
+ * @returns how much; nothing where a process may not have a userfaultfd, or the host has other pages than a snapshot
  */
 export function rehearseFaults(): Rehearsed {
+  // With pages of another length there is nothing to move, and a fault brings several of the snapshot's.
+  if (HOST_PAGE_LENGTH !== PAGE) return NOTHING;
   const uffdFd = sys.userfaultfd(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
   if (uffdFd < 0) return NOTHING;
   const fileFd = sys.memfdCreate("fsl-rehearsal", MFD_CLOEXEC);

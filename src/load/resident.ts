@@ -8,12 +8,11 @@
 import { closeSync, openSync, readSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { EINVAL, ENOTTY } from "../sys/abi.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as sys from "../sys/native.ts";
 import { hex } from "../pages.ts";
 import { processFileError } from "../vmm/process-maps.ts";
 import type { BlockPlace } from "./memory-writer.ts";
-
-const HOST_PAGE = 4096;
 
 /** Half-open address range. */
 export interface AddressRange {
@@ -99,9 +98,9 @@ function readPagemap(fd: number, startAddr: number, length: number): AddressRang
   const ranges: AddressRange[] = [];
   const endAddr = startAddr + length;
   for (let addr = startAddr; addr < endAddr;) {
-    const entries = Math.min(PAGEMAP_WINDOW, (endAddr - addr) / HOST_PAGE);
+    const entries = Math.min(PAGEMAP_WINDOW, (endAddr - addr) / HOST_PAGE_LENGTH);
     const wanted = entries * PAGEMAP_ENTRY;
-    const done = readSync(fd, buffer, 0, wanted, (addr / HOST_PAGE) * PAGEMAP_ENTRY);
+    const done = readSync(fd, buffer, 0, wanted, (addr / HOST_PAGE_LENGTH) * PAGEMAP_ENTRY);
     if (done !== wanted) {
       throw new FslError(
         "TARGET_LOST",
@@ -110,10 +109,10 @@ function readPagemap(fd: number, startAddr: number, length: number): AddressRang
     }
     for (let index = 0; index < entries; index += 1) {
       if (((words[2 * index + 1] ?? 0) & UPPER_PRESENT_OR_SWAPPED) === 0) continue;
-      const pageAddr = addr + index * HOST_PAGE;
-      appendRange(ranges, pageAddr, pageAddr + HOST_PAGE);
+      const pageAddr = addr + index * HOST_PAGE_LENGTH;
+      appendRange(ranges, pageAddr, pageAddr + HOST_PAGE_LENGTH);
     }
-    addr += entries * HOST_PAGE;
+    addr += entries * HOST_PAGE_LENGTH;
   }
   return ranges;
 }

@@ -8,6 +8,7 @@ import { FslError, isFslError } from "../errors.ts";
 import { hex, KiB, MiB } from "../pages.ts";
 import type { PageSourceSpec } from "../source/page-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENODATA, ENOMEM } from "../sys/abi.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as sys from "../sys/native.ts";
 import { defaultWidth } from "../sys/limits.ts";
 import { releaseProgramText } from "../sys/program-text.ts";
@@ -567,8 +568,8 @@ export class Serving {
   #why(failure: PageFailure): string {
     const { errno, fileOffset } = failure;
     if (errno === ENOMEM) {
-      const { hostPageSize, pageSize } = this.#blockOf(failure).block;
-      const isHuge = hostPageSize !== pageSize;
+      const { hostPageSize } = this.#blockOf(failure).block;
+      const isHuge = hostPageSize > HOST_PAGE_LENGTH;
       const limit = isHuge ? ` (pages of ${hostPageSize / MiB} MiB: vm.nr_hugepages)` : "";
       return `cannot come in: the host has no memory for it${limit}`;
     }

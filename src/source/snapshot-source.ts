@@ -10,6 +10,7 @@
  */
 import { FslError } from "../errors.ts";
 import { alignDown, alignUp, hex } from "../pages.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as sys from "../sys/native.ts";
 import {
   EINVAL,
@@ -27,8 +28,6 @@ import {
 } from "../sys/abi.ts";
 import type { PageBytes, PageSource, SourceBlock } from "./page-source.ts";
 
-/** Mappings are made and given back in whole host pages. */
-const HOST_PAGE = 4096;
 /** What is read into a buffer, bytes at most: it fits into the cache of a CPU. */
 const READ_MAX = 64 * 1024;
 
@@ -70,8 +69,8 @@ export class SnapshotPageSource implements PageSource {
   constructor(options: SnapshotSourceOptions, blocks: readonly SourceBlock[]) {
     this.#fd = options.fd;
     for (const block of blocks) {
-      const mapOffset = alignDown(block.pagesOffset, HOST_PAGE);
-      const length = alignUp(block.pagesOffset + block.usedLength - mapOffset, HOST_PAGE);
+      const mapOffset = alignDown(block.pagesOffset, HOST_PAGE_LENGTH);
+      const length = alignUp(block.pagesOffset + block.usedLength - mapOffset, HOST_PAGE_LENGTH);
       const address = sys.mmap(0, length, PROT_READ, MAP_SHARED, options.fd, mapOffset);
       if (address < 0) {
         this.close();
@@ -132,11 +131,14 @@ export class SnapshotPageSource implements PageSource {
   isAtHand(blockIndex: number, pageIndex: number, pages: number): boolean {
     const mapping = this.#mappings[blockIndex];
     if (mapping === undefined) return false;
-    const start = alignDown(mapping.firstPageAddress + pageIndex * mapping.pageSize, HOST_PAGE);
+    const start = alignDown(
+      mapping.firstPageAddress + pageIndex * mapping.pageSize,
+      HOST_PAGE_LENGTH,
+    );
     const end = mapping.firstPageAddress + (pageIndex + pages) * mapping.pageSize;
-    const count = Math.ceil((end - start) / HOST_PAGE);
+    const count = Math.ceil((end - start) / HOST_PAGE_LENGTH);
     if (this.#residency.length < count) this.#residency = new Uint8Array(count);
-    if (sys.mincore(start, count * HOST_PAGE, this.#residency) < 0) return false;
+    if (sys.mincore(start, count * HOST_PAGE_LENGTH, this.#residency) < 0) return false;
     for (let index = 0; index < count; index += 1) {
       if (((this.#residency[index] ?? 0) & 1) === 0) return false;
     }
@@ -179,9 +181,12 @@ export class SnapshotPageSource implements PageSource {
   #advise(blockIndex: number, pageIndex: number, pages: number, advice: number): void {
     const mapping = this.#mappings[blockIndex];
     if (mapping === undefined) return;
-    const start = alignDown(mapping.firstPageAddress + pageIndex * mapping.pageSize, HOST_PAGE);
+    const start = alignDown(
+      mapping.firstPageAddress + pageIndex * mapping.pageSize,
+      HOST_PAGE_LENGTH,
+    );
     const end = mapping.firstPageAddress + (pageIndex + pages) * mapping.pageSize;
-    sys.madvise(start, alignUp(end - start, HOST_PAGE), advice);
+    sys.madvise(start, alignUp(end - start, HOST_PAGE_LENGTH), advice);
   }
 }
 

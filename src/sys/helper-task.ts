@@ -31,6 +31,7 @@ import {
   HELPER_STOP_UNLESS_EXPECTED,
   HELPER_TOUCH,
   HELPER_YIELDS,
+  MADV_COLLAPSE,
   POLLIN,
   SIGKILL,
   SYS_CLOSE,
@@ -209,6 +210,14 @@ export class HelperTask {
    */
   madvise(addr: number, length: number, advice: number): number {
     return this.add(SYS_MADVISE, addr, length, advice, 0, 0, 0, true);
+  }
+
+  /**
+   * Adds madvise(2) with MADV_COLLAPSE (Linux 6.1): what is there of a huge page's range becomes one, if the
+   * kernel can. What comes behind it is made in any case.
+   */
+  collapse(addr: number, length: number): number {
+    return this.add(SYS_MADVISE, addr, length, MADV_COLLAPSE, 0, 0, 0, false);
   }
 
   /** Adds close(2) of a descriptor that was sent. */

@@ -31,10 +31,10 @@ import {
   SYS_MUNMAP,
 } from "../sys/abi.ts";
 import { isEndedTask } from "../sys/helper-task.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as native from "../sys/native.ts";
 import { preloadBytes } from "../sys/preload.ts";
 import { readImage } from "./elf.ts";
-import { HOST_PAGE_LENGTH } from "./inventory.ts";
 import { descriptorsOf, linkOf } from "./process-links.ts";
 import {
   receivePreloaded,

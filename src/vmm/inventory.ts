@@ -9,16 +9,12 @@
 import { readFileSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { alignUp } from "../pages.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import { freeFdset } from "./fdset.ts";
 import { canDiscard, DEVICE_LISTS, deviceTypes, isHelped } from "./lazy-breakers.ts";
 import { MigrationSettings } from "./migration-settings.ts";
 import { readNodePolicies } from "./node-policies.ts";
-import {
-  ProcessMaps,
-  type RangeBacking,
-  mappedByOthers,
-  readHostPageLength,
-} from "./process-maps.ts";
+import { ProcessMaps, type RangeBacking, mappedByOthers } from "./process-maps.ts";
 import { hasOptionFile } from "./qemu-command.ts";
 import { type QmpClient, type QmpReply, type QmpVersion, formatVersion, isRecord } from "./qmp.ts";
 import { type RamblockLine, parseRamblocks } from "./ramblock.ts";
@@ -41,8 +37,6 @@ export interface Inventory {
 
 /** mapped-ram, and `file:` with an fdset: QEMU 9.0. */
 const VERSION_MAJOR_MIN = 9;
-/** Smallest page of this host, bytes; QEMU reports it for ordinary memory. */
-export const HOST_PAGE_LENGTH = readHostPageLength();
 /** What is known of a QEMU without asking. */
 export interface KnownBefore {
   /** It was started with `-incoming defer` just now. */

@@ -268,18 +268,6 @@ export function parseMountTypes(text: string): Map<string, string> {
   return types;
 }
 
-/**
- * Smallest page of this host, bytes: 4096 on x86-64; 4, 16 or 64 KiB on aarch64.
- * @source getauxval(3): AT_PAGESZ (6) in /proc/self/auxv, pairs of 64-bit words
- */
-export function readHostPageLength(): number {
-  const auxv = readFileSync("/proc/self/auxv");
-  for (let offset = 0; offset + 16 <= auxv.length; offset += 16) {
-    if (auxv.readBigUInt64LE(offset) === 6n) return Number(auxv.readBigUInt64LE(offset + 8));
-  }
-  return 4096;
-}
-
 /** Splits a st_dev as the kernel encodes it into `major:minor`. @source makedev(3) */
 export function deviceName(dev: number): string {
   const device = BigInt(dev);

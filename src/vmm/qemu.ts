@@ -12,17 +12,12 @@ import { resolve } from "node:path";
 import { FslError, assert, isFslError } from "../errors.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import { checkDescriptorRoom, defaultWidth } from "../sys/limits.ts";
+import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as native from "../sys/native.ts";
 import { Control, PROBE_NAME, proveProcess } from "./control.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
 import { watchHotplugOf } from "./hotplug-watch.ts";
-import {
-  HOST_PAGE_LENGTH,
-  type Inventory,
-  locateRegions,
-  takeInventory,
-  warmUp,
-} from "./inventory.ts";
+import { type Inventory, locateRegions, takeInventory, warmUp } from "./inventory.ts";
 import {
   CAPABILITIES_IN_THE_WAY,
   type MigrationChanges,

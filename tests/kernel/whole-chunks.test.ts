@@ -34,10 +34,12 @@ interface Spec {
   readonly slots?: number;
   readonly canDiscard?: boolean;
   readonly data?: readonly (readonly [number, number])[];
+  /** As `ChunkMover` has it; absent: as this kernel needs it. */
+  readonly makesHuge?: boolean | undefined;
 }
 
 /** A target of eight chunks with one helper, and a load of it. */
-async function start({ slots = 8, canDiscard = false, data }: Spec = {}) {
+async function start({ slots = 8, canDiscard = false, data, makesHuge }: Spec = {}) {
   bench = await HelperBench.start("thp", CHUNKS, 1, 0, slots);
   const it = bench;
   const block = {
@@ -58,7 +60,7 @@ async function start({ slots = 8, canDiscard = false, data }: Spec = {}) {
       state,
       counters: state.counters(WORKER),
       workerIndex: WORKER,
-      movers: [new ChunkMover(it.task.record, it.file.fd, canDiscard)],
+      movers: [new ChunkMover(it.task.record, it.file.fd, canDiscard, -1, makesHuge)],
       readsEvents: false,
       pagesCounter: C_EAGER_PAGES,
     });
@@ -78,6 +80,12 @@ async function expectRight(it: HelperBench, ...chunks: number[]): Promise<void> 
     expect([chunk, await it.read(at, HUGE_PAGES)]).toEqual([chunk, it.crc(at, HUGE_PAGES)]);
   }
 }
+
+/** What becomes of a slot whose huge page was split. */
+const SPLIT_SLOTS: [string, boolean | undefined][] = [
+  ["as this kernel needs it", undefined],
+  ["its slot made huge again", true],
+];
 
 describe("WholeChunks", () => {
   test(
@@ -116,9 +124,9 @@ describe("WholeChunks", () => {
     TIMEOUT_MS,
   );
 
-  test(
-    "a chunk that cannot be moved keeps those behind it from nothing, and leaves nothing in its slot",
-    async () => {
+  test.each(SPLIT_SLOTS)(
+    "a chunk that cannot be moved keeps those behind it from nothing, and leaves nothing in its slot, %s",
+    async (_, makesHuge) => {
       // Of the last two chunks the first half is zero.
       const half = HUGE_PAGES / 2;
       const { it, block, whole, begin, finish } = await start({
@@ -127,6 +135,7 @@ describe("WholeChunks", () => {
           [6 * HUGE_PAGES + half, 7 * HUGE_PAGES],
           [7 * HUGE_PAGES + half, 8 * HUGE_PAGES],
         ],
+        makesHuge,
       });
       // A page that is there without the load's knowledge.
       const at = HUGE_PAGES + 9;
@@ -149,19 +158,20 @@ describe("WholeChunks", () => {
         const data = chunk * HUGE_PAGES + half;
         expect(await it.read(data, half)).toBe(it.crc(data, half));
       }
+      expect(hugeKib(it.target.pid, it.addr, CHUNKS * HUGE)).toBe(4 * 2048);
     },
     TIMEOUT_MS,
   );
 
-  test(
-    "what somebody else has left in a helper's memory does not come",
-    async () => {
+  test.each(SPLIT_SLOTS)(
+    "what somebody else has left in a helper's memory does not come, %s",
+    async (_, makesHuge) => {
       const half = HUGE_PAGES / 2;
       const data = [
         [0, 6 * HUGE_PAGES],
         [6 * HUGE_PAGES + half, 7 * HUGE_PAGES],
       ] as const;
-      const { it, block, begin, finish, takeOver } = await start({ data });
+      const { it, block, begin, finish, takeOver } = await start({ data, makesHuge });
       const at = HUGE_PAGES + 9;
       expect(it.uffd.copy(it.addr + at * PAGE, it.file.addr + at * PAGE, PAGE, 0)).toBe(PAGE);
       begin(1);

@@ -8,6 +8,7 @@ import {
   PROT_READ,
   PROT_WRITE,
 } from "../../src/sys/abi.ts";
+import { readHostPageLength } from "../../src/sys/host-pages.ts";
 import * as native from "../../src/sys/native.ts";
 import {
   deviceName,
@@ -15,7 +16,6 @@ import {
   parseArea,
   parseMountTypes,
   ProcessMaps,
-  readHostPageLength,
 } from "../../src/vmm/process-maps.ts";
 import { expectRefusal, refusalOf } from "../helpers/qemu-vmm.ts";
 
