@@ -12,7 +12,12 @@ import { FslError } from "../errors.ts";
 import { alignDown, alignUp, MiB } from "../pages.ts";
 import type { PageBitmap } from "../snapshot/page-bitmap.ts";
 import type { Uffd } from "../uffd/uffd.ts";
-import { REGISTER_MISSING, UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT } from "../sys/abi.ts";
+import {
+  REGISTER_MISSING,
+  UFFDIO_COPY_BIT,
+  UFFDIO_MOVE_BIT,
+  UFFDIO_POISON_BIT,
+} from "../sys/abi.ts";
 import { nextBit, setRange, testBit } from "../bits.ts";
 import { contentRanges, writtenRanges } from "./contents.ts";
 import type { FillJob } from "./fill.ts";
@@ -88,10 +93,15 @@ export function planRegistration(
 
 /**
  * Registers every lazy block as a whole.
+ * @param isPoisoned a page that stays unreadable is to be poisoned
  * @returns names of the blocks that whole huge pages can be moved into
  * @throws FslError HOST_UNSUPPORTED, with nothing left registered by the caller
  */
-export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): Set<string> {
+export function registerBlocks(
+  uffd: Uffd,
+  plans: readonly BlockPlan[],
+  isPoisoned: boolean,
+): Set<string> {
   const movable = new Set<string>();
   for (const { block, region } of plans) {
     const ioctls = uffd.register(region.hostAddr, block.usedLength, REGISTER_MISSING);
@@ -100,6 +110,14 @@ export function registerBlocks(uffd: Uffd, plans: readonly BlockPlan[]): Set<str
         "HOST_UNSUPPORTED",
         `RAMBlock ${block.idstr}: userfaultfd cannot copy into ${region.backing} memory (ioctls ${ioctls})`,
         { idstr: block.idstr, backing: region.backing },
+      );
+    }
+    if (isPoisoned && (ioctls & (1n << UFFDIO_POISON_BIT)) === 0n) {
+      throw new FslError(
+        "HOST_UNSUPPORTED",
+        `--on-error poison: expected UFFDIO_POISON (Linux 6.6), found a kernel without it ` +
+          `(ioctls ${ioctls} for RAMBlock ${block.idstr}); use --on-error wait or kill`,
+        { idstr: block.idstr },
       );
     }
     const isPlain =

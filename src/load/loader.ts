@@ -536,7 +536,7 @@ class Load {
     const uffd = new Uffd(await this.#target.takeUserfaultfd());
     this.#uffd = uffd;
     if (early === undefined) uffd.api(canDiscard ? UFFD_FEATURES.EVENT_REMOVE : 0);
-    const movable = registerBlocks(uffd, lazy);
+    const movable = registerBlocks(uffd, lazy, this.#options.onError === "poison");
     const registrations = lazy.map((plan) => planRegistration(prepared.zeroRuns, plan));
     const layout = {
       blocks: lazy.map(({ block, region }) => stateBlock(block, region, movable.has(block.idstr))),

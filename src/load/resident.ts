@@ -45,7 +45,7 @@ export function openProcessFile(pid: number, name: "pagemap" | "mem", flags: "r"
 
 /** struct pm_scan_arg: u64 words. @source Linux include/uapi/linux/fs.h */
 const PAGEMAP_SCAN = 0xc0606610;
-const SCAN = { SIZE: 0, START: 2, END: 3, WALK_END: 4, VEC: 5, VEC_LEN: 6, ANYOF: 10, RETURN: 11 };
+const SCAN = { SIZE: 0, START: 2, END: 3, VEC: 5, VEC_LEN: 6, ANYOF: 10, RETURN: 11 };
 const SCAN_WORDS = 12;
 /** PAGE_IS_PRESENT | PAGE_IS_SWAPPED */
 const PRESENT_OR_SWAPPED = (1n << 3n) | (1n << 4n);
@@ -53,8 +53,11 @@ const PRESENT_OR_SWAPPED = (1n << 3n) | (1n << 4n);
 const REGION_WORDS = 3;
 const REGIONS_AT_ONCE = 1024;
 
-/** By the PAGEMAP_SCAN ioctl (Linux 6.7); null when the kernel has none. */
-function scanPagemap(fd: number, startAddr: number, endAddr: number): AddressRange[] | null {
+/**
+ * By the PAGEMAP_SCAN ioctl (Linux 6.7); null when the kernel has none.
+ * @source Linux fs/proc/task_mmu.c do_pagemap_scan
+ */
+export function scanPagemap(fd: number, startAddr: number, endAddr: number): AddressRange[] | null {
   const regions = new BigUint64Array(REGIONS_AT_ONCE * REGION_WORDS);
   const argument = new BigUint64Array(SCAN_WORDS);
   argument[SCAN.SIZE] = BigInt(argument.byteLength);
@@ -78,9 +81,10 @@ function scanPagemap(fd: number, startAddr: number, endAddr: number): AddressRan
         Number(regions[index * REGION_WORDS + 1]),
       );
     }
-    const walkEnd = Number(argument[SCAN.WALK_END]);
-    if (walkEnd <= addr) break;
-    addr = walkEnd;
+    if (count < REGIONS_AT_ONCE) break;
+    // Not from the kernel's walk_end: where the walk has come to its end, that is where it was when its own
+    // buffer (of 512 regions) was last full.
+    addr = Number(regions[(count - 1) * REGION_WORDS + 1]);
   }
   return ranges;
 }
@@ -92,7 +96,7 @@ const UPPER_PRESENT_OR_SWAPPED = 0xc0000000;
 const PAGEMAP_WINDOW = 65536;
 
 /** By reading one entry a page; for kernels before PAGEMAP_SCAN. */
-function readPagemap(fd: number, startAddr: number, length: number): AddressRange[] {
+export function readPagemap(fd: number, startAddr: number, length: number): AddressRange[] {
   const buffer = Buffer.alloc(PAGEMAP_WINDOW * PAGEMAP_ENTRY);
   const words = new Uint32Array(buffer.buffer, buffer.byteOffset, PAGEMAP_WINDOW * 2);
   const ranges: AddressRange[] = [];
@@ -107,7 +111,12 @@ function readPagemap(fd: number, startAddr: number, length: number): AddressRang
         `pagemap at ${hex(addr)}: expected ${wanted} bytes, found ${done}`,
       );
     }
-    for (let index = 0; index < entries; index += 1) {
+    // Nobody has touched most of it: all entries say the same then, which is seen at once.
+    const isUniform = buffer
+      .subarray(PAGEMAP_ENTRY, wanted)
+      .equals(buffer.subarray(0, wanted - PAGEMAP_ENTRY));
+    const isAbsent = isUniform && ((words[1] ?? 0) & UPPER_PRESENT_OR_SWAPPED) === 0;
+    for (let index = isAbsent ? entries : 0; index < entries; index += 1) {
       if (((words[2 * index + 1] ?? 0) & UPPER_PRESENT_OR_SWAPPED) === 0) continue;
       const pageAddr = addr + index * HOST_PAGE_LENGTH;
       appendRange(ranges, pageAddr, pageAddr + HOST_PAGE_LENGTH);

@@ -31,6 +31,7 @@ export const EINVAL = 22;
 export const ENOTTY = 25;
 export const EPIPE = 32;
 export const ENAMETOOLONG = 36;
+export const ENOPROTOOPT = 92;
 export const ENOSYS = 38;
 export const ENODATA = 61;
 export const EOPNOTSUPP = 95;
@@ -78,6 +79,7 @@ export const MODE_DONTWAKE = 1;
 export const UFFDIO_COPY_BIT = 3n;
 export const UFFDIO_ZEROPAGE_BIT = 4n;
 export const UFFDIO_MOVE_BIT = 5n;
+export const UFFDIO_POISON_BIT = 8n;
 
 /** struct uffd_msg, 32 bytes, host byte order. */
 export const UFFD_MSG = {

@@ -13,6 +13,7 @@ import { Uffd } from "../../src/uffd/uffd.ts";
 import { type SpawnOptions, spawnQemu } from "../../src/vmm/spawn.ts";
 import type { GuestRegion } from "../../src/vmm/target.ts";
 import type { QemuTarget } from "../../src/vmm/qemu.ts";
+import { whyNoMove } from "../helpers/declare.ts";
 import { descriptorsOf, HUGE, HUGE_PAGES, hugeKib, isOver } from "../helpers/helper-target.ts";
 import { mappedBytes, patternPages, until, within } from "../helpers/kernel-target.ts";
 import { testOn } from "../helpers/kvm.ts";
@@ -131,7 +132,7 @@ function asNobody(): string[] {
 }
 
 describe.each(KINDS)("helper tasks in QEMU on %s", (name, argv) => {
-  testOn(name.startsWith("KVM") ? "kvm" : "tcg")(
+  testOn(name.startsWith("KVM") ? "kvm" : "tcg", whyNoMove())(
     "move huge pages into guest RAM, are not seen in QEMU, leave nothing, and QEMU goes on",
     async () => {
       const it = await start(argv);

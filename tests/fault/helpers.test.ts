@@ -13,6 +13,7 @@ import {
   type LoadState,
   PHASE_RUNNING,
 } from "../../src/load/state.ts";
+import { testMoving } from "../helpers/declare.ts";
 import { FaultRun, openLoadState } from "../helpers/fault-runs.ts";
 import { guestArgv, type GuestSnapshot, snapshotOf, whyNoGuests } from "../helpers/guests.ts";
 import {
@@ -123,7 +124,7 @@ async function expectEnd(run: FaultRun): Promise<void> {
 }
 
 describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
-  test(
+  testMoving(
     "killed one after the other, each with a chunk in hand: its pages come, and a vCPU that waits",
     async () => {
       using snapshot = await saveGuest(guestArgv(SPEC), SAVE);
@@ -165,7 +166,7 @@ describe.skipIf(reason !== null)("helper tasks of the eager load", () => {
 });
 
 describe.skipIf(reason !== null)("a helper task that somebody has stopped", () => {
-  test(
+  testMoving(
     "with a chunk that a vCPU waits for is told, and when it goes on so does the guest",
     async () => {
       using snapshot = await saveGuest(guestArgv(SPEC), SAVE);

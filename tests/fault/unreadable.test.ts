@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { countMissing } from "../../src/bits.ts";
 import { PHASE_HANDING_OVER, PHASE_RUNNING } from "../../src/load/state.ts";
 import { openSnapshot } from "../../src/snapshot/snapshot.ts";
+import { whyNoPoison } from "../helpers/declare.ts";
 import { FaultyDisk, whyNoFaultyDisk } from "../helpers/fault-disk.ts";
 import { AttachRun } from "../helpers/attach-runs.ts";
 import { FaultRun, mainThreadWaits, openLoadState, someoneWaits } from "../helpers/fault-runs.ts";
@@ -214,7 +215,7 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
     TIMEOUT_MS,
   );
 
-  testOnBoth<SnapshotSpec>(BARE, BARE_KVM)(
+  testOnBoth<SnapshotSpec>(BARE, BARE_KVM, whyNoPoison())(
     "for ever, --on-error poison: whoever touches it gets SIGBUS",
     async (spec) => {
       const snapshot = await snapshotOf(spec);

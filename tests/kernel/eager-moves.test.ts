@@ -21,6 +21,7 @@ import type { PageSource } from "../../src/source/page-source.ts";
 import { createPageSource } from "../../src/source/snapshot-source.ts";
 import { EFD_CLOEXEC, EFD_NONBLOCK } from "../../src/sys/abi.ts";
 import * as sys from "../../src/sys/native.ts";
+import { testMoving } from "../helpers/declare.ts";
 import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE } from "../helpers/helper-target.ts";
 import { within } from "../helpers/kernel-target.ts";
 import { makeState } from "../helpers/load-states.ts";
@@ -130,7 +131,7 @@ const others = (...chunks: number[]): number[] => ALL.filter((chunk) => !chunks.
 const RAM_PAGES = CHUNKS * HUGE_PAGES;
 
 describe("EagerMoves", () => {
-  test(
+  testMoving(
     "moves what nobody has touched, copies the rest of what somebody has, and says so once",
     async () => {
       const { it, state, block, run, touch, words, ends } = await start();
@@ -167,7 +168,7 @@ describe("EagerMoves", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "leaves to others what is not at hand: the fault loop waits for no disk",
     async () => {
       const { it, block, run, touch, words, ends } = await start({ isAtHand: false });
@@ -182,7 +183,7 @@ describe("EagerMoves", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "uses the helpers that it may, and brings everything by one",
     async () => {
       const { it, run, words } = await start();
@@ -241,7 +242,7 @@ describe("EagerMoves", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "brings chunks of many runs, and the odd end of a block, page by page",
     async () => {
       const runs = Array.from({ length: 100 }, (_, run) => [4 * run, 4 * run + 2] as const);

@@ -25,6 +25,7 @@ import {
   reapHelper,
 } from "../../src/sys/helper-task.ts";
 import * as sys from "../../src/sys/native.ts";
+import { testMoving } from "../helpers/declare.ts";
 import {
   descriptorsOf,
   ended,
@@ -69,7 +70,7 @@ afterEach(async () => {
 });
 
 describe("HelperTask.move", () => {
-  test(
+  testMoving(
     "brings whole huge pages, and the target keeps them",
     async () => {
       const it = await start();
@@ -82,7 +83,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "several chunks in one batch",
     async () => {
       const it = await start();
@@ -99,7 +100,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "wakes who waits, with the right bytes",
     async () => {
       const it = await start();
@@ -111,7 +112,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "wakes nobody with DONTWAKE, until WAKE",
     async () => {
       const it = await start();
@@ -124,7 +125,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "stops at a page that is present, and says how far it came",
     async () => {
       const it = await start();
@@ -141,7 +142,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "EEXIST: the first page is present",
     async () => {
       const it = await start();
@@ -151,7 +152,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "ENOENT: a page of the source is not there",
     async () => {
       const it = await start();
@@ -163,7 +164,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "what a failed move leaves in the source can be discarded",
     async () => {
       const it = await start();
@@ -189,7 +190,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "EINVAL: memory that is not registered",
     async () => {
       const it = await start();
@@ -200,7 +201,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "EAGAIN: the target gives memory back, and the event has not been read",
     async () => {
       const it = await start("thp", 4, 1, UFFD_FEATURES.EVENT_REMOVE);
@@ -216,7 +217,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "a page given back is missing again, and can be moved again",
     async () => {
       const it = await start();
@@ -228,7 +229,7 @@ describe("HelperTask.move", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "two helpers in turn",
     async () => {
       const it = await start("thp", 8, 2);
@@ -308,7 +309,7 @@ describe("HelperTask.run", () => {
 });
 
 describe("HelperTask.stop", () => {
-  test(
+  testMoving(
     "ends a batch that may be ended, behind the call that it is in; the next one is as ever",
     async () => {
       const it = await start();
@@ -329,7 +330,7 @@ describe("HelperTask.stop", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "lets another batch be",
     async () => {
       const it = await start();
@@ -482,7 +483,7 @@ describe("a helper, seen from outside,", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "has no capabilities, gains none, dumps no core, and takes no signals",
     async () => {
       const it = await start("thp", 1);
@@ -567,7 +568,7 @@ async function startLimited(): Promise<TargetProcess> {
 }
 
 describe("the end of a helper", () => {
-  test(
+  testMoving(
     "when fsl closes its socket; the target goes on",
     async () => {
       const it = await start();
@@ -608,7 +609,7 @@ describe("the end of a helper", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "when the target ends, whose memory is free then",
     async () => {
       const it = await start();
@@ -623,7 +624,7 @@ describe("the end of a helper", () => {
     TIMEOUT_MS,
   );
 
-  test(
+  testMoving(
     "when it is killed: HELPER_GONE from then on, and the target goes on",
     async () => {
       const it = await start();

@@ -2,11 +2,12 @@
  * Chunks that are read ahead, then moved into a target's memory: a real userfaultfd, real helpers, a
  * target that reads its memory back.
  */
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect } from "bun:test";
 import { alignBlocks, orderChunks } from "../../src/load/order.ts";
 import { planStaging, Staging } from "../../src/load/staging.ts";
 import { type LoadState, C_EAGER_PAGES, CHUNK_FREE, CHUNK_MOVED } from "../../src/load/state.ts";
 import { WholeChunks } from "../../src/load/whole-chunks.ts";
+import { testMoving as test } from "../helpers/declare.ts";
 import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE, stateOf } from "../helpers/helper-target.ts";
 import { until, within } from "../helpers/kernel-target.ts";
 import { makeState } from "../helpers/load-states.ts";

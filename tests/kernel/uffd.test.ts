@@ -35,6 +35,7 @@ import {
   Uffd,
   UffdEvents,
 } from "../../src/uffd/uffd.ts";
+import { testUnless, whyNoPoison } from "../helpers/declare.ts";
 import {
   mappedBytes,
   patternPages,
@@ -238,7 +239,7 @@ describe("faults", () => {
     expect(await it.target.job("r", 8, 8)).toBe(Bun.hash.crc32(new Uint8Array(8 * PAGE)));
   });
 
-  test("poison gives SIGBUS to who waits", async () => {
+  testUnless(whyNoPoison(), "kernel")("poison gives SIGBUS to who waits", async () => {
     const it = await start();
     const reading = it.target.job("r", 3, 1);
     expect(it.read()).toBe(1);

@@ -2,7 +2,7 @@
  * Batches of whole chunks: one packet to a real helper, which reads and moves them into the memory of a
  * target with a real userfaultfd.
  */
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect } from "bun:test";
 import { nextBit, setRange } from "../../src/bits.ts";
 import { ChunkMover } from "../../src/load/chunk-mover.ts";
 import {
@@ -14,6 +14,7 @@ import {
 } from "../../src/load/state.ts";
 import { WholeChunks } from "../../src/load/whole-chunks.ts";
 import * as sys from "../../src/sys/native.ts";
+import { testMoving as test } from "../helpers/declare.ts";
 import { HelperBench, HUGE, HUGE_PAGES, hugeKib, PAGE } from "../helpers/helper-target.ts";
 import { within } from "../helpers/kernel-target.ts";
 import { makeState } from "../helpers/load-states.ts";
@@ -87,6 +88,12 @@ const SPLIT_SLOTS: [string, boolean | undefined][] = [
   ["its slot made huge again", true],
 ];
 
+function testOfSplit(title: string, body: (makesHuge?: boolean) => Promise<void>): void {
+  for (const [what, makesHuge] of SPLIT_SLOTS) {
+    test(`${title}, ${what}`, () => body(makesHuge), TIMEOUT_MS);
+  }
+}
+
 describe("WholeChunks", () => {
   test(
     "brings a few chunks by one packet, marks and counts each",
@@ -124,9 +131,9 @@ describe("WholeChunks", () => {
     TIMEOUT_MS,
   );
 
-  test.each(SPLIT_SLOTS)(
-    "a chunk that cannot be moved keeps those behind it from nothing, and leaves nothing in its slot, %s",
-    async (_, makesHuge) => {
+  testOfSplit(
+    "a chunk that cannot be moved keeps those behind it from nothing, and leaves nothing in its slot",
+    async (makesHuge) => {
       // Of the last two chunks the first half is zero.
       const half = HUGE_PAGES / 2;
       const { it, block, whole, begin, finish } = await start({
@@ -160,12 +167,11 @@ describe("WholeChunks", () => {
       }
       expect(hugeKib(it.target.pid, it.addr, CHUNKS * HUGE)).toBe(4 * 2048);
     },
-    TIMEOUT_MS,
   );
 
-  test.each(SPLIT_SLOTS)(
-    "what somebody else has left in a helper's memory does not come, %s",
-    async (_, makesHuge) => {
+  testOfSplit(
+    "what somebody else has left in a helper's memory does not come",
+    async (makesHuge) => {
       const half = HUGE_PAGES / 2;
       const data = [
         [0, 6 * HUGE_PAGES],
@@ -185,7 +191,6 @@ describe("WholeChunks", () => {
       const zeros = Bun.hash.crc32(new Uint8Array(half * PAGE));
       expect(await it.read(6 * HUGE_PAGES, half)).toBe(zeros);
     },
-    TIMEOUT_MS,
   );
 
   test(

@@ -1,8 +1,12 @@
 import { describe, expect, test } from "bun:test";
-import { findZeroRuns, planRegistration } from "../../src/load/arm.ts";
+import { findZeroRuns, planRegistration, registerBlocks } from "../../src/load/arm.ts";
 import { setRange } from "../../src/bits.ts";
 import { PageBitmap } from "../../src/snapshot/page-bitmap.ts";
 import { MiB } from "../../src/pages.ts";
+import type { BlockPlan } from "../../src/load/plan.ts";
+import { UFFDIO_COPY_BIT, UFFDIO_MOVE_BIT, UFFDIO_POISON_BIT } from "../../src/sys/abi.ts";
+import type { Uffd } from "../../src/uffd/uffd.ts";
+import { expectRefusal, refusalOf } from "../helpers/qemu-vmm.ts";
 
 const PAGE = 4096;
 const PAGES_2M = (2 * MiB) / PAGE;
@@ -20,6 +24,44 @@ function bitmap(pageCount: number, ...runs: [number, number][]) {
   for (const [start, end] of runs) setRange(words, start, end);
   return findZeroRuns(new PageBitmap(new Uint8Array(words.buffer), pageCount), PAGE);
 }
+
+describe("arm.registerBlocks", () => {
+  const COPY = 1n << UFFDIO_COPY_BIT;
+  const MOVE = 1n << UFFDIO_MOVE_BIT;
+  const POISON = 1n << UFFDIO_POISON_BIT;
+  /** Registers a block of ordinary memory where the kernel answers so. */
+  const register = (ioctls: bigint, isPoisoned: boolean): Set<string> => {
+    const uffd = { register: () => ioctls } as unknown as Uffd;
+    const block = { idstr: "ram", pageSize: PAGE, usedLength: 2 * MiB };
+    const region = { hostAddr: BASE, pageSize: PAGE, backing: "anonymous", shared: false };
+    return registerBlocks(uffd, [{ block, region } as unknown as BlockPlan], isPoisoned);
+  };
+
+  test.each([
+    ["Linux 6.8 and later", COPY | MOVE | POISON, ["ram"]],
+    ["before", COPY | POISON, []],
+  ])("says what can be moved: %s", (_, ioctls, expected) => {
+    expect([...register(ioctls, true)]).toEqual(expected);
+  });
+
+  test("no page is to be poisoned, and none can be", () => {
+    expect([...register(COPY | MOVE, false)]).toEqual(["ram"]);
+  });
+
+  test("refuses --on-error poison before Linux 6.6", async () => {
+    const refusal = await refusalOf(async () => register(COPY, true));
+    expectRefusal(
+      refusal,
+      "HOST_UNSUPPORTED",
+      /UFFDIO_POISON \(Linux 6\.6\).* use --on-error wait/,
+    );
+  });
+
+  test("refuses memory that cannot be copied into", async () => {
+    const refusal = await refusalOf(async () => register(MOVE, false));
+    expectRefusal(refusal, "HOST_UNSUPPORTED", /cannot copy into anonymous memory/);
+  });
+});
 
 describe("arm.planRegistration", () => {
   test("registers everything of a block full of data", () => {
