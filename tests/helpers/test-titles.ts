@@ -9,9 +9,10 @@ export interface TestTitle {
 }
 
 /** A string that is the first argument of `test`, `describe` or what their `each`… give, before a function. */
-const TITLE = /(?:\b(?:test|describe)|\))\(\s*("(?:[^"\\\n]|\\.)+"),\s*(?:async\s*)?\(/g;
-/** Also `testOn` and `testOnBoth` of kvm.ts. */
-const HEAD = /^ *(test|describe)(?:On\w*)?\b/gm;
+const TITLE =
+  /(?:\b(?:test|describe)(?:[A-Z]\w*)?|\))\(\s*("(?:[^"\\\n]|\\.)+"),\s*(?:async\s*)?\(/g;
+/** Also `testMoving` and others of declare.ts and kvm.ts. */
+const HEAD = /^ *(test|describe)(?:[A-Z]\w*)?\b/gm;
 /** Texts that may hold brackets come first. */
 const TOKEN = /"(?:[^"\\\n]|\\.)*"|`[^`]*`|\/(?:[^/\\\n]|\\.)+\/|[[\](){},]/g;
 
