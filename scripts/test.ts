@@ -2,7 +2,8 @@
  * Runs the test tiers in order: `bun scripts/test.ts [TIER …] [--soak] [--name PATTERN]`. Ends with
  * the plain line `N passed, N failed, N skipped`.
  *
- * A tier that cannot run here is skipped, and its reason is printed; so is a test that needs KVM.
+ * A tier that cannot run here is skipped, and its reason is printed; so is a test that needs KVM, or what this
+ * kernel has not.
  * FSL_REQUIRE=kernel,e2e,fault,kvm turns such a skip into a failure. A tier that runs no test at
  * all has failed. So has one that leaves processes behind.
  */

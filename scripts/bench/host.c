@@ -33,7 +33,6 @@
 #define WINDOW (1u << 30)
 #define PIECE (4u << 20)
 #define HUGE (2u << 20)
-#define THREADS_MAX 64
 
 static void fail(const char *what) {
   fprintf(stderr, "bench-host: %s: %s\n", what, strerror(errno));
@@ -171,9 +170,10 @@ static void *read_pieces(void *unused) {
 }
 
 static int read_beside(const char *path, long threads) {
-  pthread_t running[THREADS_MAX];
   char byte;
-  if (threads < 1 || threads > THREADS_MAX) errno = EINVAL, fail("threads");
+  if (threads < 1) errno = EINVAL, fail("threads");
+  pthread_t *running = calloc((size_t)threads, sizeof *running);
+  if (running == NULL) fail("calloc");
   reading.fd = open(path, O_RDONLY | O_CLOEXEC);
   if (reading.fd < 0) fail(path);
   for_data(reading.fd, add_pieces);

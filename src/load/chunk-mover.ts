@@ -57,6 +57,13 @@ interface BatchedChunk extends ChunkInHand {
   readonly moveCall: number;
 }
 
+let areSplitForGood: boolean | undefined;
+
+/** Asked of the kernel once: a load has a few movers, made when the guest has just been resumed. */
+function splitsForGood(): boolean {
+  return (areSplitForGood ??= keepsPageTables() && givesHugePages());
+}
+
 export class ChunkMover {
   readonly #helper: HelperTask;
   readonly #isGuarded: boolean;
@@ -85,7 +92,7 @@ export class ChunkMover {
     fileFd: number,
     isGuarded: boolean,
     patienceMs = -1,
-    makesHuge = keepsPageTables() && givesHugePages(),
+    makesHuge = splitsForGood(),
   ) {
     this.#helper = new HelperTask(record, patienceMs);
     this.#isGuarded = isGuarded;
