@@ -327,6 +327,8 @@ describe.skipIf(reason !== null)("a page that cannot be read", () => {
       await using run = await untilInTime(() => failingWhenArmed(disk, snapshot, offset));
       const pid = await run.qemuPid();
       const [, page] = await run.fsl.stderr.waitFor(UNREADABLE);
+      // The page may have failed before QEMU asks for it: the eager load starts there, too.
+      await someoneWaits(pid);
       expect(mainThreadWaits(pid)).toBe(true);
       expect(await run.status()).toMatchObject({
         phase: "handing over",
