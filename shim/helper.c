@@ -192,7 +192,8 @@ static long clear(uint64_t addr, uint64_t bytes) {
 }
 
 static long make_call(const struct helper_call *call) {
-  const uint64_t *args = call->args;
+  uint64_t args[6];
+  for (uint32_t i = 0; i < 6; i++) args[i] = (uint64_t)(int64_t)call->args[i];
   if (call->number == HELPER_CLEAR) return clear(args[0], args[1]);
   if (call->number == HELPER_MOVE) return move(args);
   if (call->number == HELPER_TOUCH) {
@@ -204,16 +205,14 @@ static long make_call(const struct helper_call *call) {
 
 static void make_calls(int32_t socket, const struct helper_request *request,
                        struct helper_reply *reply) {
-  const uint32_t count =
-      request->call_count < HELPER_CALLS_MAX ? request->call_count : HELPER_CALLS_MAX;
-  for (uint32_t i = 0; i < count; i++) {
+  for (uint32_t i = 0; i < request->call_count; i++) {
     if (i > 0 && (request->flags & HELPER_YIELDS) != 0 && is_wanted(socket)) return;
     const struct helper_call *call = &request->calls[i];
     const long result = make_call(call);
-    reply->results[i] = result;
+    reply->results[i] = (double)result;
     reply->calls_made = (int32_t)i + 1;
     if ((call->flags & HELPER_STOP_IF_NEGATIVE) != 0 && result < 0) return;
-    if ((call->flags & HELPER_STOP_UNLESS_EXPECTED) != 0 && result != call->expected) return;
+    if ((call->flags & HELPER_STOP_UNLESS_EXPECTED) != 0 && (double)result != call->expected) return;
   }
 }
 
@@ -230,11 +229,12 @@ static long serve(int32_t socket) {
   long result = sys(NR_recvmsg, socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
   if (result == -EAGAIN || result == -EINTR) return 0;
   /* 0 is the end: fsl has closed its socket, or has died. */
-  if (result != (long)sizeof(request)) return -EIO;
+  if (result < (long)offsetof(struct helper_request, calls)) return -EIO;
+  if (request.call_count > HELPER_CALLS_MAX) return -EIO;
+  if (result != (long)offsetof(struct helper_request, calls[request.call_count])) return -EIO;
 
   reply.calls_made = 0;
   reply.fd_count = 0;
-  for (uint32_t i = 0; i < HELPER_CALLS_MAX; i++) reply.results[i] = 0;
   for (uint32_t i = 0; i < FD_COUNT_MAX; i++) reply.fds[i] = -1;
   if (message.control_length >= sizeof(control.header) && control.header.level == SOL_SOCKET &&
       control.header.type == SCM_RIGHTS) {
@@ -245,7 +245,8 @@ static long serve(int32_t socket) {
 
   make_calls(socket, &request, &reply);
 
-  struct iovec64 whole = {(uint64_t)(uintptr_t)&reply, sizeof(reply)};
+  const uint64_t length = offsetof(struct helper_reply, results[reply.calls_made]);
+  struct iovec64 whole = {(uint64_t)(uintptr_t)&reply, length};
   struct msghdr64 answer = {.iov = &whole, .iov_count = 1};
   do {
     result = sys(NR_sendmsg, socket, &answer, MSG_NOSIGNAL);

@@ -2,8 +2,9 @@
  * helper.h: the protocol between fsl and a helper task (shim/helper.c, src/sys/helper-task.ts), and
  * what the preloaded library says of the helpers that it made (shim/preload.c).
  *
- * Host byte order. The socket is a SOCK_SEQPACKET pair: one packet is one request or one reply, and
- * both have their full length always. A request may carry descriptors by SCM_RIGHTS.
+ * Host byte order. The socket is a SOCK_SEQPACKET pair: one packet is one request or one reply, as
+ * long as its calls or results make it. A request may carry descriptors by SCM_RIGHTS. All 64-bit
+ * numbers go as doubles, exact below 2^53: JavaScript writes one in one store.
  */
 #ifndef FSL_HELPER_H
 #define FSL_HELPER_H
@@ -43,8 +44,8 @@
 struct helper_call {
   uint32_t number;
   uint32_t flags;
-  int64_t expected; /* with HELPER_STOP_UNLESS_EXPECTED */
-  uint64_t args[6];
+  double expected; /* with HELPER_STOP_UNLESS_EXPECTED */
+  double args[6];
 };
 
 /* Of a request: it ends before its next call when another request waits. */
@@ -60,7 +61,7 @@ struct helper_reply {
   int32_t calls_made; /* up to the one that stopped the rest, that one included */
   int32_t fd_count;   /* descriptors that came with the request, and their numbers in the helper */
   int32_t fds[FD_COUNT_MAX];
-  int64_t results[HELPER_CALLS_MAX]; /* -errno is what the kernel gives */
+  double results[HELPER_CALLS_MAX]; /* of calls_made calls; -errno is what the kernel gives */
 };
 
 /* One helper, as the preload message has it. Its socket is among the message's descriptors. */

@@ -14,15 +14,21 @@ export function testBit(words: Int32Array, index: number): boolean {
 
 /** Sets the bits of the half-open range [start, end). */
 export function setRange(words: Int32Array, start: number, end: number): void {
-  let index = start;
-  while (index < end) {
-    const wordEnd = (index & ~31) + 32;
-    const bitEnd = Math.min(end, wordEnd);
-    const count = bitEnd - index;
-    const mask = count === 32 ? -1 : ((1 << count) - 1) << (index & 31);
-    Atomics.or(words, index >>> 5, mask);
-    index = bitEnd;
+  const first = Math.ceil(start / 32);
+  const last = Math.floor(end / 32);
+  if (first > last) {
+    setBits(words, start, end);
+    return;
   }
+  setBits(words, start, first * 32);
+  // Whatever others set meanwhile, all of a word is what it will be.
+  words.fill(-1, first, last);
+  setBits(words, last * 32, end);
+}
+
+/** Within one word, and not all of it. */
+function setBits(words: Int32Array, start: number, end: number): void {
+  if (start < end) Atomics.or(words, start >>> 5, ((1 << (end - start)) - 1) << (start & 31));
 }
 
 /**
@@ -104,8 +110,9 @@ export function countRange(words: Int32Array, start: number, end: number): numbe
   for (let index = start; index < end;) {
     const wordEnd = Math.min(end, (index & ~31) + 32);
     const length = wordEnd - index;
-    const mask = length === 32 ? -1 : ((1 << length) - 1) << (index & 31);
-    count += popCount((words[index >>> 5] ?? 0) & mask);
+    const word = words[index >>> 5] ?? 0;
+    if (length === 32 && word === -1) count += 32;
+    else count += popCount(length === 32 ? word : word & (((1 << length) - 1) << (index & 31)));
     index = wordEnd;
   }
   return count;

@@ -151,7 +151,8 @@ export class EagerMoves {
    * @returns true when that was the last: the helpers are somebody else's from here on
    */
   step(): boolean | typeof GONE {
-    const [whole, { state }] = [this.#whole, this.#options];
+    const { state } = this.#options;
+    const whole = this.#whole;
     if (!this.#isOn || whole === undefined) return false;
     this.#isLeaving ||= this.#rests.length > RESTS_MAX || whole.isEmpty;
     const isOver = this.#isLeaving || state.halted || state.stopped;
@@ -169,6 +170,7 @@ export class EagerMoves {
   /** Makes a packet full, if there are so many chunks that can be moved, and sends it. */
   #fill(whole: WholeChunks): void {
     let wasOpen = false;
+    whole.packetChunks = this.#queue.packetChunks;
     for (let looks = 0; looks < LOOKS_MAX && whole.hasRoom; looks += 1) {
       const planChunk = this.#next(whole);
       this.#isDrained = planChunk === undefined;

@@ -155,9 +155,10 @@ export class FaultLoop {
       ...options,
       workerIndex: FAULT_WORKER,
       readsEvents: true,
-      isAwaited: true,
       pagesCounter: C_FAULT_PAGES,
     });
+    // A vCPU waits for it.
+    this.#whole.packetChunks = 1;
     const { readyFd } = options.source;
     const { uffd, stopFd, pidfd, goFd = -1, moves } = options;
     // poll(2) passes over negative ones; the last are the helpers' while they are at work.

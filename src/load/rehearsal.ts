@@ -146,8 +146,8 @@ function play(
     loop.run();
     loop.close();
     // The helper has made none of its calls: the chunk is copied.
-    const answer = new Int32Array(HELPER_REPLY.BYTES / 4);
-    sys.send(peerFd, answer, HELPER_REPLY.BYTES, new Int32Array(0), 0, 0);
+    const answer = new Int32Array(HELPER_REPLY.RESULTS / 4);
+    sys.send(peerFd, answer, HELPER_REPLY.RESULTS, new Int32Array(0), 0, 0);
     moves.begin(1);
     for (let step = 0; step < STEPS_MAX && moves.step() === false; step += 1) {
       if (step === 0) moves.advance();

@@ -492,6 +492,10 @@ export class LoadState {
   takeChunk(): number {
     return Atomics.add(this.#header, H_EAGER_CURSOR, 1);
   }
+  /** How many were taken; more than there are, once nothing is left. */
+  get chunksTaken(): number {
+    return Atomics.load(this.#header, H_EAGER_CURSOR);
+  }
   /** Takes the next run number of the working set. */
   takeRun(): number {
     return Atomics.add(this.#header, H_REPLAY_CURSOR, 1);
@@ -573,10 +577,13 @@ export class LoadState {
 
   /** The block that a plan-wide chunk number lies in. */
   blockOfChunk(planChunk: number): BlockState | undefined {
-    const block = this.blocks.findLast(({ firstChunk }) => firstChunk <= planChunk);
-    return block !== undefined && planChunk - block.firstChunk < block.chunks.length
-      ? block
-      : undefined;
+    // Asked for each chunk: no closure is made.
+    for (let index = this.blocks.length - 1; index >= 0; index -= 1) {
+      const block = this.blocks[index];
+      if (block === undefined || block.firstChunk > planChunk) continue;
+      return planChunk - block.firstChunk < block.chunks.length ? block : undefined;
+    }
+    return undefined;
   }
 
   counters(workerIndex: number): Float64Array {

@@ -7,6 +7,7 @@ import * as sys from "../sys/native.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { countRange, nextBit, setRange } from "../bits.ts";
 import { canMove, type ChunkMover } from "./chunk-mover.ts";
+import { PACKET_CHUNKS } from "./chunk-queue.ts";
 import type { Priority } from "./priority.ts";
 import {
   add,
@@ -22,8 +23,6 @@ import {
 
 /** Until the reader of events opens the gate. */
 const GATE_PAUSE_MS = 1;
-/** Chunks that a packet to a helper has. */
-const BATCH = 4;
 
 export interface WholeChunksOptions {
   readonly uffd: Uffd;
@@ -33,8 +32,6 @@ export interface WholeChunksOptions {
   readonly movers: readonly ChunkMover[];
   /** This thread reads the events itself: what it moves cannot land behind a REMOVE that is read. */
   readonly readsEvents: boolean;
-  /** A vCPU waits for each of them: a packet has one chunk. */
-  readonly isAwaited?: boolean;
   /** Counter of the pages that come: C_EAGER_PAGES, C_FAULT_PAGES. */
   readonly pagesCounter: number;
   readonly priority?: Priority | undefined;
@@ -46,6 +43,8 @@ export class WholeChunks {
   readonly #revents: Int32Array;
   /** Its packet has chunks and has not been sent. */
   #open: ChunkMover | undefined;
+  /** A packet to a helper has so many at most. */
+  packetChunks = PACKET_CHUNKS;
   /** Plan-wide numbers of chunks that could not be moved: their pages come one by one. */
   readonly unmoved: number[] = [];
   /** Bytes of data that have come; the owner sets it back. */
@@ -108,7 +107,7 @@ export class WholeChunks {
     if (mover === undefined || !this.claim(state, chunk)) return false;
     mover.add(state, chunk);
     this.#open = mover;
-    if (mover.isFull || mover.batch.length >= this.#batchMax) this.flush();
+    if (mover.isFull || mover.batch.length >= this.packetChunks) this.flush();
     return true;
   }
 
@@ -123,11 +122,6 @@ export class WholeChunks {
         mover.batch.map(() => 0),
       );
     else mover.send();
-  }
-
-  /** Chunks in a packet: what a vCPU waits for may be the last of them. */
-  get #batchMax(): number {
-    return this.#options.isAwaited === true ? 1 : BATCH;
   }
 
   /** A chunk that nobody has touched is this Worker's from here on: `settle` it. */
@@ -176,8 +170,10 @@ export class WholeChunks {
   }
 
   #settleAll(mover: ChunkMover, moved: readonly number[]): void {
-    for (const [index, { state, chunk }] of mover.batch.entries()) {
-      this.settle(state, chunk, moved[index] ?? 0);
+    const { batch } = mover;
+    for (let index = 0; index < batch.length; index += 1) {
+      const inHand = batch[index];
+      if (inHand !== undefined) this.settle(inHand.state, inHand.chunk, moved[index] ?? 0);
     }
     mover.settle(moved);
   }

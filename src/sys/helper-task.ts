@@ -6,7 +6,7 @@
  *
  * A batch is begun, filled with up to 256 calls, and run: one packet there, one packet back, 15 to
  * 20 µs. `run` blocks until the calls have been made. Nothing here allocates after construction, but
- * `stop`.
+ * `finish` behind a `stop`.
  *
  * Addresses are the target's. Descriptors are the helper's: `sendDescriptor` says the number that a
  * descriptor has there.
@@ -17,6 +17,7 @@
 import { readFileSync } from "node:fs";
 import { assert } from "../errors.ts";
 import {
+  EAGAIN,
   ECONNRESET,
   EINTR,
   ENODATA,
@@ -32,6 +33,7 @@ import {
   HELPER_TOUCH,
   HELPER_YIELDS,
   MADV_COLLAPSE,
+  MSG_DONTWAIT,
   POLLIN,
   SIGKILL,
   SYS_CLOSE,
@@ -63,8 +65,9 @@ export const HELPER_GONE = -EPIPE;
 /** Result of a call that was not made, because one before it stopped the batch. */
 export const CALL_NOT_MADE = -ENODATA;
 
-const TWO_TO_32 = 0x1_0000_0000;
 const NO_FDS = new Int32Array(0);
+/** A request without a call. */
+const NO_CALLS = new Int32Array(HELPER_REQUEST.CALLS / 4);
 /** What the task calls itself, shim/helper.c. */
 const HELPER_NAME = "fsl-helper";
 /** How often and how long apart a helper's end is asked for, and when it is forced. */
@@ -75,7 +78,10 @@ const SIGKILL_AFTER_TRIES = 50;
 export class HelperTask {
   readonly record: HelperRecord;
   readonly #request = new Int32Array(HELPER_REQUEST.BYTES / 4);
+  /** The same bytes: 64-bit numbers go as doubles. */
+  readonly #requestNumbers = new Float64Array(this.#request.buffer);
   readonly #reply = new Int32Array(HELPER_REPLY.BYTES / 4);
+  readonly #replyNumbers = new Float64Array(this.#reply.buffer);
   readonly #sentFd = new Int32Array(1);
   readonly #out = new Int32Array(2);
   #callCount = 0;
@@ -131,13 +137,14 @@ export class HelperTask {
     const at = callWord(index);
     this.#request[at + HELPER_CALL.NUMBER / 4] = number;
     this.#request[at + HELPER_CALL.FLAGS / 4] = stopOnError ? HELPER_STOP_IF_NEGATIVE : 0;
-    const argsAt = at + HELPER_CALL.ARGS / 4;
-    put64(this.#request, argsAt, a0);
-    put64(this.#request, argsAt + 2, a1);
-    put64(this.#request, argsAt + 4, a2);
-    put64(this.#request, argsAt + 6, a3);
-    put64(this.#request, argsAt + 8, a4);
-    put64(this.#request, argsAt + 10, a5);
+    const numbers = this.#requestNumbers;
+    const argsAt = (at * 4 + HELPER_CALL.ARGS) / 8;
+    numbers[argsAt] = a0;
+    numbers[argsAt + 1] = a1;
+    numbers[argsAt + 2] = a2;
+    numbers[argsAt + 3] = a3;
+    numbers[argsAt + 4] = a4;
+    numbers[argsAt + 5] = a5;
     return index;
   }
 
@@ -147,7 +154,7 @@ export class HelperTask {
     const at = callWord(index);
     this.#request[at + HELPER_CALL.FLAGS / 4] =
       (this.#request[at + HELPER_CALL.FLAGS / 4] ?? 0) | HELPER_STOP_UNLESS_EXPECTED;
-    put64(this.#request, at + HELPER_CALL.EXPECTED / 4, expected);
+    this.#requestNumbers[(at * 4 + HELPER_CALL.EXPECTED) / 8] = expected;
   }
 
   /**
@@ -249,9 +256,8 @@ export class HelperTask {
    */
   stop(): void {
     if (this.#isGone || this.#isClosed || this.#isStopping) return;
-    const empty = new Int32Array(HELPER_REQUEST.BYTES / 4);
     const { fd } = this.record;
-    this.#isStopping = native.send(fd, empty, HELPER_REQUEST.BYTES, NO_FDS, 0, 0) >= 0;
+    this.#isStopping = native.send(fd, NO_CALLS, HELPER_REQUEST.CALLS, NO_FDS, 0, 0) >= 0;
   }
 
   /** The answer to the batch that was started; blocks until it is there. As `run`. */
@@ -272,7 +278,7 @@ export class HelperTask {
   /** What call `index` of the last batch returned: >= 0 or -errno; CALL_NOT_MADE. */
   result(index: number): number {
     if (index >= this.#callsMade) return CALL_NOT_MADE;
-    return get64(this.#reply, HELPER_REPLY.RESULTS / 4 + 2 * index);
+    return this.#replyNumbers[HELPER_REPLY.RESULTS / 8 + index] ?? CALL_NOT_MADE;
   }
 
   /** Bytes that a `move` of the last batch has moved; 0 when it failed, or was not made. */
@@ -328,7 +334,7 @@ export class HelperTask {
     const result = this.result(index);
     if ((flags & HELPER_STOP_IF_NEGATIVE) !== 0 && result < 0) return true;
     if ((flags & HELPER_STOP_UNLESS_EXPECTED) === 0) return false;
-    return result !== get64(this.#request, at + HELPER_CALL.EXPECTED / 4);
+    return result !== this.#requestNumbers[(at * 4 + HELPER_CALL.EXPECTED) / 8];
   }
 
   /** Sends the request. 0, HELPER_GONE, or what sendmsg(2) says. */
@@ -336,9 +342,10 @@ export class HelperTask {
     if (this.#isGone || this.#isClosed) return HELPER_GONE;
     const { fd } = this.record;
     this.#request[HELPER_REQUEST.CALL_COUNT / 4] = this.#callCount;
+    const length = HELPER_REQUEST.CALLS + this.#callCount * HELPER_CALL.BYTES;
     let sent: number;
     do {
-      sent = native.send(fd, this.#request, HELPER_REQUEST.BYTES, fds, fds.length, 0);
+      sent = native.send(fd, this.#request, length, fds, fds.length, 0);
     } while (sent === -EINTR);
     if (sent >= 0) return 0;
     this.#isGone = sent === -EPIPE || sent === -ECONNRESET;
@@ -353,26 +360,27 @@ export class HelperTask {
   /** Waits for the reply. 0 or HELPER_GONE. */
   #receive(): number {
     if (this.#isGone || this.#isClosed) return HELPER_GONE;
-    if (this.#patienceMs >= 0 && !this.isAnswered(this.#patienceMs)) {
-      killChild(this.record.pid);
-      this.#isGone = true;
-      return HELPER_GONE;
-    }
-    let received: number;
-    do {
-      received = native.recv(
-        this.record.fd,
-        this.#reply,
-        HELPER_REPLY.BYTES,
-        NO_FDS,
-        0,
-        this.#out,
-        0,
-      );
-    } while (received === -EINTR);
-    if (received === HELPER_REPLY.BYTES) return 0;
+    const received = this.#receivePacket();
+    const made = this.#reply[HELPER_REPLY.CALLS_MADE / 4] ?? 0;
+    if (received >= HELPER_REPLY.RESULTS && received === HELPER_REPLY.RESULTS + made * 8) return 0;
     this.#isGone = true;
     return HELPER_GONE;
+  }
+
+  /** Bytes of it; 0 or negative when there is none. */
+  #receivePacket(): number {
+    const { fd, pid } = this.record;
+    // Whoever has patience has polled: mostly it is there.
+    const flags = this.#patienceMs < 0 ? 0 : MSG_DONTWAIT;
+    for (;;) {
+      const length = HELPER_REPLY.BYTES;
+      const received = native.recv(fd, this.#reply, length, NO_FDS, 0, this.#out, flags);
+      if (received !== -EINTR && received !== -EAGAIN) return received;
+      if (received === -EINTR) continue;
+      if (native.poll(this.#polled, this.#out, 1, POLLIN, this.#patienceMs) !== 0) continue;
+      killChild(pid);
+      return received;
+    }
   }
 }
 
@@ -443,15 +451,4 @@ function killChild(pid: number): void {
 /** Index of the first 32-bit word of a call in the request. */
 function callWord(index: number): number {
   return (HELPER_REQUEST.CALLS + index * HELPER_CALL.BYTES) / 4;
-}
-
-/** A 64-bit integer in two words, little-endian; |value| < 2^53. */
-function put64(words: Int32Array, at: number, value: number): void {
-  words[at] = value | 0;
-  words[at + 1] = Math.floor(value / TWO_TO_32);
-}
-
-/** Exact for |value| < 2^53. */
-function get64(words: Int32Array, at: number): number {
-  return (words[at + 1] ?? 0) * TWO_TO_32 + ((words[at] ?? 0) >>> 0);
 }
