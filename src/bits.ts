@@ -124,9 +124,14 @@ export function countRange(words: Int32Array, start: number, end: number): numbe
  */
 export function countMissing(wanted: Int32Array, done: Int32Array): number {
   let count = 0;
-  for (let word = 0; word < wanted.length; word += 1) {
-    const bits = wanted[word] ?? 0;
-    if (bits !== 0) count += popCount(bits & ~(done[word] ?? 0));
+  const { length } = wanted;
+  for (let at = 0; at < length; at += 1) {
+    const word = wanted[at] ?? 0;
+    if (word === 0) continue;
+    // As in `countBits`.
+    const bits = word & ~(done[at] ?? 0);
+    if (bits === 0) continue;
+    count += bits === -1 ? 32 : popCount(bits);
   }
   return count;
 }

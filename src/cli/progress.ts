@@ -27,27 +27,35 @@ export interface ProgressLine {
 /** @param read null: nothing is known yet, QEMU has not answered */
 export function startProgress(read: () => Progress | null): ProgressLine {
   const startedAtMs = performance.now();
-  const first = read()?.loadedBytes ?? 0;
-  let draws = 0;
+  let base: { readonly atMs: number; readonly bytes: number } | undefined;
+  let ticks = 0;
   const draw = (): void => {
-    draws += 1;
-    if (!isWatched() && draws % PLAIN_EVERY !== 0) return;
-    const text = describe(read(), first, performance.now() - startedAtMs);
+    ticks += 1;
+    if (base !== undefined && !isWatched() && ticks % PLAIN_EVERY !== 0) return;
+    const progress = read();
+    const nowMs = performance.now();
+    if (base === undefined) {
+      // Not at the start: that is when the guest takes its first steps, and this takes CPU time.
+      base = { atMs: nowMs, bytes: progress?.loadedBytes ?? 0 };
+      return;
+    }
+    const rate = ((progress?.loadedBytes ?? 0) - base.bytes) / ((nowMs - base.atMs) / 1000);
+    const text = describe(progress, rate, nowMs - startedAtMs);
     remark(isWatched() ? `${ERASE}${text}` : `${text}\n`);
   };
   const timer = setInterval(draw, PERIOD_MS);
   return {
     end() {
       clearInterval(timer);
-      if (draws > 0 && isWatched()) remark(ERASE);
+      if (ticks > 1 && isWatched()) remark(ERASE);
     },
   };
 }
 
-function describe(progress: Progress | null, first: number, ms: number): string {
+/** @param rate bytes per second @param ms since it began */
+function describe(progress: Progress | null, rate: number, ms: number): string {
   if (progress === null) return `fsl: waiting for QEMU, ${formatMs(ms)}`;
   const { dataBytes, loadedBytes, faults, failedPages = 0 } = progress;
-  const rate = ms > 0 ? ((loadedBytes - first) / ms) * 1000 : 0;
   const percent = dataBytes === 0 ? 100 : Math.floor((loadedBytes / dataBytes) * 100);
   const parts = [
     `fsl: ${percent}% of ${formatBytes(dataBytes)}`,

@@ -108,12 +108,16 @@ export function latencyOf(state: LoadState): FaultLatency {
   // A fault that waited for a whole chunk is counted by the eager Worker that brought it.
   const workers = Array.from({ length: WORKERS_MAX }, (_, index) => state.counters(index));
   const buckets = new Float64Array(histogramOf(state.counters(0)).length);
+  let count = 0;
   for (const counters of workers) {
-    for (const [index, bucket] of histogramOf(counters).entries()) {
+    if (counters[C_LATENCY_MAX] === 0) continue;
+    const own = histogramOf(counters);
+    for (let index = 0; index < own.length; index += 1) {
+      const bucket = own[index] ?? 0;
       buckets[index] = (buckets[index] ?? 0) + bucket;
+      count += bucket;
     }
   }
-  const count = buckets.reduce((sum, bucket) => sum + bucket, 0);
   if (count === 0) return { p50: null, p99: null, max: null, mean: null, histogram: [] };
   const histogram: { fromUs: number; count: number }[] = [];
   for (const [index, bucket] of buckets.entries()) {
