@@ -134,8 +134,8 @@ const GREETING_LAG_MS = 5;
 const LOAD_CHECK_MS = 2_000;
 /** And when the connection was cut meanwhile. */
 const LOAD_LOOK_MS = 20;
-/** Chunks that each helper in somebody else's QEMU has room for: what one packet has. */
-const INJECTED_SLOTS = 4;
+/** Chunks that each helper in somebody else's QEMU has room for: what a packet has at most. */
+const INJECTED_SLOTS = 16;
 /** How often the preloaded library's message is looked for while QEMU starts. */
 const EARLY_PERIOD_MS = 2;
 /** How often QEMU's maps are read while it builds its machine, for a guess at where its RAM is. */
