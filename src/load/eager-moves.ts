@@ -147,7 +147,7 @@ export class EagerMoves {
   }
 
   /**
-   * The next bit of work, some 0.1 ms: a packet for a helper, or a piece that is copied.
+   * The next bit of work, 0.1 to 0.3 ms: a packet for a helper, or a piece that is copied.
    * @returns true when that was the last: the helpers are somebody else's from here on
    */
   step(): boolean | typeof GONE {
