@@ -341,7 +341,11 @@ export class Serving {
       const eager = this.#eager?.catch(() => "lost" as const);
       let end = await Promise.race([eager, gone, this.#lost.promise]);
       if (end === "lost") end = await Promise.race([this.#allIn(), gone, this.#lost.promise]);
-      if (end === "gone") return false;
+      if (end === "gone") {
+        // Its memory is gone a moment before the process has ended, and who has the target waits for that.
+        await hasEnded(this.#target);
+        return false;
+      }
       // Nobody takes a page from the file after this look, and none before a change went unnoticed.
       const isIntact = this.#guard?.look() ?? true;
       if (this.missingPages() === 0) return this.#end();

@@ -53,6 +53,8 @@ export interface RigOptions extends ServingOptions {
   readonly kind?: MemoryKind;
   readonly pages: number;
   readonly canDiscard?: boolean;
+  /** The toucher's end is told so much later than it was, ms. */
+  readonly exitLagMs?: number;
   /** Called when the toucher runs and no Worker has heard of it yet. */
   readonly beforeServing?: (pid: number) => void;
   /** Instead of the file of pages; its path is the option `path`. */
@@ -75,6 +77,7 @@ export class Rig implements AsyncDisposable {
   readonly serving: Serving;
   readonly uffd: Uffd;
   readonly messages: string[] = [];
+  isExitTold = false;
   readonly #file: ReturnType<typeof mappedBytes>;
   readonly #stateFd: number;
   readonly #pidfd: number;
@@ -124,7 +127,9 @@ export class Rig implements AsyncDisposable {
       if (data && hasData(page)) setRange(data, page, page + 1);
     }
     this.#pidfd = sys.check(sys.pidfdOpen(toucher.pid, 0), "pidfd_open");
-    const exited = toucher.child.exited.then(() => {
+    const exited = toucher.child.exited.then(async () => {
+      if (options.exitLagMs !== undefined) await Bun.sleep(options.exitLagMs);
+      this.isExitTold = true;
       const { exitCode, signalCode } = toucher.child;
       return signalCode === null
         ? { exitCode, signal: null }

@@ -298,6 +298,18 @@ describe("serving", () => {
     expect(await within(rest, 10_000, "the end")).toBe(false);
   });
 
+  test("ends behind the target, whose memory is gone before it has ended", async () => {
+    await using rig = await Rig.start({
+      pages: PAGES,
+      eager: { bytesPerSecond: 64 * 1024 },
+      exitLagMs: 300,
+    });
+    const rest = rig.bringRest();
+    await until(() => (rig.report().pages.eager > 0 ? true : null), 10_000, "the first page");
+    rig.toucher.child.kill("SIGKILL");
+    expect([await within(rest, 10_000, "the end"), rig.isExitTold]).toEqual([false, true]);
+  });
+
   test("makes threads wait while nobody serves, and goes on where it was", async () => {
     await using rig = await Rig.start({ pages: PAGES, clusterPages: 1 });
     process.kill(rig.toucher.pid, "SIGSTOP");
