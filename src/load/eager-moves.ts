@@ -15,7 +15,7 @@ import type { PageSource } from "../source/page-source.ts";
 import type { Uffd } from "../uffd/uffd.ts";
 import { nextMissing } from "../bits.ts";
 import { ChunkMover } from "./chunk-mover.ts";
-import { ChunkQueue } from "./chunk-queue.ts";
+import { ChunkQueue, PACKET_CHUNKS } from "./chunk-queue.ts";
 import { Priority, raise } from "./priority.ts";
 import type { EagerMovesStart } from "./protocol.ts";
 import {
@@ -147,7 +147,7 @@ export class EagerMoves {
   }
 
   /**
-   * The next bit of work, 0.1 to 0.3 ms: a packet for a helper, or a piece that is copied.
+   * The next bit of work, some 0.1 ms once a fault waits: a packet for a helper, or a piece that is copied.
    * @returns true when that was the last: the helpers are somebody else's from here on
    */
   step(): boolean | typeof GONE {
@@ -172,6 +172,8 @@ export class EagerMoves {
     let wasOpen = false;
     whole.packetChunks = this.#queue.packetChunks;
     for (let looks = 0; looks < LOOKS_MAX && whole.hasRoom; looks += 1) {
+      // A long packet stays open meanwhile: a fault waits for a few chunks of it at most.
+      if (looks > 0 && looks % PACKET_CHUNKS === 0 && this.#isWaitedFor()) return;
       const planChunk = this.#next(whole);
       this.#isDrained = planChunk === undefined;
       if (planChunk === undefined) return;
