@@ -110,9 +110,10 @@ export function countRange(words: Int32Array, start: number, end: number): numbe
   for (let index = start; index < end;) {
     const wordEnd = Math.min(end, (index & ~31) + 32);
     const length = wordEnd - index;
-    const word = words[index >>> 5] ?? 0;
-    if (length === 32 && word === -1) count += 32;
-    else count += popCount(length === 32 ? word : word & (((1 << length) - 1) << (index & 31)));
+    const mask = length === 32 ? -1 : ((1 << length) - 1) << (index & 31);
+    const bits = (words[index >>> 5] ?? 0) & mask;
+    // As in `countBits`.
+    count += bits === -1 ? 32 : popCount(bits);
     index = wordEnd;
   }
   return count;

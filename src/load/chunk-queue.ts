@@ -61,9 +61,9 @@ export class ChunkQueue {
     for (;;) {
       const at = this.#state.takeChunk();
       if (!isMoving || at >= 2 * order.length) return order[at];
-      const isSecondTime = at >= order.length;
-      const chunk = order[isSecondTime ? at - order.length : at] ?? 0;
+      const chunk = order[at % order.length] ?? 0;
       const word = this.#wordOf(chunk);
+      const isSecondTime = at >= order.length;
       if (word === CHUNK_FREE || (isSecondTime && word === CHUNK_SPLIT)) return chunk;
     }
   }

@@ -134,7 +134,7 @@ const GREETING_LAG_MS = 5;
 const LOAD_CHECK_MS = 2_000;
 /** And when the connection was cut meanwhile. */
 const LOAD_LOOK_MS = 20;
-/** Chunks that each helper in somebody else's QEMU has room for: what a packet has at most. */
+/** Chunks that each helper in somebody else's QEMU has room for: a packet's most, src/load/chunk-queue.ts. */
 const INJECTED_SLOTS = 16;
 /** How often the preloaded library's message is looked for while QEMU starts. */
 const EARLY_PERIOD_MS = 2;
