@@ -93,20 +93,35 @@ const NAME_MAX = 15;
 /** The processes of one run: their CPU time, and their end. */
 export class ProcessGroup {
   readonly #path: string | null;
+  readonly #timePath: string;
   #pid = 0;
-  #number = 0;
   static #count = 0;
 
-  constructor() {
-    this.#number = ProcessGroup.#count++;
-    this.#path = makeCgroup(`fsl-bench-${process.pid}-${this.#number}`);
+  /** @param directory where to leave a file */
+  constructor(directory: string) {
+    this.#timePath = join(directory, "started");
+    this.#path = makeCgroup(`fsl-bench-${process.pid}-${ProcessGroup.#count++}`);
     groups.add(this);
   }
 
   /** What to put before a command line so that it runs in the group and dies with this process. */
   get launcher(): string[] {
+    return this.#launcher("/dev/null");
+  }
+
+  /** The same for the program whose start is measured: `startedAt`. */
+  get timedLauncher(): string[] {
+    return this.#launcher(this.#timePath);
+  }
+
+  #launcher(timePath: string): string[] {
     const procs = this.#path === null ? "-" : join(this.#path, "cgroup.procs");
-    return [benchProgram("host"), "launch", procs];
+    return [benchProgram("host"), "launch", procs, timePath];
+  }
+
+  /** When that program took its process over, by `performance.now()`. */
+  get startedAt(): number {
+    return Number(readFileSync(this.#timePath, "latin1")) / 1e6 - performance.timeOrigin;
   }
 
   /** The process that was launched. */

@@ -130,7 +130,7 @@ export async function measureRun(options: RunOptions): Promise<Figures> {
   const directory = mkdtempSync(join(tmpdir(), "fsl-bench-"));
   const removeDirectory = (): void => rmSync(directory, { recursive: true, force: true });
   process.once("exit", removeDirectory);
-  const group = new ProcessGroup();
+  const group = new ProcessGroup(directory);
   try {
     return await measure(options, group, directory);
   } finally {
@@ -314,9 +314,9 @@ interface PlainStart {
 /** A QEMU that loads by itself, told to by plain QMP. */
 async function startPlain(plan: PlainStart): Promise<Running> {
   const { group, capabilities } = plan;
-  const qemu = await startQemu([...group.launcher, ...plan.argv, "-incoming", "defer"]);
+  const qemu = await startQemu([...group.timedLauncher, ...plan.argv, "-incoming", "defer"]);
   group.pid = qemu.pid;
-  const readyMs = performance.now() - qemu.startedAt;
+  const readyMs = performance.now() - group.startedAt;
   const { qmp, serial } = qemu;
   await qmp.setCapabilities(["mapped-ram", ...capabilities]);
   if (capabilities.includes("multifd")) {
@@ -377,11 +377,10 @@ async function startFsl(
   const errors = openSync(join(directory, "errors"), "w");
   const report = nextReport(directory, reportPath);
   // The same way in as startQemu's, so that both starts take the same detours.
-  const prefix = ["setpriv", "--pdeathsig", "KILL", ...group.launcher];
+  const prefix = ["setpriv", "--pdeathsig", "KILL", ...group.timedLauncher];
   const modeArgs = options.mode === "fsl-copy" ? ["--mode", "copy"] : [];
   const flags = ["--quiet", "--report", reportPath, ...modeArgs, ...setArgs];
   const load = [FSL, "load", snapshot.path, ...flags, "--"];
-  const startedAt = performance.now();
   const child = Bun.spawn([...prefix, ...load, ...snapshot.argv, ...serial.args, ...qmp.args], {
     stdin: "ignore",
     stdout: "ignore",
@@ -405,7 +404,7 @@ async function startFsl(
     }
     const origin = resumedAt - (told.resumedMs - told.qemuReadyMs);
     const residentAt = origin + ((told.residentMs ?? Number.NaN) - told.qemuReadyMs);
-    return { readyMs: origin - startedAt, origin, residentAt, report: told };
+    return { readyMs: origin - group.startedAt, origin, residentAt, report: told };
   });
   return { serial, qmp, resumedAt, loaded };
 }
