@@ -2,7 +2,6 @@
  * What `fsl load` and `fsl resume` have in common: how pages are served, what signals do, which
  * exit code comes out.
  */
-import { constants } from "node:os";
 import type { ArgsDef } from "citty";
 import {
   EXIT_CODES,
@@ -262,6 +261,8 @@ export function exitCodeOf({ exitCode, signal }: ExitStatus, supplyFailed: boole
   if (supplyFailed) return EXIT_CODES.SUPPLY_FAILED;
   if (exitCode !== null) return exitCode;
   if (signal === null) return 0;
-  // Bun has no names for real-time signals, and tells their numbers.
+  // Bun has no names for real-time signals, and tells their numbers. Not imported above: that would take
+  // 0.5 ms of each start.
+  const { constants } = process.getBuiltinModule("node:os");
   return 128 + (constants.signals[signal as NodeJS.Signals] ?? Number(signal));
 }

@@ -22,6 +22,7 @@ import { orderChunks } from "./order.ts";
 import type { EagerWorkerStart } from "./protocol.ts";
 import { StallWatch } from "./stalls.ts";
 import {
+  CHUNK_LENGTH,
   EAGER_MOVES,
   FAULT_WORKER,
   type LoadState,
@@ -57,7 +58,10 @@ export interface EagerOptions {
    * Default: the host's CPUs, at most 2.
    */
   readonly workers?: number;
-  /** Largest single copy in bytes, 4 KiB..2 MiB. Default 256 KiB. */
+  /**
+   * Largest single copy in bytes, 4 KiB..2 MiB. Default 2 MiB; 256 KiB where the guest may give memory back, and what
+   * the fault loop copies itself.
+   */
   readonly pieceLength?: number;
   /** Limit of the eager load in bytes per second; 0 or absent = none. */
   readonly bytesPerSecond?: number;
@@ -92,6 +96,7 @@ export interface ServingHelpers {
   readonly order?: Uint32Array | undefined;
 }
 
+/** Of a copy that faults or events wait for: some 0.1 ms. */
 const PIECE_LENGTH = 256 * KiB;
 const NICE = 5;
 const ERROR_LIMIT_MS = 30_000;
@@ -472,13 +477,16 @@ export class Serving {
     const isMoved = records.length >= width && state.blocks.every(({ block }) => block.movable);
     const workers = isMoved ? 1 : width;
     const order = this.#chunkOrder;
+    // A page that is asked for in the middle of a long copy comes by itself; but where memory can be given back, no
+    // event is read until the copy has ended.
+    const piece = state.metadata.canDiscard ? PIECE_LENGTH : CHUNK_LENGTH;
     return Array.from({ length: workers }, (_, index) => ({
       role: "eager" as const,
       handle: state.handle,
       source: state.metadata.source as PageSourceSpec,
       uffdFd: this.#uffd.fd,
       workerIndex: index + 1,
-      pieceLength: eager.pieceLength ?? PIECE_LENGTH,
+      pieceLength: eager.pieceLength ?? piece,
       order,
       replay: this.#replay,
       helpers: records.filter((_record, number) => number % workers === index),

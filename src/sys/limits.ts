@@ -1,5 +1,4 @@
 /** The limits that a load needs, of this process and of the one that it loads. */
-import { availableParallelism } from "node:os";
 import { readdirSync, readFileSync } from "node:fs";
 import { FslError } from "../errors.ts";
 import { RLIMIT_NOFILE } from "./abi.ts";
@@ -64,5 +63,5 @@ export function checkDescriptorRoom(pid: number, who: string): void {
 
 /** How many bring in what nobody has asked for, unless somebody says: more are in one another's way. */
 export function defaultWidth(): number {
-  return Math.min(2, availableParallelism());
+  return Math.min(2, navigator.hardwareConcurrency);
 }

@@ -3,9 +3,9 @@
  * the pidfd is looked at now and then, and at once when something says that the end may have come.
  */
 import { readFileSync, statSync } from "node:fs";
-import { constants } from "node:os";
 import { POLLIN } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
+import { nodeOs } from "../sys/node-os.ts";
 import type { ExitStatus } from "./target.ts";
 
 /** How often it is looked at when nothing says anything, ms. */
@@ -107,6 +107,6 @@ function parseWaitStatus(status: number): ExitStatus {
 }
 
 function signalName(number: number): string {
-  const found = Object.entries(constants.signals).find(([, value]) => value === number);
+  const found = Object.entries(nodeOs().constants.signals).find(([, value]) => value === number);
   return found?.[0] ?? `signal ${number}`;
 }

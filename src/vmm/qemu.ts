@@ -7,13 +7,13 @@
  * nothing of this file.
  */
 import { closeSync, openSync } from "node:fs";
-import { constants } from "node:os";
 import { resolve } from "node:path";
 import { FslError, assert, isFslError } from "../errors.ts";
 import { endHelper, type HelperRecord } from "../sys/helper-task.ts";
 import { checkDescriptorRoom, defaultWidth } from "../sys/limits.ts";
 import { HOST_PAGE_LENGTH } from "../sys/host-pages.ts";
 import * as native from "../sys/native.ts";
+import { nodeOs } from "../sys/node-os.ts";
 import { Control, PROBE_NAME, proveProcess } from "./control.ts";
 import { anyFdset, dropLeftSeeds } from "./fdset.ts";
 import { watchHotplugOf } from "./hotplug-watch.ts";
@@ -643,7 +643,7 @@ export class QemuTarget implements Target {
   }
 
   kill(): void {
-    this.#signal(constants.signals.SIGKILL);
+    this.#signal(nodeOs().constants.signals.SIGKILL);
   }
 
   /**
@@ -668,7 +668,7 @@ export class QemuTarget implements Target {
   }
 
   signal(signal: NodeJS.Signals): void {
-    this.#signal(constants.signals[signal]);
+    this.#signal(nodeOs().constants.signals[signal]);
   }
 
   disconnect(): void {

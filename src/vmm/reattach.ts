@@ -2,9 +2,9 @@
  * A QEMU whose fsl has died, found again. Nothing is asked of it before its faults are served: with
  * a vCPU (or its main loop, while it loads devices) waiting for a page, QMP answers nobody.
  */
-import { constants } from "node:os";
 import { FslError } from "../errors.ts";
 import * as native from "../sys/native.ts";
+import { nodeOs } from "../sys/node-os.ts";
 import { type ExitWatch, watchExit } from "./exit-watch.ts";
 import { Control } from "./control.ts";
 import { dropLeftSeeds } from "./fdset.ts";
@@ -127,7 +127,7 @@ class ReattachedQemu implements FoundTarget {
   }
 
   signal(signal: NodeJS.Signals): void {
-    native.pidfdSendSignal(this.pidfd, constants.signals[signal]); // ESRCH: it has ended already.
+    native.pidfdSendSignal(this.pidfd, nodeOs().constants.signals[signal]); // ESRCH: it has ended already.
   }
 
   kill(): void {

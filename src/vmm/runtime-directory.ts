@@ -3,11 +3,11 @@
  * the caller's own.
  */
 import { lstatSync, mkdtempSync, readdirSync, rmdirSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { FslError } from "../errors.ts";
 import { ECONNREFUSED } from "../sys/abi.ts";
 import * as native from "../sys/native.ts";
+import { nodeOs } from "../sys/node-os.ts";
 
 /** Name of the socket in it. */
 export const CONTROL_NAME = "qmp";
@@ -95,16 +95,14 @@ export function controlPaths(base: string): string[] {
 export function runtimeBases(
   env: Readonly<Record<string, string | undefined>> = process.env,
 ): string[] {
-  return candidates(env);
+  return [...candidates(env)];
 }
 
-function candidates(env: Readonly<Record<string, string | undefined>>): string[] {
-  const bases: string[] = [];
+function* candidates(env: Readonly<Record<string, string | undefined>>): Generator<string> {
   const runtime = env["XDG_RUNTIME_DIR"];
-  if (runtime !== undefined && isOwnedByCaller(runtime)) bases.push(runtime);
-  if (process.getuid?.() === 0) bases.push("/run");
-  bases.push(tmpdir());
-  return bases;
+  if (runtime !== undefined && isOwnedByCaller(runtime)) yield runtime;
+  if (process.getuid?.() === 0) yield "/run";
+  yield nodeOs().tmpdir();
 }
 
 /**

@@ -24,7 +24,6 @@ import {
   statSync,
 } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
-import { promisify } from "node:util";
 import { FslError, isFslError } from "../errors.ts";
 import { freeFdset } from "./fdset.ts";
 import {
@@ -70,7 +69,11 @@ export interface SaveProgress {
 }
 
 /** Off the main thread: a signal is heeded meanwhile. */
-const flush = promisify(fsync);
+function flush(fd: number): Promise<void> {
+  return new Promise((resolve, reject) => {
+    fsync(fd, (error) => (error === null ? resolve() : reject(error)));
+  });
+}
 
 /** A client that is connected already keeps ours waiting without a word. */
 const GREETING_TIMEOUT_MS = 10_000;
