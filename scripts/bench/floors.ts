@@ -27,7 +27,12 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
       each((scenario) => all.ratio(scenario, "idle", "firstOutputMs", "mapped", "floor"), 2),
       (found) =>
         "**First output**: with RAM mapped from the snapshot, where the kernel itself brings each page, it takes " +
-        `${found} times as long as with RAM that is there.`,
+        `${found} times as long as with RAM that is there.` +
+        (sentence(
+          each((scenario) => resumedAlone(all, scenario), 2),
+          (alone) =>
+            ` To be resumed by fsl, and then to wait for no page at all, would take ${alone} times as long.`,
+        ) ?? ""),
     ),
     sentence(
       idle("fsl", "faults", 0),
@@ -66,6 +71,19 @@ export function floorsOf({ cells, faultPath, start }: Result): string[] {
 
 function sentence(found: string | null, words: (found: string) => string): string | null {
   return found === null || found === "" ? null : words(found);
+}
+
+/** First output as soon after resume as with RAM that is there, ÷ that, which is resumed at once. */
+function resumedAlone(all: Cells, scenario: string): number | null {
+  const of = (mode: Mode, figure: string): number | null =>
+    all.median(scenario, "idle", mode, figure);
+  const [there, atOnce, resume] = [
+    of("floor", "firstOutputMs"),
+    of("floor", "resumeMs"),
+    of("fsl", "resumeMs"),
+  ];
+  if (there === null || atOnce === null || resume === null) return null;
+  return (there - atOnce + resume) / there;
 }
 
 /** How soon each guest's RAM could be in, were there nothing but its reading. */

@@ -108,7 +108,7 @@ export const LEGEND = [
     "it (**blocked**) are fsl's own count.",
   "**fsl MiB** is fsl's resident memory at its highest, **own MiB** the part that is not page " +
     "cache anyway. **huge MiB** is guest RAM in huge pages at the end. **ready** is the time " +
-    "from starting QEMU, or fsl, to QEMU's monitor having answered.",
+    "from the exec(2) of QEMU, or of fsl, to QEMU's monitor having answered.",
 ];
 
 export function performanceDocument(result: BenchResult): string {
