@@ -382,6 +382,8 @@ async function startFsl(
   const flags = ["--quiet", "--report", reportPath, ...modeArgs, ...setArgs];
   const load = [FSL, "load", snapshot.path, ...flags, "--"];
   const child = Bun.spawn([...prefix, ...load, ...snapshot.argv, ...serial.args, ...qmp.args], {
+    // Killed with its group in the end, fsl removes nothing.
+    env: { ...process.env, XDG_RUNTIME_DIR: directory },
     stdin: "ignore",
     stdout: "ignore",
     stderr: errors,

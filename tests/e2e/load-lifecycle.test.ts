@@ -271,9 +271,10 @@ describe.skipIf(skip)("fsl load on a terminal", () => {
   }
 
   async function modes(run: TerminalRun): Promise<[string, string, string]> {
-    const [, after = ""] = await run.screen.waitFor(/after (\S+)/);
-    const [, before = ""] = await run.screen.waitFor(/before (\S+)/);
-    const [, code = ""] = await run.screen.waitFor(/code (\d+)/);
+    // fsl's own words are of things before and after, too.
+    const [, after = ""] = await run.screen.waitFor(/^after (\S+)/m);
+    const [, before = ""] = await run.screen.waitFor(/^before (\S+)/m);
+    const [, code = ""] = await run.screen.waitFor(/^code (\d+)/m);
     expect(await within(run.exited, 10_000, "the shell")).toBe(0);
     return [before, code, after];
   }
@@ -341,7 +342,8 @@ describe.skipIf(skip)("fsl load on a terminal", () => {
     async () => {
       const snapshot = await bare();
       const argv = [...snapshot.argv, "-serial", "null"];
-      await using run = onTerminal(script(snapshot.path, "--eager-rate 1M", argv));
+      // One that runs would ask for all of its RAM in half a second.
+      await using run = onTerminal(script(snapshot.path, "--eager-rate 1M --paused", argv));
       await run.screen.waitFor(/fsl: \d+% of 41\.\d MiB/);
       // Drawn over and over in one place.
       await run.screen.waitFor(/(\r[^\n\r]{3}fsl: \d+%[^\n\r]*){3}/);
