@@ -49,6 +49,7 @@ static int launch(char **arguments) {
     if (fd < 0 || write(fd, "0", 1) != 1) fail(arguments[0]);
   }
   int time_fd = open(arguments[1], O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  if (time_fd < 0) fail(arguments[1]);
   struct timespec now;
   clock_gettime(CLOCK_REALTIME, &now);
   if (dprintf(time_fd, "%lld", now.tv_sec * 1000000000ll + now.tv_nsec) < 0) fail(arguments[1]);

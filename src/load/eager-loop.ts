@@ -4,8 +4,8 @@
  * done bitmaps. Blocks where the page source does. Zero pages cost nothing here: they are never
  * visited.
  *
- * Demand comes first: a copy is at most `pieceLength` bytes, and the Worker's nice value leaves the
- * CPU to vCPUs and the fault loop.
+ * Demand comes first: the Worker's nice value leaves the CPU to vCPUs and the fault loop, and a page that
+ * is asked for in the middle of a copy comes by itself.
  */
 import { POLLIN } from "../sys/abi.ts";
 import * as sys from "../sys/native.ts";
@@ -52,7 +52,7 @@ export interface EagerLoopOptions {
   readonly state: LoadState;
   readonly counters: Float64Array;
   readonly workerIndex: number;
-  /** Largest single copy in bytes: a fault that comes meanwhile waits for no more than this. */
+  /** Largest single copy in bytes. Where memory can be given back, no event is read until it has ended. */
   readonly pieceLength: number;
   /** Plan-wide chunk numbers in the order of loading. */
   readonly order: Uint32Array;

@@ -23,7 +23,7 @@ export function makeRuntimeDirectory(
   env: Readonly<Record<string, string | undefined>> = process.env,
 ): string {
   const tried: string[] = [];
-  for (const base of candidates(env)) {
+  for (const base of runtimeBases(env)) {
     try {
       return mkdtempSync(join(base, "fsl-"));
     } catch (error) {
@@ -92,13 +92,9 @@ export function controlPaths(base: string): string[] {
 }
 
 /** Where `makeRuntimeDirectory` makes them. */
-export function runtimeBases(
+export function* runtimeBases(
   env: Readonly<Record<string, string | undefined>> = process.env,
-): string[] {
-  return [...candidates(env)];
-}
-
-function* candidates(env: Readonly<Record<string, string | undefined>>): Generator<string> {
+): Generator<string> {
   const runtime = env["XDG_RUNTIME_DIR"];
   if (runtime !== undefined && isOwnedByCaller(runtime)) yield runtime;
   if (process.getuid?.() === 0) yield "/run";

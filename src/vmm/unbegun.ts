@@ -14,7 +14,7 @@ const ANSWER_MS = 1_000;
 /** Pids of such QEMUs of this user. */
 export async function findUnbegun(): Promise<number[]> {
   const { listening, connected } = unixSockets();
-  const paths = runtimeBases().flatMap(controlPaths);
+  const paths = [...runtimeBases()].flatMap(controlPaths);
   // A living fsl is connected from before its QEMU starts.
   const left = paths.filter((path) => listening.has(path) && !connected.has(path));
   const pids = await Promise.all(left.map(waitingAt));
